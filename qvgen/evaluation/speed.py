@@ -1,0 +1,91 @@
+"""Latency and memory of several variants of one model, measured so that they can be compared.
+
+Latencies are interleaved (A B C A B C ...), so that a machine that slows down or speeds up hits all variants alike, and
+reported as medians with quartiles. Peak memory is measured in a fresh process per variant: within one process the first
+variant would leave its high-water mark to the others.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+_WARM_UP = 2  # calls of each variant that are not counted
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call: median and quartiles of `repetitions` calls."""
+
+    median: float
+    lower_quartile: float
+    upper_quartile: float
+    repetitions: int
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def interleaved(
+    actions: Mapping[str, Callable[[], object]],
+    repetitions: int,
+    *,
+    warm_up: int = _WARM_UP,
+    on_round: Callable[[int], None] = lambda _rounds: None,
+) -> dict[str, Timing]:
+    """Time each action `repetitions` times, taking turns. `on_round(1)` is called after each round, warm-up included."""
+    if repetitions < 2:
+        raise ValueError(f"quartiles need at least 2 repetitions, got {repetitions}")
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for round_ in range(warm_up + repetitions):
+        for name, action in actions.items():
+            started = time.perf_counter()
+            action()
+            if round_ >= warm_up:
+                seconds[name].append(time.perf_counter() - started)
+        on_round(1)
+    return {name: _timing(values) for name, values in seconds.items()}
+
+
+def _timing(values: list[float]) -> Timing:
+    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return Timing(median, lower, upper, len(values))
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Run with `count` intra-op threads (None: leave as is) and restore."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def folder_bytes(folder: str | Path) -> int:
+    """Bytes of every file below `folder`, headers and config included."""
+    return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+
+
+def peak_memory_mb(folder: str | Path, inputs: str | Path, dtype: str, threads: int | None = None) -> dict[str, float]:
+    """Peak resident memory in MB (10^6 bytes) of a fresh process that loads one transformer and takes one step.
+
+    `folder`: a diffusers pipeline folder; `inputs`: a safetensors file with `latents`, `timestep`, `text`; `dtype`:
+    "float32" or "bfloat16". Returns {"peak", "imports"}: the second is the peak after the imports, before loading, which
+    every variant pays alike. Raises RuntimeError with the process's own words if it fails.
+    """
+    command = [sys.executable, "-m", "qvgen.evaluation.memory", str(folder), str(inputs), dtype, str(threads or 0)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {folder} failed: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
