@@ -1,0 +1,115 @@
+"""`qvgen generate`: one video from a prompt, with any diffusers pipeline folder, packed or not."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+DEFAULTS_FILE = "generation.json"  # beside model_index.json: how this model is meant to be sampled
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to sample: the entries of generation.json, and of the flags that override it."""
+
+    frames: int
+    height: int  # pixels
+    width: int
+    max_sequence_length: int  # text tokens the model was trained with
+    inference_steps: int
+    guidance_scale: float
+    fps: int
+
+
+# What the families' own pipelines use, for folders without generation.json.
+_FAMILY_DEFAULTS = {
+    "WanPipeline": Settings(81, 480, 832, 512, 50, 5.0, 16),
+    "CogVideoXPipeline": Settings(49, 480, 720, 226, 50, 6.0, 8),
+}
+
+
+def read_settings(model: Path, overrides: dict[str, Any]) -> Settings:
+    """Settings of a pipeline folder: `overrides` that are not None, else generation.json, else the family's defaults.
+
+    Raises ValueError for a folder that is not a supported pipeline, an unknown entry or a value out of range.
+    """
+    if not model.is_dir():
+        raise ValueError(f"model folder {str(model)!r} does not exist")
+    if not (model / "model_index.json").is_file():
+        raise ValueError(
+            f"{str(model)!r} is not a diffusers pipeline: it has no model_index.json. Give the folder above transformer/, "
+            "such as artifacts/packed"
+        )
+    pipeline_class = _read_json(model / "model_index.json").get("_class_name")
+    if pipeline_class not in _FAMILY_DEFAULTS:
+        raise ValueError(f"pipeline {pipeline_class!r} is not supported; supported: {', '.join(_FAMILY_DEFAULTS)}")
+    values = vars(_FAMILY_DEFAULTS[pipeline_class]).copy()
+    types = {field.name: float if field.name == "guidance_scale" else int for field in fields(Settings)}
+    sidecar = model / DEFAULTS_FILE
+    own = _read_json(sidecar) if sidecar.is_file() else {}
+    if unknown := sorted(own.keys() - types.keys()):
+        raise ValueError(f"{sidecar}: unknown entries {unknown}; allowed: {', '.join(types)}")
+    values |= own | {name: value for name, value in overrides.items() if value is not None}
+    for name, kind in types.items():
+        value = values[name]
+        if isinstance(value, bool) or not isinstance(value, int | kind) or value < 1:
+            raise ValueError(f"{name} = {value!r} must be a number, at least 1")
+    return Settings(**values)
+
+
+def generate(model: Path, prompt: str, seed: int, out: Path, **overrides: Any) -> Settings:
+    """Sample one clip and write it to `out` (.mp4, .gif or .png). The same arguments give the same file.
+
+    `overrides`: fields of Settings; None means the model's own. Raises ValueError or OSError with a message for people.
+    """
+    from qvgen.evaluation.video import check_suffix
+
+    check_suffix(out)
+    if not prompt.strip():
+        raise ValueError("the prompt is empty: say what the video shows")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed {seed} must lie between 0 and 2**63 - 1")
+    settings = read_settings(model, overrides)
+
+    import qvgen.integrations.diffusers  # noqa: F401  (lets diffusers load packed transformers)
+    from qvgen.evaluation.samples import sample
+    from qvgen.evaluation.video import write_video
+    from qvgen.models.family import ClipSize, load_family, load_pipeline
+
+    _silence_loading()
+    pipeline = load_pipeline(model)
+    pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), desc="denoising")
+    size = ClipSize(settings.frames, settings.height, settings.width, settings.max_sequence_length)
+    _latents, clips = sample(
+        pipeline,
+        load_family(model),
+        [prompt],
+        [seed],
+        size,
+        inference_steps=settings.inference_steps,
+        guidance_scale=settings.guidance_scale,
+        batch_size=1,
+    )
+    write_video(out, clips[0], settings.fps)
+    return settings
+
+
+def _silence_loading() -> None:
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold an object, found {type(content).__name__}")
+    return content

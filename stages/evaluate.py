@@ -1,0 +1,68 @@
+"""Stage evaluate: the packed model against the full-precision one, from the same noise.
+
+Reads artifacts/model, artifacts/packed and artifacts/data; writes metrics/evaluate.json, and in artifacts/evaluation a
+contact sheet, side-by-side videos and details.json (motion, flicker, velocity error per timestep).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from stages._run import Stage, stage_main
+
+LABELS = ("full precision", "packed")
+
+
+def run(stage: Stage) -> None:
+    import qvgen.integrations.diffusers  # noqa: F401  (lets diffusers load the packed transformer)
+    from qvgen.data.precompute import LatentDataset
+    from qvgen.evaluation.compare import Trial, compare, movement, observe, prompt_accuracy, velocity_mse
+    from qvgen.models.family import load_family, load_pipeline
+
+    folders = [stage.root / "artifacts/model", stage.root / "artifacts/packed"]
+    trial = Trial.from_params(stage.params, LatentDataset.open(stage.root / "artifacts/data/held_out"))
+    observations = []
+    with stage.progress(total=len(folders) * trial.items, unit="item") as progress:
+        for folder in folders:
+            observations.append(observe(load_pipeline(folder), load_family(folder), trial, on_batch=progress.update))
+    reference, packed = observations
+
+    scores = compare(reference, packed, trial)
+    accuracy = prompt_accuracy(reference, trial)
+    kept = [*accuracy, "psnr_db", "ssim", "velocity_mse", "latent_mse"]
+    metrics = {"full_precision": accuracy, "packed": {k: scores[k] for k in kept}, "prompts": len(trial.prompts)}
+    details = {
+        "full_precision": movement(reference),
+        "packed": movement(packed),
+        "velocity_mse_by_timestep": dict(zip(map(str, trial.timesteps), velocity_mse(reference, packed), strict=True)),
+        "inference_steps": trial.inference_steps,
+        "guidance_scale": trial.guidance_scale,
+    }
+    with stage.outputs("artifacts/evaluation") as folder:
+        (folder / "details.json").write_text(json.dumps(details, indent=2) + "\n")
+        write_pictures(folder, stage.params.evaluate.videos, trial.prompts, [o.clips for o in observations])
+    with stage.outputs("metrics/evaluate.json") as path:
+        path.write_text(json.dumps(metrics, indent=2) + "\n")
+
+    stage.log_metrics({f"{model}.{k}": v for model in ("full_precision", "packed") for k, v in metrics[model].items()})
+    stage.log_metrics({f"{model}.{k}": v for model in ("full_precision", "packed") for k, v in details[model].items()})
+    stage.log_artifact("artifacts/evaluation")
+    stage.log_artifact("metrics/evaluate.json")
+
+
+def write_pictures(folder: Path, count: int, prompts: tuple[str, ...], clips: list) -> None:
+    """contact_sheet.png and `count` side-by-side videos named by number and prompt, evenly spread over the prompts."""
+    from qvgen.evaluation.video import contact_sheet, side_by_side, write_video
+
+    chosen = [i * len(prompts) // count for i in range(count)]
+    pairs = [[model[i] for model in clips] for i in chosen]
+    if pairs:
+        contact_sheet(folder / "contact_sheet.png", pairs, [prompts[i] for i in chosen], LABELS)
+    for number, (i, pair) in enumerate(zip(chosen, pairs, strict=True)):
+        name = "-".join("".join(c if c.isalnum() else " " for c in prompts[i]).split())[:80]
+        write_video(folder / f"{number:02d}-{name}.mp4", side_by_side(pair, LABELS))
+
+
+if __name__ == "__main__":
+    stage_main("evaluate", run)
