@@ -1,0 +1,75 @@
+"""What DVC knows of the running stage: command, dependencies, parameters, outputs, and the key made of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class DvcFacts:
+    """One stage of dvc.yaml as it stands now in the workspace (dvc.lock is written only after the stage)."""
+
+    address: str  # stage name, with @item for a matrix stage
+    command: str
+    deps: dict[str, str]  # path -> DVC hash of what lies there now
+    params: dict[str, Any]  # dotted name -> value
+    outs: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """`<stage>-<hash>`: the same for the same command, dependencies and parameters, and for nothing else."""
+        content = json.dumps([self.command, self.deps, self.params], sort_keys=True, default=str)
+        return f"{self.address}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+
+def read_dvc_facts(root: Path, address: str) -> DvcFacts:
+    """Read dvc.yaml and hash the dependencies (DVC remembers the hashes of unchanged files).
+
+    Raises ValueError for a stage that dvc.yaml does not have, FileNotFoundError for a missing dependency.
+    """
+    with _open(root) as repo:
+        stage = _find(repo, address)
+        deps: dict[str, str] = {}
+        params: dict[str, Any] = {}
+        for dep in stage.deps:
+            if hasattr(dep, "read_params"):
+                params |= _flatten(dep.read_params())
+            elif dep.exists:
+                deps[dep.def_path] = dep.get_hash().value
+            else:
+                raise FileNotFoundError(
+                    f"{dep.def_path} does not exist; `dvc repro {address}` makes what {address} depends on"
+                )
+        return DvcFacts(stage.addressing, str(stage.cmd), deps, params, tuple(out.def_path for out in stage.outs))
+
+
+def output_hashes(root: Path, facts: DvcFacts) -> dict[str, str]:
+    """Path -> DVC hash of each output of the stage. DVC finds them again in its state when it commits the stage."""
+    with _open(root) as repo:
+        return {o.def_path: o.get_hash().value for o in _find(repo, facts.address).outs if o.exists}
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _open(root: Path):
+    from dvc.repo import Repo  # 0.3 s
+
+    return Repo(str(root), uninitialized=True)  # a checkout without .dvc can still run a stage by hand
+
+
+def _find(repo: Any, address: str) -> Any:
+    stages = {stage.addressing: stage for stage in repo.index.stages}
+    try:
+        return stages[address]
+    except KeyError:
+        raise ValueError(f"dvc.yaml has no stage {address!r}; it has {', '.join(sorted(stages))}") from None

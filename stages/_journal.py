@@ -1,0 +1,208 @@
+"""The local record of a run: one file of JSON lines, written before anything goes to MLflow.
+
+Nothing a stage reports can be lost or slowed down by tracking: a stage only appends lines here, and a separate process
+(stages/_tracking.py) reads them and forwards them. Each line is complete when `write` returns, so `kill -9` costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+FOLDER = Path(".qvgen") / "journal"
+FINISH_SECONDS = 60  # how long a stage that is done waits for tracking to catch up
+_SHELLS = frozenset({"sh", "bash", "dash", "zsh", "fish", "ksh"})
+
+
+def now() -> int:
+    """Milliseconds since 1970, as MLflow counts."""
+    return time.time_ns() // 1_000_000
+
+
+@dataclass
+class Journal:
+    """Append-only record of one stage run. `id` is the file's name and the tag `journal.id` of the MLflow run."""
+
+    path: Path
+    _broken: bool = field(default=False, repr=False)
+
+    @classmethod
+    def create(
+        cls, home: Path, name: str, pipeline: str, *, tags: Mapping[str, str], params: Mapping[str, Any]
+    ) -> Journal:
+        id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{name}-{uuid.uuid4().hex[:8]}"
+        journal = cls(home / FOLDER / f"{id}.jsonl")
+        journal.write("start", id=id, name=name, pipeline=pipeline, pid=os.getpid(), tags=dict(tags), params=dict(params))
+        return journal
+
+    @property
+    def id(self) -> str:
+        return self.path.stem
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one line. A full disk is reported once and never stops the stage."""
+        line = json.dumps({"event": event, "time": now(), **fields}, default=str)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            if not self._broken:
+                print(f"warning: {self.path} cannot be written ({error}); the run goes on unrecorded", file=sys.stderr)
+            self._broken = True
+
+    def end(self, status: Status) -> None:
+        self.write("end", status=status)
+
+    def wait_for_run(self, timeout: float) -> str | None:
+        """MLflow run id, once the forwarder has created the run; None if it has not within `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while not (receipt := read_receipt(self.path)):
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.1)
+        return receipt["run_id"]
+
+
+def read_events(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """Complete lines from byte `offset` on, and the offset after them. A line cut short by a crash is left out."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        whole, _, _ = file.read().rpartition(b"\n")
+    events = []
+    for line in whole.splitlines():
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:  # cut by a crash or a full disk; what follows is whole again
+            continue
+    return events, offset + len(whole) + bool(whole)
+
+
+def receipt_path(journal: Path) -> Path:
+    return journal.with_suffix(".run")
+
+
+def read_receipt(journal: Path) -> dict[str, Any] | None:
+    """{run_id, parent_run_id, complete}: what the forwarder has done with a journal so far."""
+    try:
+        return json.loads(receipt_path(journal).read_text())
+    except FileNotFoundError:
+        return None
+
+
+class Forwarder:
+    """Context manager around a stage: a process of its own that sends the journal to MLflow while the stage works.
+
+    MLflow takes seconds to import and may hang or fail; here it can do neither to the stage.
+    """
+
+    def __init__(self, journal: Journal, root: Path) -> None:
+        self._journal, self._root = journal, root
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Forwarder:
+        command = [sys.executable, "-m", "stages._tracking", str(self._journal.path), "--follow", str(os.getpid())]
+        try:
+            # A session of its own, so that Ctrl-C reaches the stage and the forwarder can still report how it ended.
+            self._process = subprocess.Popen(
+                command, cwd=self._root, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            )
+        except OSError as error:
+            print(f"warning: tracking did not start ({error}); the journal is complete", file=sys.stderr)
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if self._process is None:
+            return
+        try:
+            self._process.wait(FINISH_SECONDS if error is None else FINISH_SECONDS / 4)
+        except subprocess.TimeoutExpired:
+            print("tracking is slow; it catches up in the background", file=sys.stderr)
+        except KeyboardInterrupt:  # impatience with tracking must not fail a stage that is done
+            pass
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """One execution of the pipeline: the parent of its stages' runs."""
+
+    id: str
+    git_tags: dict[str, str]
+
+
+def open_pipeline(root: Path, home: Path) -> Pipeline:
+    """The execution this process belongs to; the first stage of an execution writes its journal.
+
+    It is the run that QVGEN_PARENT_RUN_ID names, else the `dvc` process that started this stage, else this process.
+    """
+    given = os.environ.get("QVGEN_PARENT_RUN_ID")
+    id = f"pipeline-{given or _execution_token()}"
+    path = home / FOLDER / f"{id}.jsonl"
+    try:
+        if not path.exists():
+            git_tags = _git_tags(root)
+            name = f"pipeline {git_tags.get('git.commit', '')[:8]}".strip()
+            start = {"event": "start", "time": now(), "id": id, "name": name, "run_id": given, "tags": git_tags}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft = path.with_suffix(f".{os.getpid()}")
+            draft.write_text(json.dumps(start) + "\n")
+            try:
+                os.link(draft, path)  # fails where a stage that runs beside this one was first
+            except FileExistsError:
+                pass
+            finally:
+                draft.unlink()
+        return Pipeline(id, read_events(path)[0][0]["tags"])
+    except OSError as error:
+        print(f"warning: {path} cannot be written ({error})", file=sys.stderr)
+        return Pipeline(id, {})
+
+
+def _execution_token() -> str:
+    """Process id and start time of the `dvc` command above this process: equal for all stages it starts."""
+    import psutil
+
+    parents = list(_ancestors())
+    under_dvc = [p for p in parents if any(os.path.basename(part) == "dvc" for part in p.cmdline()[:3])]
+    if not under_dvc and "DVC_STAGE" in os.environ:  # DVC called as a library
+        under_dvc = [p for p in parents if p.name() not in _SHELLS]
+    process = under_dvc[0] if under_dvc else psutil.Process()
+    return f"{process.pid}-{int(process.create_time() * 1000)}"
+
+
+def _ancestors() -> Iterator[Any]:
+    import psutil
+
+    for process in psutil.Process().parents():
+        try:
+            process.cmdline()
+        except psutil.Error:
+            return
+        yield process
+
+
+def _git_tags(root: Path) -> dict[str, str]:
+    """Commit, and whether anything else differs from it than what the pipeline itself writes while it runs."""
+
+    def git(*command: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return {}
+    outside = [f":(exclude){path}" for path in ("dvc.lock", "metrics", "reports")]
+    changes = git("--no-optional-locks", "status", "--porcelain", "--", ".", *outside)
+    return {"git.commit": commit, "git.dirty": "true" if changes else "false"}

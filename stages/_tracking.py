@@ -1,0 +1,267 @@
+"""Sends journals to MLflow. Runs as a process of its own beside each stage (`python -m stages._tracking JOURNAL`).
+
+MLflow is imported here and in stages/register.py only. Sending is idempotent: a run is found again by its tag
+`journal.id`, and MLflow keeps equal points once, so a journal can be sent any number of times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import itertools
+import json
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
+
+from stages._journal import Journal, read_events, receipt_path
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+EXPERIMENT = "qvgen"
+FLUSH_SECONDS = 3.0
+RETRY_SECONDS = 30.0
+METRICS_PER_BATCH, PARAMS_PER_BATCH, TAGS_PER_BATCH = 1000, 100, 100  # MLflow's limits
+LONGEST_TAG, LONGEST_PARAM = 5000, 6000
+
+# MLflow's own defaults wait 248 s for a server that is down. Telemetry stays off.
+_DEFAULTS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "DO_NOT_TRACK": "1",
+}
+
+
+def tracking_uri(home: Path) -> str:
+    """MLFLOW_TRACKING_URI, else the embedded database of this checkout."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve() / 'mlflow.db'}"
+
+
+def public_uri(uri: str, home: Path) -> str:
+    """The same address without password, and without the folder of this checkout, fit for a tracked file."""
+    parts = urlsplit(uri.replace(f"sqlite:///{home.resolve()}/", "sqlite:///"))
+    if "@" not in parts.netloc:
+        return urlunsplit(parts._replace(query=""))
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=""))
+
+
+def connect(home: Path) -> tuple[MlflowClient, str]:
+    """A client and the id of the experiment, both created on first use. Raises what MLflow raises."""
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    uri = tracking_uri(home)
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    from mlflow import MlflowClient
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    with locked(home):  # four stages that start at once must not each create database and experiment
+        database = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+        if database is not None and not database.exists():
+            _create_database(database)
+        client = MlflowClient(uri)
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        if experiment is not None:
+            return client, experiment.experiment_id
+        # MLflow would put artifacts under the current folder, which `dvc exp run --temp` deletes.
+        location = (database.resolve().parent / "mlruns").as_uri() if database is not None else None
+        return client, client.create_experiment(EXPERIMENT, artifact_location=location)
+
+
+def _create_database(database: Path) -> None:
+    """Create the tables beside their place, so that a crash half-way leaves no half-made database."""
+    from mlflow import MlflowClient
+
+    draft = database.with_suffix(".new")
+    draft.unlink(missing_ok=True)
+    MlflowClient(f"sqlite:///{draft}").search_experiments(max_results=1)
+    os.replace(draft, database)
+
+
+@contextmanager
+def locked(home: Path) -> Iterator[None]:
+    """What only one process of this checkout may do at a time."""
+    folder = home / ".qvgen" / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "tracking", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _name(key: str) -> str:
+    """A key that MLflow accepts: letters, digits and `_-. :/`."""
+    return re.sub(r"[^\w\-. :/]", "_", key, flags=re.ASCII)[:250]
+
+
+def _batched(entries: list[Any], size: int) -> Iterator[list[Any]]:
+    return (entries[i : i + size] for i in range(0, len(entries), size))
+
+
+class Sender:
+    """Sends the events of one journal, in order, each at least once."""
+
+    def __init__(self, journal: Path) -> None:
+        self.journal = journal
+        self.home = journal.parents[2]
+        self.unsent: list[dict[str, Any]] = []
+        self._offset = 0
+        self._start: dict[str, Any] = {}
+        self._client: MlflowClient | None = None
+        self._experiment = self._run = ""
+        self._parent: str | None = None
+
+    def read(self) -> None:
+        events, self._offset = read_events(self.journal, self._offset)
+        self.unsent += events
+
+    @property
+    def ended(self) -> bool:
+        return any(event["event"] == "end" for event in self.unsent)
+
+    def send(self) -> None:
+        """Send all that was read. Raises what MLflow raises; what was sent until then is not sent again."""
+        if self._client is None:
+            self._client, self._experiment = connect(self.home)
+        while self.unsent:
+            count = self._send_metrics()
+            if not count:
+                self._send_one(self.unsent[0])
+                count = 1
+            del self.unsent[:count]
+
+    def _send_metrics(self) -> int:
+        """Send the metrics at the head of the queue as one batch; returns how many events that were."""
+        from mlflow.entities import Metric
+
+        events = list(itertools.takewhile(lambda event: event["event"] == "metrics", self.unsent))
+        points = [
+            Metric(_name(key), value, event["time"], event["step"] or 0)
+            for event in events
+            for key, value in event["values"].items()
+        ]
+        for batch in _batched(points, METRICS_PER_BATCH):
+            self._client.log_batch(self._run, metrics=batch)
+        return len(events)
+
+    def _send_one(self, event: dict[str, Any]) -> None:
+        client, run = self._client, self._run
+        match event["event"]:
+            case "start":
+                self._open_run(event)
+            case "tags":
+                self._log_tags(run, event["tags"])
+            case "text":
+                client.log_text(run, event["text"], event["name"])
+            case "artifact":
+                path = Path(event["path"])
+                if path.is_dir():
+                    client.log_artifacts(run, str(path), event["folder"] or path.name)
+                elif path.exists():  # a later run may have replaced it before a journal is sent again
+                    client.log_artifact(run, str(path), event["folder"])
+            case "end":
+                client.set_terminated(run, event["status"], event["time"])
+                self._close_parent(event)
+                self._write_receipt(complete=True)
+
+    def _open_run(self, event: dict[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        with locked(self.home):
+            self._parent = self._open_parent(event["pipeline"])
+        tags = event["tags"] | {"mlflow.parentRunId": self._parent}
+        self._run = self._find_or_create(event["id"], event["name"], event["time"], tags)
+        params = [Param(_name(key), str(value)[:LONGEST_PARAM]) for key, value in event["params"].items()]
+        for batch in _batched(params, PARAMS_PER_BATCH):
+            self._client.log_batch(self._run, params=batch)
+        self._write_receipt(complete=False)
+
+    def _open_parent(self, id: str) -> str:
+        """The run of the pipeline execution, shown as running while one of its stages runs."""
+        (start, *_), _ = read_events(self.journal.with_name(f"{id}.jsonl"))
+        run_id = start["run_id"] or self._find_or_create(id, start["name"], start["time"], start["tags"])
+        if self._client.get_run(run_id).info.status == "FINISHED":
+            self._client.update_run(run_id, status="RUNNING")
+        return run_id
+
+    def _close_parent(self, end: dict[str, Any]) -> None:
+        """DVC has no hook after the last stage, so each stage leaves the parent in its final state; a failure sticks."""
+        with locked(self.home):
+            if self._client.get_run(self._parent).info.status in ("RUNNING", "FINISHED"):
+                self._client.set_terminated(self._parent, end["status"], end["time"])
+
+    def _find_or_create(self, id: str, name: str, time: int, tags: dict[str, str]) -> str:
+        found = self._client.search_runs([self._experiment], f"tags.`journal.id` = '{id}'", max_results=1)
+        if found:
+            return found[0].info.run_id
+        run = self._client.create_run(self._experiment, start_time=time, tags={"journal.id": id}, run_name=name)
+        self._log_tags(run.info.run_id, tags)
+        return run.info.run_id
+
+    def _log_tags(self, run: str, tags: dict[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        entries = [RunTag(_name(key), str(value)[:LONGEST_TAG]) for key, value in tags.items()]
+        for batch in _batched(entries, TAGS_PER_BATCH):
+            self._client.log_batch(run, tags=batch)
+
+    def _write_receipt(self, complete: bool) -> None:
+        receipt = receipt_path(self.journal)
+        draft = receipt.with_suffix(f".{os.getpid()}")
+        draft.write_text(json.dumps({"run_id": self._run, "parent_run_id": self._parent, "complete": complete}))
+        os.replace(draft, receipt)
+
+
+def follow(journal: Path, writer: int | None) -> bool:
+    """Send a journal while process `writer` appends to it (None: send what is there). Returns whether all was sent.
+
+    While tracking cannot be reached it says so once and tries again every 30 seconds, and a last time at the end.
+    """
+    sender = Sender(journal)
+    failed, due = False, time.monotonic()
+    while True:
+        alive = writer is not None and os.getppid() == writer
+        sender.read()
+        if not alive and writer is not None and not sender.ended:
+            Journal(journal).end("KILLED")  # nobody else can say it any more
+            sender.read()
+        last = sender.ended or not alive
+        if last or time.monotonic() >= due:
+            try:
+                sender.send()
+                due = time.monotonic() + FLUSH_SECONDS
+            except Exception as error:  # whatever goes wrong here must not reach the stage
+                if not failed:
+                    uri = public_uri(tracking_uri(sender.home), sender.home)
+                    reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+                    print(
+                        f"warning: tracking at {uri} does not answer ({reason}). Nothing is lost: {journal}",
+                        file=sys.stderr,
+                    )
+                failed, due = True, time.monotonic() + RETRY_SECONDS
+        if last:
+            return not sender.unsent
+        time.sleep(0.2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Send a journal to MLflow.")
+    parser.add_argument("journal", type=Path)
+    parser.add_argument("--follow", type=int, metavar="PID", help="go on until this parent process is done")
+    options = parser.parse_args()
+    os.nice(5)  # the stage comes first
+    sys.exit(0 if follow(options.journal.resolve(), options.follow) else 3)
+
+
+if __name__ == "__main__":
+    main()
