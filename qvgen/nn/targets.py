@@ -1,0 +1,75 @@
+"""Which layers a scheme means: patterns of `targets` and `ignore` resolved to names of linear layers."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+_REGEX = "re:"
+
+
+def match_linears(
+    model: nn.Module, targets: Sequence[str], ignore: Sequence[str] = (), default_targets: Sequence[str] = ()
+) -> list[str]:
+    """Full names of the linear layers (nn.Linear and subclasses) selected by `targets` minus `ignore`, in model order.
+
+    A pattern is a class name ("Linear", subclasses included), a full name, or "re:" and a regular expression matched from
+    the start of the full name; one that reaches linear layers only among other modules selects those. Empty `targets`
+    means `default_targets`, and every linear layer if that is empty too. Raises ValueError for a pattern that matches no
+    linear layer, for an invalid regular expression, and when nothing is left.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if not linears:
+        raise ValueError(f"{type(model).__name__} has no linear layers to quantize")
+    selected: set[str] = set()
+    for pattern in targets or default_targets or ("Linear",):
+        selected |= _matches(pattern, "targets", linears)
+    for pattern in ignore:
+        selected -= _matches(pattern, "ignore", linears)
+    if not selected:
+        raise ValueError(
+            f"nothing left to quantize: ignore {list(ignore)} removes every layer that targets "
+            f"{list(targets or default_targets)} selects; narrow ignore"
+        )
+    return [name for name in linears if name in selected]
+
+
+def replace_module(model: nn.Module, fqn: str, new: nn.Module) -> None:
+    """Put `new` where the submodule `fqn` is. Raises AttributeError if there is no such submodule."""
+    if not fqn:
+        raise ValueError("the model itself cannot be replaced; name one of its submodules")
+    model.get_submodule(fqn)  # set_submodule would add a new name silently
+    model.set_submodule(fqn, new)
+
+
+def _matches(pattern: str, where: str, linears: dict[str, nn.Linear]) -> set[str]:
+    if pattern.startswith(_REGEX):
+        try:
+            regex = re.compile(pattern.removeprefix(_REGEX))
+        except re.error as error:
+            raise ValueError(f"{where}: {pattern!r} is not a regular expression: {error}") from error
+        found = {name for name in linears if regex.match(name)}
+    elif pattern in linears:
+        found = {pattern}
+    else:
+        found = {name for name, module in linears.items() if pattern in _class_names(module)}
+    if not found:
+        raise ValueError(f"{where}: {pattern!r} matches no linear layer{_hint(pattern, linears)}")
+    return found
+
+
+def _class_names(module: nn.Module) -> set[str]:
+    return {c.__name__ for c in type(module).__mro__ if issubclass(c, nn.Linear)}
+
+
+def _hint(pattern: str, linears: dict[str, nn.Linear]) -> str:
+    classes = set().union(*map(_class_names, linears.values()))
+    bare = pattern.removeprefix(_REGEX).replace("\\", "")
+    if contains := [name for name in linears if bare in name]:
+        remedy = "write the whole name" if not pattern.startswith(_REGEX) else "a pattern starts at the beginning of it"
+        return f"; close: {', '.join(contains[:3])} ({remedy})"
+    close = difflib.get_close_matches(bare, [*linears, *sorted(classes)], n=3, cutoff=0.5) or list(linears)[:3]
+    return f"; close: {', '.join(close)}"
