@@ -1,7 +1,7 @@
 """The local record of a run: one file of JSON lines, written before anything goes to MLflow.
 
-Nothing a stage reports can be lost or slowed down by tracking: a stage only appends lines here, and a separate process
-(stages/_tracking.py) reads them and forwards them. Each line is complete when `write` returns, so `kill -9` costs nothing.
+Nothing a stage reports can be lost or slowed down by tracking: a stage only appends lines here, and another process
+(stages/_tracking.py) sends them on. Each line is complete when `write` returns, so `kill -9` costs nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Journal:
     ) -> Journal:
         id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{name}-{uuid.uuid4().hex[:8]}"
         journal = cls(home / FOLDER / f"{id}.jsonl")
-        journal.write("start", id=id, name=name, pipeline=pipeline, pid=os.getpid(), tags=dict(tags), params=dict(params))
+        journal.write("start", id=id, name=name, pipeline=pipeline, tags=dict(tags), params=dict(params))
         return journal
 
     @property
@@ -53,7 +53,7 @@ class Journal:
         line = json.dumps({"event": event, "time": now(), **fields}, default=str)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a") as file:
+            with self.path.open("a") as file:
                 file.write(line + "\n")
         except OSError as error:
             if not self._broken:
@@ -75,7 +75,7 @@ class Journal:
 
 def read_events(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     """Complete lines from byte `offset` on, and the offset after them. A line cut short by a crash is left out."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         file.seek(offset)
         whole, _, _ = file.read().rpartition(b"\n")
     events = []
@@ -172,7 +172,7 @@ def _execution_token() -> str:
     import psutil
 
     parents = list(_ancestors())
-    under_dvc = [p for p in parents if any(os.path.basename(part) == "dvc" for part in p.cmdline()[:3])]
+    under_dvc = [p for p in parents if any(Path(part).name == "dvc" for part in p.cmdline()[:3])]
     if not under_dvc and "DVC_STAGE" in os.environ:  # DVC called as a library
         under_dvc = [p for p in parents if p.name() not in _SHELLS]
     process = under_dvc[0] if under_dvc else psutil.Process()

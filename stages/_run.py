@@ -1,7 +1,7 @@
-"""What every stage shares: parameters, outputs that appear whole or not at all, resume checkpoints, progress, a record.
+"""What every stage shares: parameters, outputs that appear whole or not at all, checkpoints, progress, a record.
 
-A stage is a module with `def run(stage: Stage) -> None` that ends with `stage_main("name", run)`. It runs the same under
-`dvc repro`, `dvc exp run` and by hand (`python -m stages.name` in the project folder).
+A stage is a module with `def run(stage: Stage) -> None` that ends with `stage_main("name", run)`. It runs the same
+under `dvc repro`, `dvc exp run` and by hand (`python -m stages.name` in the project folder).
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Stage:
 
     @property
     def checkpoint_dir(self) -> Path:
-        """Folder for resume checkpoints. It belongs to `key`, so a stage whose parameters, data or code changed finds it
-        empty; it is deleted when the stage succeeds."""
+        """Folder for resume checkpoints. It belongs to `key`, so a stage whose parameters, data or code changed finds
+        it empty; it is deleted when the stage succeeds."""
         folder = self.home / ".qvgen" / "ckpt" / self.key
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -73,17 +73,17 @@ class Stage:
         return self.journal.wait_for_run(timeout)
 
     def progress(self, total: int, desc: str = "", initial: int = 0, unit: str = "step") -> Progress:
-        """A tqdm bar with the time left: `update()`, `set_postfix(loss=...)`, also a context manager. Where stderr is not
-        a terminal it prints a line every 15 seconds instead."""
+        """A tqdm bar with the time left: `update()`, `set_postfix(loss=...)`, also a context manager. Where stderr is
+        not a terminal it prints a line every 15 seconds instead."""
         return Progress(total=total, desc=f"{self.name} {desc}".strip(), initial=initial, unit=unit)
 
     @contextmanager
     def outputs(self, path: str | Path) -> Iterator[Path]:
         """Write an output beside its place and move it there when the block ends.
 
-        Yields an empty folder, or for a path with a suffix (metrics/qat.json) the path of a file to create. If the block
-        fails in any way the old output stays whole and what was written is deleted. Raises ValueError if the block
-        wrote nothing.
+        Yields an empty folder, or for a path with a suffix (metrics/qat.json) the path of a file to create. If the
+        block fails in any way the old output stays whole and what was written is deleted. Raises ValueError if the
+        block wrote nothing.
         """
         final = self.root / path
         new = final.with_name(f".{final.stem}.new{final.suffix}")
@@ -98,8 +98,8 @@ class Stage:
                 raise ValueError(f"stage {self.name} wrote nothing to {path}")
             _flush(new)
             if final.is_dir():  # a folder cannot replace a folder that holds files: step aside first
-                os.rename(final, old)
-            os.replace(new, final)
+                final.rename(old)
+            new.replace(final)
         finally:
             _recover(final, new, old)
 
@@ -124,7 +124,7 @@ class Progress(tqdm):
 def _recover(final: Path, new: Path, old: Path) -> None:
     """Undo what an interrupted write left behind: no half-written output, and the old one in its place."""
     if old.exists() and not final.exists():
-        os.rename(old, final)
+        old.rename(final)
     for leftover in (new, old):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -135,7 +135,7 @@ def _recover(final: Path, new: Path, old: Path) -> None:
 def _flush(path: Path) -> None:
     """Wait until the bytes are on the disk: some file systems report "no space left" only then."""
     for file in [path] if path.is_file() else (p for p in path.rglob("*") if p.is_file()):
-        with open(file, "rb") as stream:
+        with file.open("rb") as stream:
             os.fsync(stream.fileno())
 
 
@@ -146,8 +146,8 @@ class _Terminated(KeyboardInterrupt):
 def stage_main(name: str, run: Callable[[Stage], None]) -> None:
     """Run a stage and exit: 0 done, 1 failed, 130 or 143 interrupted.
 
-    Errors of input and environment (ValueError, OSError) print one message; QVGEN_DEBUG=1 shows the traceback, which the
-    journal always keeps. Any other exception is a bug and shows its traceback.
+    Errors of input and environment (ValueError, OSError) print one message; QVGEN_DEBUG=1 shows the traceback, which
+    the journal always keeps. Any other exception is a bug and shows its traceback.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts us with `&` would ignore it
     signal.signal(signal.SIGTERM, _terminate)
@@ -192,7 +192,7 @@ def _alone(root: Path, name: str) -> Iterator[None]:
     """One run of a stage per checkout: two would write the same outputs and checkpoints."""
     folder = root / ".qvgen" / "locks"
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / name, "a+") as lock:
+    with (folder / name).open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

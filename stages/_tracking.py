@@ -86,7 +86,7 @@ def _create_database(database: Path) -> None:
     draft = database.with_suffix(".new")
     draft.unlink(missing_ok=True)
     MlflowClient(f"sqlite:///{draft}").search_experiments(max_results=1)
-    os.replace(draft, database)
+    draft.replace(database)
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def locked(home: Path) -> Iterator[None]:
     """What only one process of this checkout may do at a time."""
     folder = home / ".qvgen" / "locks"
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "tracking", "w") as lock:
+    with (folder / "tracking").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -116,10 +116,8 @@ class Sender:
         self.home = journal.parents[2]
         self.unsent: list[dict[str, Any]] = []
         self._offset = 0
-        self._start: dict[str, Any] = {}
-        self._client: MlflowClient | None = None
-        self._experiment = self._run = ""
-        self._parent: str | None = None
+        self._client: MlflowClient
+        self._experiment = self._run = self._parent = ""
 
     def read(self) -> None:
         events, self._offset = read_events(self.journal, self._offset)
@@ -131,20 +129,26 @@ class Sender:
 
     def send(self) -> None:
         """Send all that was read. Raises what MLflow raises; what was sent until then is not sent again."""
-        if self._client is None:
+        if not self._experiment:
             self._client, self._experiment = connect(self.home)
-        while self.unsent:
-            count = self._send_metrics()
-            if not count:
-                self._send_one(self.unsent[0])
-                count = 1
-            del self.unsent[:count]
+        from mlflow.exceptions import MlflowException
 
-    def _send_metrics(self) -> int:
-        """Send the metrics at the head of the queue as one batch; returns how many events that were."""
+        while self.unsent:
+            metrics = list(itertools.takewhile(lambda event: event["event"] == "metrics", self.unsent))
+            try:
+                if metrics:
+                    self._send_metrics(metrics)
+                else:
+                    self._send_one(self.unsent[0])
+            except MlflowException as error:
+                if error.error_code != "INVALID_PARAMETER_VALUE" or not self._run:
+                    raise
+                print(f"warning: MLflow refuses a {self.unsent[0]['event']} entry: {error}", file=sys.stderr)
+            del self.unsent[: len(metrics) or 1]
+
+    def _send_metrics(self, events: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric
 
-        events = list(itertools.takewhile(lambda event: event["event"] == "metrics", self.unsent))
         points = [
             Metric(_name(key), value, event["time"], event["step"] or 0)
             for event in events
@@ -152,7 +156,6 @@ class Sender:
         ]
         for batch in _batched(points, METRICS_PER_BATCH):
             self._client.log_batch(self._run, metrics=batch)
-        return len(events)
 
     def _send_one(self, event: dict[str, Any]) -> None:
         client, run = self._client, self._run
@@ -195,7 +198,7 @@ class Sender:
         return run_id
 
     def _close_parent(self, end: dict[str, Any]) -> None:
-        """DVC has no hook after the last stage, so each stage leaves the parent in its final state; a failure sticks."""
+        """DVC has no hook after the last stage, so each one leaves the parent in its final state; a failure sticks."""
         with locked(self.home):
             if self._client.get_run(self._parent).info.status in ("RUNNING", "FINISHED"):
                 self._client.set_terminated(self._parent, end["status"], end["time"])
@@ -219,7 +222,7 @@ class Sender:
         receipt = receipt_path(self.journal)
         draft = receipt.with_suffix(f".{os.getpid()}")
         draft.write_text(json.dumps({"run_id": self._run, "parent_run_id": self._parent, "complete": complete}))
-        os.replace(draft, receipt)
+        draft.replace(receipt)
 
 
 def follow(journal: Path, writer: int | None) -> bool:

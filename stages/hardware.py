@@ -39,8 +39,8 @@ def _processor() -> str:
 
 def _nvidia() -> list[str]:
     """Names of NVIDIA devices, from the driver: asking torch would take seconds."""
-    cards = Path("/proc/driver/nvidia/gpus").glob("*/information")
-    return [line.partition(":")[2].strip() for c in cards for line in c.read_text().splitlines() if line.startswith("Model")]
+    cards = [card.read_text().splitlines() for card in Path("/proc/driver/nvidia/gpus").glob("*/information")]
+    return [line.partition(":")[2].strip() for card in cards for line in card if line.startswith("Model")]
 
 
 if __name__ == "__main__":
