@@ -40,8 +40,8 @@ def read_settings(model: Path, overrides: dict[str, Any]) -> Settings:
         raise ValueError(f"model folder {str(model)!r} does not exist")
     if not (model / "model_index.json").is_file():
         raise ValueError(
-            f"{str(model)!r} is not a diffusers pipeline: it has no model_index.json. Give the folder above transformer/, "
-            "such as artifacts/packed"
+            f"{str(model)!r} is not a diffusers pipeline: it has no model_index.json. Give the folder above "
+            "transformer/, such as artifacts/packed"
         )
     pipeline_class = _read_json(model / "model_index.json").get("_class_name")
     if pipeline_class not in _FAMILY_DEFAULTS:
@@ -75,6 +75,7 @@ def generate(model: Path, prompt: str, seed: int, out: Path, **overrides: Any) -
     settings = read_settings(model, overrides)
 
     import qvgen.integrations.diffusers  # noqa: F401  (lets diffusers load packed transformers)
+
     from qvgen.evaluation.samples import sample
     from qvgen.evaluation.video import write_video
     from qvgen.models.family import ClipSize, load_family, load_pipeline

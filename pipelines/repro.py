@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 INTERRUPTED = 130
@@ -73,10 +73,8 @@ def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
 
     def forward(signum: int, _frame: object) -> None:
         received.append(signum)
-        try:
+        with suppress(ProcessLookupError):  # it has just ended by itself
             os.killpg(child.pid, signum if len(received) == 1 else signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it has just ended by itself
 
     before = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:

@@ -105,7 +105,7 @@ def show(root: Path) -> None:
 
 
 _NEXT = {
-    "make a video": 'qvgen generate --model artifacts/packed --prompt "a red digit three moving up" --seed 1 --out video.mp4',
+    "make a video": 'qvgen generate --model artifacts/packed --prompt "a blue digit two moving up" --out two.mp4',
     "try a change": "dvc exp run -S scheme.weights.num_bits=3    then    dvc metrics diff",
     "training curves": "dvc plots show",
     "recorded runs": "make ui",

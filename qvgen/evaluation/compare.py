@@ -19,7 +19,7 @@ from qvgen.data.digits import FRAMES, parse_caption
 from qvgen.data.precompute import LatentDataset
 from qvgen.evaluation import motion, similarity
 from qvgen.evaluation.prompt_accuracy import judge
-from qvgen.evaluation.samples import OnBatch, silent, sample, spread_timesteps, velocities
+from qvgen.evaluation.samples import OnBatch, sample, silent, spread_timesteps, velocities
 from qvgen.models.family import ClipSize, Family
 from qvgen.params import Params
 
@@ -41,16 +41,16 @@ class Trial:
 
     @classmethod
     def from_params(cls, params: Params, held_out: LatentDataset) -> Trial:
-        """The trial of params.yaml's `evaluate`. Prompts are captions of the held-out clips, from the first on and again
-        from the first if there are too few; each has its own seed either way."""
+        """The trial of params.yaml's `evaluate`. Prompts are captions of the held-out clips, from the first on, and
+        again from the first if there are too few; each has its own seed either way."""
         wanted, prepare = params.evaluate, params.prepare
-        captions = [held_out.captions[i] for i in held_out.caption_index.tolist()]
+        clips = len(held_out)
         return cls(
-            prompts=tuple(captions[i % len(captions)] for i in range(wanted.prompts)),
+            prompts=tuple(held_out.caption(i % clips) for i in range(wanted.prompts)),
             seeds=tuple(params.seed + i for i in range(wanted.prompts)),
             size=ClipSize(prepare.frames, prepare.height, prepare.width, prepare.max_sequence_length),
             latents=held_out.latents,
-            text=held_out.text(held_out.caption_index),
+            text=held_out.text(torch.arange(clips)),
             timesteps=tuple(spread_timesteps(wanted.velocity_timesteps)),
             seed=params.seed,
             inference_steps=wanted.inference_steps,

@@ -1,5 +1,5 @@
-"""`python -m qvgen.evaluation.memory FOLDER INPUTS DTYPE THREADS`: load the transformer of a pipeline folder, take one step,
-print the peak memory.
+"""`python -m qvgen.evaluation.memory FOLDER INPUTS DTYPE THREADS`: load the transformer of a pipeline folder, take one
+step, print the peak memory.
 
 Run by `qvgen.evaluation.speed.peak_memory_mb` in a process of its own.
 """

@@ -34,11 +34,11 @@ def sample(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sampled latents (n, ...) and their clips (n, 3, t, h, w) in [-1, 1], float32, one per prompt.
 
-    Clip i depends on prompts[i] and seeds[i] only (up to floating-point reductions), so two models compared over the same
-    prompts and seeds start from the same noise. Raises ValueError for an empty list of prompts.
+    Clip i depends on prompts[i] and seeds[i] only (up to floating-point reductions), so two models compared over the
+    same prompts and seeds start from the same noise. Raises ValueError for an empty list of prompts.
     """
     if not prompts or len(prompts) != len(seeds):
-        raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds; give at least one prompt, and one seed for each")
+        raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds; give at least one prompt, a seed for each")
     latents, clips = [], []
     for part in _batches(len(prompts), batch_size):
         sampled = family.generate(
@@ -75,8 +75,8 @@ def velocities(
     """Predicted velocities (timesteps, n, ...) float32 for clean latents (n, ...) made noisy at each timestep.
 
     `text` (n, l, d) are the captions' embeddings. The noise depends on `seed` alone, so two models given the same
-    arguments see the same inputs. Predictions are kept rather than compared at once, so that two large models need never
-    be in memory together.
+    arguments see the same inputs. Predictions are kept rather than compared at once, so that two large models need
+    never be in memory together.
     """
     dtype = transformer.dtype
     generator = torch.Generator().manual_seed(seed)

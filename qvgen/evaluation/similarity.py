@@ -1,11 +1,14 @@
 """How close a clip is to the same clip of the full-precision model: squared error, PSNR, SSIM.
 
-Meaningful only for clips made from the same prompt and the same noise. Every function returns one value per clip, so that
-the caller decides how to average; PSNR in particular is averaged over clips in dB, as the field reports it.
+Meaningful only for clips made from the same prompt and the same noise. Every function returns one value per clip, so
+that the caller decides how to average; PSNR in particular is averaged over clips in dB, as the field reports it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 
 DATA_RANGE = 2.0  # peak to peak of clips in [-1, 1]
@@ -40,7 +43,8 @@ def ssim(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
     _same_shape(reference, candidate)
     if reference.ndim != 5 or min(reference.shape[-2:]) < _SSIM_WINDOW:
         raise ValueError(
-            f"SSIM needs clips (n, 3, t, h, w) of at least {_SSIM_WINDOW}x{_SSIM_WINDOW} pixels, got {tuple(reference.shape)}"
+            f"SSIM needs clips (n, 3, t, h, w) of {_SSIM_WINDOW}x{_SSIM_WINDOW} pixels or more, "
+            f"got {tuple(reference.shape)}"
         )
     pairs = zip(_frames(reference), _frames(candidate), strict=True)
     per_frame = [
@@ -52,8 +56,8 @@ def ssim(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
     return torch.tensor(per_frame, dtype=torch.float32).view(reference.shape[0], -1).mean(1)
 
 
-def _frames(clips: torch.Tensor):  # noqa: ANN202
-    return clips.float().transpose(1, 2).flatten(0, 1).numpy()
+def _frames(clips: torch.Tensor) -> Iterator[np.ndarray]:
+    return iter(clips.float().transpose(1, 2).flatten(0, 1).numpy())
 
 
 def _same_shape(reference: torch.Tensor, candidate: torch.Tensor) -> None:

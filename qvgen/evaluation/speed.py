@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ def interleaved(
     warm_up: int = _WARM_UP,
     on_round: Callable[[int], None] = lambda _rounds: None,
 ) -> dict[str, Timing]:
-    """Time each action `repetitions` times, taking turns. `on_round(1)` is called after each round, warm-up included."""
+    """Time each action `repetitions` times, taking turns. `on_round(1)` is called after each round, warm-up too."""
     if repetitions < 2:
         raise ValueError(f"quartiles need at least 2 repetitions, got {repetitions}")
     seconds: dict[str, list[float]] = {name: [] for name in actions}
@@ -72,20 +73,29 @@ def torch_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def folder_bytes(folder: str | Path) -> int:
-    """Bytes of every file below `folder`, headers and config included."""
-    return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
-
-
 def peak_memory_mb(folder: str | Path, inputs: str | Path, dtype: str, threads: int | None = None) -> dict[str, float]:
     """Peak resident memory in MB (10^6 bytes) of a fresh process that loads one transformer and takes one step.
 
     `folder`: a diffusers pipeline folder; `inputs`: a safetensors file with `latents`, `timestep`, `text`; `dtype`:
-    "float32" or "bfloat16". Returns {"peak", "imports"}: the second is the peak after the imports, before loading, which
-    every variant pays alike. Raises RuntimeError with the process's own words if it fails.
+    "float32" or "bfloat16". Returns {"peak", "imports"}: the second is the peak after the imports, before loading,
+    which every variant pays alike. Raises RuntimeError with the process's own words if it fails.
     """
     command = [sys.executable, "-m", "qvgen.evaluation.memory", str(folder), str(inputs), dtype, str(threads or 0)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"measuring the memory of {folder} failed: {done.stderr.strip()[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def load_variant(folder: str | Path, dtype: torch.dtype) -> Any:
+    """A pipeline whose transformer and text encoder are in `dtype`, packed layers excepted; the VAE stays float32."""
+    from diffusers import DiffusionPipeline
+
+    import qvgen.integrations.diffusers  # noqa: F401  (packed transformers)
+
+    dtypes = {"transformer": dtype, "text_encoder": dtype, "default": torch.float32}
+    pipeline = DiffusionPipeline.from_pretrained(
+        Path(folder), dtype=dtypes, local_files_only=True, use_safetensors=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

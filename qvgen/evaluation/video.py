@@ -1,8 +1,8 @@
 """Clips to files: .mp4 (H.264), .gif, and .png with the frames in a row; comparison pictures for people.
 
-A clip is a tensor (3, t, h, w) in [-1, 1]. Small clips are magnified by a whole factor, nearest pixel, so that the 32-pixel
-embedded videos can be seen. A file is written beside its place and renamed, so that a full disk or Ctrl-C leaves the old
-one whole; the same clip gives the same bytes on the same machine.
+A clip is a tensor (3, t, h, w) in [-1, 1]. Small clips are magnified by a whole factor, nearest pixel, so that the
+32-pixel embedded videos can be seen. A file is written beside its place and renamed, so that a full disk or Ctrl-C
+leaves the old one whole; the same clip gives the same bytes on the same machine.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _write_beside(path: Path, write: Any) -> None:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         write(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -142,7 +142,7 @@ def _write_gif(path: Path, frames: torch.Tensor, fps: int) -> None:
     from PIL import Image
 
     first, *others = [Image.fromarray(frame.numpy()) for frame in frames]
-    # disposal 2 and no optimisation keep every frame: Pillow would merge equal ones and change the timing.
+    # Pillow merges equal neighbours and adds up their durations: fewer frames, the same film.
     first.save(
         path, format="GIF", save_all=True, append_images=others, duration=round(1000 / fps), loop=0, optimize=False
     )
