@@ -1,0 +1,62 @@
+# make repro | test | check | ui | clean. Each creates .venv on first use; PYTHON=python3.12 chooses another interpreter.
+PYTHON ?= python3
+PORT ?= 5000
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+# .env.defaults, without overriding what the user has set.
+$(foreach line,$(shell grep '^[A-Z]' .env.defaults),$(eval export $(subst =, ?= ,$(line))))
+
+# Tests run in several processes; threads inside them would only compete.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 -q
+
+.PHONY: help repro test check ui clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make repro   full precision -> packed 4-bit model, measured'
+	@echo 'make test    all tests'
+	@echo 'make check   lint, types, import contracts, fast tests: before each commit'
+	@echo 'make ui      the recorded runs in a browser, http://127.0.0.1:$(PORT)'
+	@echo 'make clean   remove caches (results and .venv stay)'
+
+repro: $(INSTALLED)
+	@$(BIN)/qvgen repro
+
+test: $(INSTALLED)
+	@$(TEST)
+
+check: $(INSTALLED)
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/pyright
+	@$(BIN)/lint-imports
+	@$(TEST) -m 'not slow'
+
+ui: $(INSTALLED)
+	@test -f mlflow.db || { echo 'No runs are recorded yet: run `make repro` first.' >&2; exit 1; }
+	@$(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1 --backend-store-uri sqlite:///mlflow.db
+
+clean:
+	@rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# The lock ends with the process that holds it, so nothing stale can stay behind; whoever waited finds the work done.
+LOCKED = $(PYTHON) -c 'import fcntl, subprocess, sys; lock = open(".venv.lock", "w"); \
+	fcntl.flock(lock, fcntl.LOCK_EX); sys.exit(subprocess.call(sys.argv[1:]))'
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \
+		"qvgen needs Python 3.11 or newer; $(PYTHON) is %d.%d. Try: make PYTHON=python3.12 $(MAKECMDGOALS)" % v[:2])'
+	@echo 'Preparing .venv (another make that is at it goes first)'
+	@$(LOCKED) $(MAKE) --no-print-directory install-under-lock
+
+.PHONY: install-under-lock
+install-under-lock:
+	@if [ ! $(INSTALLED) -nt pyproject.toml ] || [ ! $(INSTALLED) -nt constraints.txt ]; then \
+		echo 'Installing the packages of constraints.txt: some minutes, log in .venv/install.log'; \
+		$(PYTHON) -m venv .venv && \
+		{ $(BIN)/pip install -c constraints.txt -e '.[dev]' && $(BIN)/pip check; } > .venv/install.log 2>&1 && \
+		touch $(INSTALLED) || { tail -n 20 .venv/install.log; \
+		echo 'The installation failed; the whole log is .venv/install.log' >&2; exit 1; }; \
+	fi

@@ -1,0 +1,111 @@
+"""dvc.yaml, stages/ and params.yaml tell one story."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import grimp
+import pytest
+import yaml
+from dvc.repo import Repo
+
+from qvgen.params import Params, load_params
+
+ROOT = Path(__file__).parents[2]
+STAGES = sorted(path.stem for path in (ROOT / "stages").glob("[!_]*.py"))
+# Declarations only: what a stage gets out of it is tracked by its `params`, and a new section must not retrain a model.
+UNTRACKED_MODULES = {"qvgen", "qvgen.params"}
+# These only report; an edit to them changes no result.
+REPORTING = {"stages", "stages._dvc", "stages._journal", "stages._progress", "stages._tracking"}
+WITHOUT_SECTION = {
+    "baselines": "does for rtn and mse what calibrate, pack and evaluate do, with their knobs",
+    "hardware": "describes the machine, nothing to choose",
+}
+
+
+@cache
+def dvc_yaml() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+
+
+@cache
+def imports() -> grimp.ImportGraph:
+    return grimp.build_graph("qvgen", "stages")
+
+
+def path_of(module: str) -> str:
+    base = module.replace(".", "/")
+    return f"{base}/__init__.py" if (ROOT / base).is_dir() else f"{base}.py"
+
+
+def scripts(name: str) -> set[str]:
+    """The stage and the modules of stages/ that it shares with others."""
+    found, todo = set(), {f"stages.{name}"}
+    while todo:
+        module = todo.pop()
+        found.add(module)
+        imported = imports().find_modules_directly_imported_by(module)
+        todo |= {m for m in imported if m.startswith("stages.")} - REPORTING - found
+    return found
+
+
+def library(modules: set[str]) -> set[str]:
+    return {m for m in modules if m.split(".")[0] == "qvgen"} - UNTRACKED_MODULES
+
+
+def covers(dep: str, module: str) -> bool:
+    path = path_of(module)
+    return path == dep or path.startswith(f"{dep}/")
+
+
+def top_level_params(stage: dict[str, Any]) -> set[str]:
+    return {key.split(".")[0] for key in stage.get("params", []) if isinstance(key, str)}
+
+
+def test_dvc_reads_the_graph() -> None:
+    with Repo(str(ROOT)) as repo:
+        names = {stage.name for stage in repo.index.stages if Path(stage.path) == ROOT / "dvc.yaml"}
+        assert repo.index.graph.number_of_edges() > 0  # raises if stages form a circle or share an output
+    assert names == set(STAGES)
+
+
+def test_params_yaml_states_every_knob() -> None:
+    """A default that only the code knows is a knob that nobody finds."""
+    load_params(ROOT / "params.yaml")
+    stated = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    fields = {info.alias or name: info.annotation for name, info in Params.model_fields.items()}
+    assert set(stated) == set(fields)
+    for name, section in fields.items():
+        if name != "scheme" and hasattr(section, "model_fields"):
+            assert set(stated[name]) == set(section.model_fields), name
+
+
+def test_every_parameter_belongs_to_a_stage() -> None:
+    used = set().union(*(top_level_params(stage) for stage in dvc_yaml().values()))
+    assert used == set(yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8")))
+
+
+def test_nothing_is_interpolated() -> None:
+    """A value inside `cmd` changes the command in dvc.lock: stages read params.yaml themselves."""
+    assert "${" not in (ROOT / "dvc.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stage_names_its_script_and_its_section(name: str) -> None:
+    stage = dvc_yaml()[name]
+    assert f"stages.{name}" in stage["cmd"] or f"stages/{name}.py" in stage["cmd"]
+    assert (name in top_level_params(stage)) != (name in WITHOUT_SECTION)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stage_depends_on_the_code_that_it_uses_and_no_more(name: str) -> None:
+    """A missing file or folder leaves stale results after an edit; one too many recomputes them for nothing."""
+    deps = [dep for dep in dvc_yaml()[name]["deps"] if isinstance(dep, str)]
+    direct = set().union(*(imports().find_modules_directly_imported_by(script) for script in scripts(name)))
+    needed = scripts(name) | library(direct)
+    assert [m for m in sorted(needed) if not any(covers(dep, m) for dep in deps)] == []
+
+    used = imports().find_upstream_modules(f"stages.{name}")
+    unused = [dep for dep in deps if dep.startswith("qvgen/") and not any(covers(dep, m) for m in used)]
+    assert unused == []
+    assert [dep for dep in deps if dep.startswith(("qvgen/", "stages/")) and not (ROOT / dep).exists()] == []

@@ -1,0 +1,126 @@
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from qvgen.params import Params, ParamsError, load_params
+
+ROOT = Path(__file__).parents[2]
+DEFAULT = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+
+
+def with_(changes: dict[str, Any]) -> dict[str, Any]:
+    """The default tree with {"qat.steps": 3} set."""
+    tree = copy.deepcopy(DEFAULT)
+    for path, value in changes.items():
+        *parents, key = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        node[key] = value
+    return tree
+
+
+def load(tree: Any, folder: Path) -> Params:
+    path = folder / "params.yaml"
+    path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree), encoding="utf-8")
+    return load_params(path)
+
+
+def refusal(tree: Any, folder: Path) -> str:
+    with pytest.raises(ParamsError) as caught:
+        load(tree, folder)
+    return str(caught.value)
+
+
+def test_values_arrive(tmp_path: Path) -> None:
+    params = load(with_({"qat.steps": 7, "scheme.weights.num_bits": 3, "register.name": "other"}), tmp_path)
+    assert (params.qat.steps, params.scheme.weights.num_bits, params.register_.name) == (7, 3, "other")
+    assert params.calibrate.clip_candidates == tuple(DEFAULT["calibrate"]["clip_candidates"])
+
+
+def test_all_faults_come_at_once(tmp_path: Path) -> None:
+    tree = with_({"qat.stepz": 1, "qat.batch_size": 0, "method": "awq", "scheme.weights.num_bits": "four"})
+    del tree["pack"]["dtype"]
+    lines = refusal(tree, tmp_path).splitlines()
+    assert "5 fault(s)" in lines[0]
+    assert {line.split()[0].rstrip(":") for line in lines[1:]} == {
+        "qat.stepz",
+        "qat.batch_size",
+        "method",
+        "scheme.weights.num_bits",
+        "pack.dtype",
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("qat.stepz", 1, "qat.stepz = 1: unknown key; allowed here: steps, batch_size, learning_rate"),
+        ("qatt", {}, "unknown key; allowed here: seed, method, fetch"),
+        ("typo", 3, "typo = 3: unknown key; allowed here: seed, method, fetch, prepare"),
+        ("scheme.input_activations.bits", 4, "allowed here: num_bits, symmetric, strategy"),
+        ("registerr", None, "evaluate, benchmark, register"),
+        ("method", "awq", "method = 'awq': unknown method; choose one of rtn, mse, kd, qvgen"),
+        ("qat.steps", -1, "qat.steps = -1: Input should be greater than or equal to 0"),
+        ("qat.steps", 1.5, "qat.steps = 1.5: Input should be a valid integer"),
+        ("qat.steps", True, "qat.steps = True: Input should be a valid integer"),
+        ("qat.steps", "3", "qat.steps = '3': Input should be a valid integer"),
+        ("qat.learning_rate", float("nan"), "qat.learning_rate = nan: Input should be less than 1"),
+        ("scheme.weights.num_bits", 9, "scheme.weights.num_bits = 9: Input should be less than or equal to 8"),
+        ("prepare.width", 40, "prepare.width = 40: Input should be a multiple of 16"),
+        ("fetch.revision", "main", "fetch.revision = 'main': String should match pattern '^[0-9a-f]{40}$'"),
+        ("qat", 3, "qat = 3:"),
+    ],
+)
+def test_a_fault_names_path_value_and_what_is_allowed(path: str, value: Any, said: str, tmp_path: Path) -> None:
+    message = refusal(with_({path: value}), tmp_path)
+    assert "1 fault(s)" in message
+    assert said in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"prepare.source": "videos"}, "source 'videos' needs it"),
+        ({"prepare.folder": "clips"}, "folder belongs to source 'videos'"),
+        ({"calibrate.clip_candidates": [0.5, 1.0]}, "strictly between 0 and 1, found [1.0]"),
+        ({"decay.initial_rank": 0}, "method qvgen needs decay.initial_rank >= 1"),
+        ({"evaluate.videos": 201}, "evaluate.videos = 201 but only evaluate.prompts = 200"),
+        ({"scheme.weights.strategy": "group"}, "strategy 'group' needs it"),
+        ({"scheme.weights.strategy": "token"}, "weights have no tokens"),
+        ({"scheme.weights.symmetric": True}, "use zero_point_domain 'integer'"),
+        ({"scheme.input_activations.strategy": "tensor"}, "strategy must be token"),
+        ({"scheme.input_activations.zero_point_domain": "float"}, "zero_point_domain must be integer"),
+    ],
+)
+def test_impossible_combinations_are_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    assert said in refusal(with_(changes), tmp_path)
+
+
+@pytest.mark.parametrize(("text", "said"), [("a: [", "not valid YAML"), ("- 1", "found list"), ("", "found NoneType")])
+def test_files_that_hold_no_sections(text: str, said: str, tmp_path: Path) -> None:
+    assert said in refusal(text, tmp_path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match=r"nowhere\.yaml does not exist"):
+        load_params(tmp_path / "nowhere.yaml")
+
+
+def test_the_tree_is_frozen() -> None:
+    params = Params.model_validate(DEFAULT)
+    for section, field in ((params, "seed"), (params.qat, "steps"), (params.scheme.weights, "num_bits")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, field, 1)
+
+
+def test_methods_share_one_step_budget() -> None:
+    schedule = {m: Params.model_validate(with_({"method": m})).schedule for m in ("rtn", "mse", "kd", "qvgen")}
+    assert schedule["qvgen"].phase_ranks == (16, 8, 4, 2, 1)
+    assert schedule["kd"].phase_ranks == ()
+    assert schedule["kd"].total_steps == schedule["qvgen"].total_steps == 200 + 5 * 80 + 200
+    assert schedule["rtn"].total_steps == schedule["mse"].total_steps == 0

@@ -1,0 +1,100 @@
+import json
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from qvgen.quant.scheme import FORMAT_VERSION, MAX_BITS, MIN_BITS, QuantArgs, QuantScheme
+
+
+@pytest.mark.parametrize("num_bits", range(MIN_BITS, MAX_BITS + 1))
+def test_codes_fill_their_bits(num_bits: int) -> None:
+    args = QuantArgs(num_bits=num_bits)
+    assert args.max_code.bit_length() == num_bits
+    assert args.max_code + 1 == 2 * args.symmetric_zero_point
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"num_bits": 1}, "greater than or equal to 2"),
+        ({"num_bits": 9}, "less than or equal to 8"),
+        ({"num_bits": "4"}, "valid integer"),
+        ({"strategy": "row"}, "'tensor', 'channel', 'group' or 'token'"),
+        ({"strategy": "group"}, "strategy 'group' needs it"),
+        ({"group_size": 32}, "group_size belongs to strategy 'group'"),
+        ({"strategy": "group", "group_size": 1}, "greater than or equal to 2"),
+        ({"symmetric": True, "zero_point_domain": "float"}, "no zero point to keep as float"),
+        ({"bits": 4}, "Extra inputs are not permitted"),
+    ],
+)
+def test_impossible_quantizers_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        QuantArgs(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"weights": QuantArgs(strategy="token")}, "weights have no tokens"),
+        ({"input_activations": QuantArgs(strategy="channel")}, "strategy must be token"),
+        (
+            {"input_activations": QuantArgs(strategy="token", zero_point_domain="float")},
+            "zero_point_domain must be integer",
+        ),
+        ({"timestep_groups": 0}, "greater than or equal to 1"),
+        ({"targets": "Linear"}, "valid tuple"),
+    ],
+)
+def test_impossible_schemes_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        QuantScheme(**settings)
+
+
+def test_name_is_the_fields_notation() -> None:
+    assert QuantScheme().name == "W4A4"
+    assert QuantScheme(weights=QuantArgs(num_bits=3), input_activations=None).name == "W3A16"
+
+
+def test_schemes_are_frozen_and_comparable() -> None:
+    scheme = QuantScheme()
+    with pytest.raises(ValidationError, match="frozen"):
+        scheme.timestep_groups = 1  # pyright: ignore[reportAttributeAccessIssue]
+    assert scheme == QuantScheme()
+    assert scheme != QuantScheme(timestep_groups=1)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        QuantScheme(),
+        QuantScheme(input_activations=None),
+        QuantScheme(weights=QuantArgs(num_bits=8, strategy="group", group_size=64, symmetric=True)),
+        QuantScheme(targets=("Linear", "re:blocks.*"), ignore=("proj_out",), timestep_groups=7),
+    ],
+)
+def test_config_json_round_trip(scheme: QuantScheme) -> None:
+    config = json.loads(json.dumps(scheme.to_config(num_targets=40)))
+    assert config["quant_method"] == "qvgen"
+    assert QuantScheme.from_config(config) == (scheme, 40)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"format_version": FORMAT_VERSION + 1}, f"this qvgen reads version {FORMAT_VERSION}"),
+        ({"format_version": None}, "packed format version None"),
+        ({"config_groups": {}}, "one config group named group_0, found \\[\\]"),
+        ({"config_groups": {"group_0": {}, "group_1": {}}}, "found \\['group_0', 'group_1'\\]"),
+    ],
+)
+def test_foreign_configs_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        QuantScheme.from_config(QuantScheme().to_config(num_targets=1) | changes)
+
+
+def test_an_unknown_key_in_config_json_is_refused() -> None:
+    config = QuantScheme().to_config(num_targets=1)
+    config["config_groups"]["group_0"]["surprise"] = 1
+    with pytest.raises(ValidationError, match="surprise"):
+        QuantScheme.from_config(config)
