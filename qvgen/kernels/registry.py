@@ -1,0 +1,188 @@
+"""Which backend runs the packed layers, and why: availability with reasons, one choice per layer when it is loaded.
+
+`auto` takes the fastest backend that can run a layer and says once, in the log, which one and why no faster one did. Asking
+for a backend by name, with the environment variable QVGEN_KERNELS or in code, never falls back: it raises.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from enum import StrEnum
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from qvgen.quant.scheme import QuantArgs
+
+ENVIRONMENT = "QVGEN_KERNELS"
+OP = "quantized_linear"
+_log = logging.getLogger(__name__)
+
+
+class KernelPreference(StrEnum):
+    AUTO = "auto"
+    REFERENCE = "reference"
+    CPU = "cpu"
+    TRITON = "triton"
+
+
+class PackedWeight(NamedTuple):
+    """A layer's weight as it is stored (packing/layout.py): what a backend decides on and prepares."""
+
+    words: torch.Tensor  # (N, ceil(K num_bits / 32)) int32
+    scale: torch.Tensor  # (N or 1, G) float32
+    zero_point: torch.Tensor | None  # (N or 1, G) float32
+    row_sum: torch.Tensor  # (N, G) int32
+    in_features: int
+    args: QuantArgs
+    activations: QuantArgs | None
+
+
+class PreparedWeight(NamedTuple):
+    """A layer's weight as `backend` wants it; `weight` has that backend's own layout, the rest the op's."""
+
+    backend: str
+    weight: torch.Tensor
+    scale: torch.Tensor  # (N, G) float32
+    zero_point: torch.Tensor | None  # (N, G) float32
+    row_sum: torch.Tensor  # (N, G) int32
+
+
+class Backend(Protocol):
+    name: str
+    devices: tuple[str, ...]  # device types it is made for; empty: all
+
+    def available(self) -> str:
+        """Why it cannot run on this machine, worded for a user; empty if it can."""
+        ...
+
+    def supports(self, layer: PackedWeight) -> str:
+        """Why it cannot run this layer; empty if it can."""
+        ...
+
+    def prepare(self, layer: PackedWeight) -> PreparedWeight:
+        """Repack a stored weight, on its device. May be slow: happens once, at load."""
+        ...
+
+    def run(self, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        """The op of kernels/ops.py without its last argument."""
+        ...
+
+
+class NotBuilt:
+    """Stands for a backend that this installation does not have."""
+
+    def __init__(self, name: str, devices: tuple[str, ...], reason: str) -> None:
+        self.name, self.devices, self.reason = name, devices, reason
+
+    def available(self) -> str:
+        return self.reason
+
+    def supports(self, layer: PackedWeight) -> str:
+        return ""
+
+    def prepare(self, layer: PackedWeight) -> PreparedWeight:
+        raise RuntimeError(f"backend {self.name} is not available: {self.reason}")
+
+    def run(self, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        raise RuntimeError(f"backend {self.name} is not available: {self.reason}")
+
+
+class KernelRow(NamedTuple):
+    """One line of `qvgen kernels`."""
+
+    op: str
+    backend: str
+    available: bool
+    reason: str  # why it is not available, or not used; empty otherwise
+    chosen: bool
+
+
+# Fastest first, which is the order in which `auto` tries them.
+_backends: dict[str, Backend] = {
+    "triton": NotBuilt("triton", ("cuda",), "this version of qvgen has no GPU kernels"),
+    "cpu": NotBuilt("cpu", ("cpu",), "this version of qvgen has no compiled CPU kernels"),
+}
+_announced: set[str] = set()
+
+
+def register(backend: Backend) -> None:
+    """Make a backend known under its name. Raises ValueError for a name that KernelPreference does not have."""
+    if backend.name not in set(KernelPreference) - {KernelPreference.AUTO}:
+        raise ValueError(f"backend {backend.name!r} is not one of {', '.join(KernelPreference)}")
+    _backends[backend.name] = backend
+
+
+def backends() -> list[Backend]:
+    """Every backend, fastest first."""
+    return list(_backends.values())
+
+
+def get(name: str) -> Backend:
+    return _backends[name]
+
+
+def preference() -> KernelPreference:
+    """What QVGEN_KERNELS asks for; auto if it is not set. Raises ValueError for an unknown name."""
+    value = os.environ.get(ENVIRONMENT) or KernelPreference.AUTO
+    try:
+        return KernelPreference(value)
+    except ValueError:
+        raise ValueError(f"{ENVIRONMENT}={value!r} is not one of {', '.join(KernelPreference)}") from None
+
+
+def choose(layer: PackedWeight, wanted: KernelPreference | None = None) -> Backend:
+    """The backend for a layer: `wanted`, or what QVGEN_KERNELS asks for.
+
+    Raises RuntimeError if a backend asked for by name cannot run the layer.
+    """
+    wanted = preference() if wanted is None else wanted
+    device = layer.words.device
+    if wanted is not KernelPreference.AUTO:
+        backend = _backends[wanted]
+        if reason := _refusal(backend, device) or backend.supports(layer):
+            raise RuntimeError(
+                f"kernel backend {wanted.value!r} was asked for and cannot run: {reason}; "
+                f"unset {ENVIRONMENT} to let qvgen choose ({ENVIRONMENT}=auto)"
+            )
+        return backend
+    passed_over = []
+    for backend in _backends.values():
+        if not _serves(backend, device):
+            continue
+        if not (reason := backend.available() or backend.supports(layer)):
+            _announce(backend, device, passed_over)
+            return backend
+        passed_over.append(f"{backend.name}: {reason}")
+    raise RuntimeError(f"no kernel backend can run packed layers on {device.type}: {'; '.join(passed_over)}")
+
+
+def explain(device: torch.device | str = "cpu") -> list[KernelRow]:
+    """Every op and backend, and which one layers on `device` get (unless a layer's own shape or bits rule it out)."""
+    device, wanted = torch.device(device), preference()
+    refusals = {name: _refusal(backend, device) for name, backend in _backends.items()}
+    candidates = [wanted.value] if wanted is not KernelPreference.AUTO else list(_backends)
+    chosen = next((name for name in candidates if not refusals[name]), None)
+    return [
+        KernelRow(OP, name, not backend.available(), refusals[name], name == chosen) for name, backend in _backends.items()
+    ]
+
+
+def _serves(backend: Backend, device: torch.device) -> bool:
+    return not backend.devices or device.type in backend.devices
+
+
+def _refusal(backend: Backend, device: torch.device) -> str:
+    if reason := backend.available():
+        return reason
+    return "" if _serves(backend, device) else f"runs on {', '.join(backend.devices)} only, not on {device.type}"
+
+
+def _announce(backend: Backend, device: torch.device, passed_over: list[str]) -> None:
+    message = f"packed layers on {device.type} run in backend {backend.name!r}"
+    if passed_over:
+        message += f", slower than others would be ({'; '.join(passed_over)})"
+    if message not in _announced:
+        _announced.add(message)
+        _log.log(logging.WARNING if passed_over else logging.INFO, message)
