@@ -22,14 +22,19 @@ class DvcFacts:
     @property
     def key(self) -> str:
         """`<stage>-<hash>`: the same for the same command, dependencies and parameters, and for nothing else."""
-        content = json.dumps([self.command, self.deps, self.params], sort_keys=True, default=str)
-        return f"{self.address}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+        return f"{self.address}-{fingerprint([self.command, self.deps, self.params])[:16]}"
+
+
+def fingerprint(content: Any) -> str:
+    """sha256 of plain data, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def read_dvc_facts(root: Path, address: str) -> DvcFacts:
     """Read dvc.yaml and hash the dependencies (DVC remembers the hashes of unchanged files).
 
-    Raises ValueError for a stage that dvc.yaml does not have, FileNotFoundError for a missing dependency.
+    Raises ValueError for a stage that dvc.yaml does not have, FileNotFoundError for a missing dependency, and DVC's own
+    error for a folder that is no DVC project.
     """
     with _open(root) as repo:
         stage = _find(repo, address)
@@ -64,7 +69,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _open(root: Path):
     from dvc.repo import Repo  # 0.3 s
 
-    return Repo(str(root), uninitialized=True)  # a checkout without .dvc can still run a stage by hand
+    return Repo(str(root))
 
 
 def _find(repo: Any, address: str) -> Any:

@@ -63,14 +63,15 @@ class Journal:
     def end(self, status: Status) -> None:
         self.write("end", status=status)
 
-    def wait_for_run(self, timeout: float) -> str | None:
-        """MLflow run id, once the forwarder has created the run; None if it has not within `timeout` seconds."""
+    def wait_for(self, entry: str, timeout: float = FINISH_SECONDS) -> Any:
+        """An entry of the receipt, once the forwarder has written it; None if tracking does not answer in time."""
         deadline = time.monotonic() + timeout
-        while not (receipt := read_receipt(self.path)):
-            if time.monotonic() > deadline:
-                return None
+        while time.monotonic() < deadline:
+            receipt = read_receipt(self.path)
+            if receipt.get(entry) or receipt.get("failed"):
+                return receipt.get(entry)
             time.sleep(0.1)
-        return receipt["run_id"]
+        return None
 
 
 def read_events(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
@@ -91,12 +92,19 @@ def receipt_path(journal: Path) -> Path:
     return journal.with_suffix(".run")
 
 
-def read_receipt(journal: Path) -> dict[str, Any] | None:
-    """{run_id, parent_run_id, complete}: what the forwarder has done with a journal so far."""
+def read_receipt(journal: Path) -> dict[str, Any]:
+    """What the forwarder has done with a journal so far: run_id, parent_run_id, registered,
+    complete, tracking_uri, failed."""
     try:
         return json.loads(receipt_path(journal).read_text())
     except FileNotFoundError:
-        return None
+        return {}
+
+
+def write_receipt(journal: Path, receipt: Mapping[str, Any]) -> None:
+    draft = receipt_path(journal).with_suffix(f".{os.getpid()}")
+    draft.write_text(json.dumps(receipt))
+    draft.replace(receipt_path(journal))
 
 
 class Forwarder:

@@ -68,9 +68,9 @@ class Stage:
     def log_tags(self, tags: Mapping[str, str]) -> None:
         self.journal.write("tags", tags={k: str(v) for k, v in tags.items()})
 
-    def tracking_run(self, timeout: float = 60) -> str | None:
-        """MLflow id of this run, or None while tracking cannot be reached. Waits up to `timeout` seconds."""
-        return self.journal.wait_for_run(timeout)
+    def tracking_run(self) -> str | None:
+        """MLflow id of this run; waits until it is known. None if tracking does not answer."""
+        return self.journal.wait_for("run_id")
 
     def progress(self, total: int, desc: str = "", initial: int = 0, unit: str = "step") -> Progress:
         """A tqdm bar with the time left: `update()`, `set_postfix(loss=...)`, also a context manager. Where stderr is

@@ -9,19 +9,18 @@ from __future__ import annotations
 import argparse
 import fcntl
 import itertools
-import json
 import logging
 import os
 import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
 
-from stages._journal import Journal, read_events, receipt_path
+from stages._journal import Journal, read_events, read_receipt, write_receipt
+from stages._registry import register_version
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -49,10 +48,12 @@ def tracking_uri(home: Path) -> str:
 
 def public_uri(uri: str, home: Path) -> str:
     """The same address without password, and without the folder of this checkout, fit for a tracked file."""
-    parts = urlsplit(uri.replace(f"sqlite:///{home.resolve()}/", "sqlite:///"))
-    if "@" not in parts.netloc:
-        return urlunsplit(parts._replace(query=""))
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=""))
+    return _without_secrets(uri.partition("?")[0].replace(f"sqlite:///{home.resolve()}/", "sqlite:///"))
+
+
+def _without_secrets(text: str) -> str:
+    """`https://user:password@host` -> `https://host`."""
+    return re.sub(r"://[^/@\s]*@", "://", text)
 
 
 def connect(home: Path) -> tuple[MlflowClient, str]:
@@ -175,7 +176,12 @@ class Sender:
             case "end":
                 client.set_terminated(run, event["status"], event["time"])
                 self._close_parent(event)
-                self._write_receipt(complete=True)
+                self._note(complete=True)
+            case "register":
+                with locked(self.home):
+                    version = register_version(client, self._experiment, run, event)
+                found = {"name": version.name, "version": int(version.version), "run_id": version.run_id}
+                self._note(registered=found)
 
     def _open_run(self, event: dict[str, Any]) -> None:
         from mlflow.entities import Param
@@ -187,7 +193,7 @@ class Sender:
         params = [Param(_name(key), str(value)[:LONGEST_PARAM]) for key, value in event["params"].items()]
         for batch in _batched(params, PARAMS_PER_BATCH):
             self._client.log_batch(self._run, params=batch)
-        self._write_receipt(complete=False)
+        self._note(run_id=self._run, parent_run_id=self._parent, complete=False)
 
     def _open_parent(self, id: str) -> str:
         """The run of the pipeline execution, shown as running while one of its stages runs."""
@@ -218,11 +224,21 @@ class Sender:
         for batch in _batched(entries, TAGS_PER_BATCH):
             self._client.log_batch(run, tags=batch)
 
-    def _write_receipt(self, complete: bool) -> None:
-        receipt = receipt_path(self.journal)
-        draft = receipt.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps({"run_id": self._run, "parent_run_id": self._parent, "complete": complete}))
-        draft.replace(receipt)
+    def _note(self, failed: str | None = None, **entries: Any) -> None:
+        """Write the receipt, for whoever waits for an answer."""
+        where = public_uri(tracking_uri(self.home), self.home)
+        receipt = read_receipt(self.journal) | {"tracking_uri": where, "failed": failed}
+        write_receipt(self.journal, receipt | entries)
+
+    def fail(self, error: Exception) -> None:
+        """Say once why nothing is sent."""
+        first, *_ = _without_secrets(str(error)).splitlines() or [""]
+        reason = f"{type(error).__name__}: {first[:120]}"
+        if not read_receipt(self.journal).get("failed"):
+            uri = public_uri(tracking_uri(self.home), self.home)
+            print(f"warning: tracking at {uri} does not answer, see {self.journal} ({reason})", file=sys.stderr)
+        with suppress(OSError):  # a full disk
+            self._note(failed=reason)
 
 
 def follow(journal: Path, writer: int | None) -> bool:
@@ -231,7 +247,7 @@ def follow(journal: Path, writer: int | None) -> bool:
     While tracking cannot be reached it says so once and tries again every 30 seconds, and a last time at the end.
     """
     sender = Sender(journal)
-    failed, due = False, time.monotonic()
+    due = time.monotonic()
     while True:
         alive = writer is not None and os.getppid() == writer
         sender.read()
@@ -244,14 +260,8 @@ def follow(journal: Path, writer: int | None) -> bool:
                 sender.send()
                 due = time.monotonic() + FLUSH_SECONDS
             except Exception as error:  # whatever goes wrong here must not reach the stage
-                if not failed:
-                    uri = public_uri(tracking_uri(sender.home), sender.home)
-                    reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-                    print(
-                        f"warning: tracking at {uri} does not answer ({reason}). Nothing is lost: {journal}",
-                        file=sys.stderr,
-                    )
-                failed, due = True, time.monotonic() + RETRY_SECONDS
+                sender.fail(error)
+                due = time.monotonic() + RETRY_SECONDS
         if last:
             return not sender.unsent
         time.sleep(0.2)
