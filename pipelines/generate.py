@@ -34,19 +34,14 @@ _FAMILY_DEFAULTS = {
 def read_settings(model: Path, overrides: dict[str, Any]) -> Settings:
     """Settings of a pipeline folder: `overrides` that are not None, else generation.json, else the family's defaults.
 
-    Raises ValueError for a folder that is not a supported pipeline, an unknown entry or a value out of range.
+    Raises ValueError for a folder that is not a supported pipeline or damaged, an unknown entry, a value out of range.
     """
+    from qvgen.models.source import read_pipeline
+
     if not model.is_dir():
         raise ValueError(f"model folder {str(model)!r} does not exist")
-    if not (model / "model_index.json").is_file():
-        raise ValueError(
-            f"{str(model)!r} is not a diffusers pipeline: it has no model_index.json. Give the folder above "
-            "transformer/, such as artifacts/packed"
-        )
-    pipeline_class = _read_json(model / "model_index.json").get("_class_name")
-    if pipeline_class not in _FAMILY_DEFAULTS:
-        raise ValueError(f"pipeline {pipeline_class!r} is not supported; supported: {', '.join(_FAMILY_DEFAULTS)}")
-    values = vars(_FAMILY_DEFAULTS[pipeline_class]).copy()
+    pipeline = read_pipeline(model)
+    values = vars(_FAMILY_DEFAULTS[pipeline.pipeline_class]).copy()
     types = {field.name: float if field.name == "guidance_scale" else int for field in fields(Settings)}
     sidecar = model / DEFAULTS_FILE
     own = _read_json(sidecar) if sidecar.is_file() else {}

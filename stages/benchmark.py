@@ -1,7 +1,7 @@
 """Stage benchmark: latency, memory and bytes of the full-precision, the bfloat16 and the packed transformer.
 
-Reads artifacts/model, artifacts/packed and artifacts/data; writes metrics/benchmark.json, and artifacts/benchmark with the
-quartiles and the hardware. The fp32 and bf16 variants are written for the occasion, so that bytes are bytes of files.
+Reads artifacts/model and artifacts/packed; writes metrics/benchmark.json, and records quartiles and hardware with the run.
+The fp32 and bf16 variants are written for the occasion, so that all bytes are bytes of files.
 """
 
 from __future__ import annotations
@@ -15,24 +15,27 @@ from stages._run import Stage, stage_main
 
 # Of the parameters that are not packed. A packed folder is loaded as everywhere else: float32 around the packed layers.
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "packed": "float32"}
+PROMPT = "a red digit three moving up"  # any prompt takes the same time
 
 
 def run(stage: Stage) -> None:
     from qvgen.evaluation.hardware import describe, hardware
     from qvgen.evaluation.size import folder_bytes
-    from qvgen.evaluation.speed import interleaved, peak_memory_mb, torch_threads
+    from qvgen.evaluation.speed import interleaved, load_variant, peak_memory_mb, torch_threads
 
     settings = stage.params.benchmark
     with tempfile.TemporaryDirectory(dir=stage.checkpoint_dir) as temporary, torch_threads(settings.threads):
         folders = write_variants(stage, Path(temporary))
-        inputs = write_inputs(stage, Path(temporary) / "inputs.safetensors")
         sizes = {name: folder_bytes(folder / "transformer") for name, folder in folders.items()}
+        pipelines = {name: load_variant(folder, DTYPES[name]) for name, folder in folders.items()}
+        inputs = write_inputs(stage, pipelines["fp32"], Path(temporary) / "inputs.safetensors")
         with stage.progress(total=len(folders), desc="memory", unit="variant") as progress:
             memory = {}
             for name, folder in folders.items():
                 memory[name] = peak_memory_mb(folder, inputs, DTYPES[name], settings.threads)
                 progress.update()
-        steps, videos = actions(stage, folders, inputs)
+        steps = {name: step_action(stage, pipeline, inputs) for name, pipeline in pipelines.items()}
+        videos = {name: video_action(stage, pipeline) for name, pipeline in pipelines.items()}
         with stage.progress(total=2 * (settings.repetitions + 2), desc="latency", unit="round") as progress:
             step_s = interleaved(steps, settings.repetitions, on_round=progress.update)
             video_s = interleaved(videos, settings.repetitions, on_round=progress.update)
@@ -43,7 +46,7 @@ def run(stage: Stage) -> None:
         "bytes": sizes,
         "step_ms": step_ms,
         "peak_rss_mb": {name: peak["peak"] for name, peak in memory.items()},
-        "kernel": kernel_name(stage),
+        "kernel": kernel_name(pipelines["packed"].transformer),
         "device": describe(device),
         "video_s": {name: timing.median for name, timing in video_s.items()},
         "speedup": {f"over_{name}": step_ms[name] / step_ms["packed"] for name in ("fp32", "bf16")},
@@ -58,89 +61,98 @@ def run(stage: Stage) -> None:
         "video_s": {name: timing.as_dict() for name, timing in video_s.items()},
         "peak_memory_mb": memory,
     }
-    with stage.outputs("artifacts/benchmark") as folder:
-        (folder / "details.json").write_text(json.dumps(details, indent=2) + "\n")
     with stage.outputs("metrics/benchmark.json") as path:
         path.write_text(json.dumps(metrics, indent=2) + "\n")
 
     for name in ("bytes", "step_ms", "peak_rss_mb", "video_s", "speedup"):
         stage.log_metrics({f"{name}.{variant}": value for variant, value in metrics[name].items()})
     stage.log_artifact("metrics/benchmark.json")
-    stage.log_artifact("artifacts/benchmark")
+    stage.log_text(json.dumps(details, indent=2) + "\n", "benchmark_details.json")
 
 
 def write_variants(stage: Stage, folder: Path) -> dict[str, Path]:
     """Pipeline folders: artifacts/model in float32 and in bfloat16, and artifacts/packed itself."""
-    import torch
-
     from qvgen.evaluation.size import write_variant
 
     for name in ("fp32", "bf16"):
-        write_variant(stage.root / "artifacts/model", folder / name, getattr(torch, DTYPES[name]))
+        write_variant(stage.root / "artifacts/model", folder / name, DTYPES[name])
     return {"fp32": folder / "fp32", "bf16": folder / "bf16", "packed": stage.root / "artifacts/packed"}
 
 
-def write_inputs(stage: Stage, path: Path) -> Path:
-    """One batch in the middle of denoising, from the held-out data."""
+def write_inputs(stage: Stage, pipeline: Any, path: Path) -> Path:
+    """What the transformer is given in the middle of denoising: its values do not change how long it takes."""
     import torch
     from safetensors.torch import save_file
 
-    from qvgen.data.precompute import LatentDataset
+    from qvgen.evaluation.samples import family_adapter
 
-    data = LatentDataset.open(stage.root / "artifacts/data/held_out")
-    index = torch.arange(stage.params.benchmark.batch_size) % len(data)
-    timestep = torch.full((len(index),), 500.0)
-    save_file({"latents": data.latents[index], "timestep": timestep, "text": data.text(index)}, path)
+    size, count = clip_size(stage), stage.params.benchmark.batch_size
+    family = family_adapter(pipeline)
+    with torch.no_grad():
+        clips = torch.zeros(count, 3, size.frames, size.height, size.width)
+        clean = family.encode_clips(pipeline, clips).float()
+        text = family.encode_text(pipeline, [PROMPT] * count, size.max_sequence_length).float()
+    timestep = torch.full((count,), 500.0)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(stage.params.seed))
+    latents = family.add_noise(clean, noise, timestep)
+    tensors = {"latents": latents, "timestep": timestep, "text": text}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     return path
 
 
-def actions(stage: Stage, folders: dict[str, Path], inputs: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Per variant a function that takes one denoising step, and one that makes one batch of videos, decoding included."""
+def step_action(stage: Stage, pipeline: Any, inputs: Path) -> Any:
+    """A function that calls the transformer once."""
     import torch
     from safetensors.torch import load_file
 
-    from qvgen.evaluation.samples import sample
-    from qvgen.evaluation.speed import load_variant
-    from qvgen.models.family import ClipSize, load_family
+    from qvgen.evaluation.samples import family_adapter
 
-    tensors, prepare, evaluate = load_file(inputs), stage.params.prepare, stage.params.evaluate
-    size = ClipSize(prepare.frames, prepare.height, prepare.width, prepare.max_sequence_length)
-    count = stage.params.benchmark.batch_size
+    tensors, family, transformer = load_file(inputs), family_adapter(pipeline), pipeline.transformer
+    latents, text = tensors["latents"].to(transformer.dtype), tensors["text"].to(transformer.dtype)
+    return torch.no_grad()(lambda: family.predict(transformer, latents, tensors["timestep"], text))
 
-    def of_variant(name: str, folder: Path) -> tuple[Any, Any]:
-        pipeline, family = load_variant(folder, getattr(torch, DTYPES[name])), load_family(folder)
-        dtype = pipeline.transformer.dtype
-        latents, text = tensors["latents"].to(dtype), tensors["text"].to(dtype)
 
-        @torch.no_grad()
-        def step() -> None:
-            family.predict(pipeline.transformer, latents, tensors["timestep"], text)
+def video_action(stage: Stage, pipeline: Any) -> Any:
+    """A function that makes one batch of videos: text, all denoising steps with guidance, decoding."""
+    from qvgen.evaluation.samples import family_adapter, sample
 
-        def video() -> None:
-            sample(
-                pipeline,
-                family,
-                ["a red digit three moving up"] * count,
-                list(range(count)),
-                size,
-                inference_steps=evaluate.inference_steps,
-                guidance_scale=evaluate.guidance_scale,
-                batch_size=count,
-            )
+    evaluate, count = stage.params.evaluate, stage.params.benchmark.batch_size
+    return lambda: sample(
+        pipeline,
+        family_adapter(pipeline),
+        [PROMPT] * count,
+        list(range(count)),
+        clip_size(stage),
+        inference_steps=evaluate.inference_steps,
+        guidance_scale=evaluate.guidance_scale,
+        batch_size=count,
+    )
 
-        return step, video
 
-    pairs = {name: of_variant(name, folder) for name, folder in folders.items()}
-    return {name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()}
+def clip_size(stage: Stage) -> Any:
+    from qvgen.models.family import ClipSize
+
+    prepare = stage.params.prepare
+    return ClipSize(prepare.frames, prepare.height, prepare.width, prepare.max_sequence_length)
+
+
+def kernel_name(transformer: Any) -> str:
+    """The backend that the packed layers ran in (several, joined by "+", where layers differ)."""
+    from qvgen.nn.packed_linear import packed_layers
+
+    return "+".join(sorted({str(layer.backend) for _, layer in packed_layers(transformer)}))
 
 
 def packed_ratio(stage: Stage) -> float | None:
-    """What the scheme makes of Wan 2.1 1.3B; None for a scheme that names layers which that model does not have."""
+    """What the scheme of artifacts/packed makes of Wan 2.1 1.3B; None if it names layers which that model lacks."""
     from qvgen.evaluation.size import wan_packed_ratio
     from qvgen.models.wan import WanFamily
+    from qvgen.quant.scheme import QuantScheme
 
+    config = json.loads((stage.root / "artifacts/packed/transformer/config.json").read_text())
+    scheme, _ = QuantScheme.from_config(config["quantization_config"])
     try:
-        return wan_packed_ratio(stage.params.scheme, WanFamily.default_targets)
+        return wan_packed_ratio(scheme, WanFamily.default_targets)
     except ValueError:
         return None
 

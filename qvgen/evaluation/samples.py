@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qvgen.models.family import NUM_TRAIN_TIMESTEPS, ClipSize, Family
+from qvgen.models.family import NUM_TRAIN_TIMESTEPS, ClipSize, Family, family_of
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -17,6 +17,11 @@ OnBatch = Callable[[int], None]  # told how many items a finished batch held
 
 def silent(_items: int) -> None:
     pass
+
+
+def family_adapter(pipeline: Any) -> Family:
+    """The adapter of a loaded pipeline."""
+    return family_of(type(pipeline).__name__, dict(pipeline.scheduler.config))
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,8 @@ def folder_bytes(folder: str | Path) -> int:
     return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
 
 
-def write_variant(pipeline: str | Path, target: str | Path, dtype: torch.dtype) -> None:
-    """The pipeline folder `target`: `pipeline` with every parameter of its transformer in `dtype`.
+def write_variant(pipeline: str | Path, target: str | Path, dtype: str) -> None:
+    """The pipeline folder `target`: `pipeline` with every parameter of its transformer in `dtype` ("bfloat16", ...).
 
     Only the transformer is written, the rest are links to `pipeline`.
     """
@@ -45,10 +44,11 @@ def write_variant(pipeline: str | Path, target: str | Path, dtype: torch.dtype) 
     target.mkdir(parents=True)
     for entry in pipeline.iterdir():
         if entry.name != "transformer":
-            os.symlink(entry, target / entry.name)
-    transformer = diffusers.AutoModel.from_pretrained(pipeline / "transformer", dtype=dtype, local_files_only=True)
+            (target / entry.name).symlink_to(entry)
+    source = pipeline / "transformer"
+    transformer = diffusers.AutoModel.from_pretrained(source, dtype=getattr(torch, dtype), local_files_only=True)
     for parameter in transformer.parameters():  # diffusers keeps some in float32 when it loads bfloat16
-        parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.to(getattr(torch, dtype))
     transformer.save_pretrained(target / "transformer")
 
 

@@ -87,13 +87,15 @@ def peak_memory_mb(folder: str | Path, inputs: str | Path, dtype: str, threads: 
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def load_variant(folder: str | Path, dtype: torch.dtype) -> Any:
-    """A pipeline whose transformer and text encoder are in `dtype`, packed layers excepted; the VAE stays float32."""
+def load_variant(folder: str | Path, dtype: str) -> Any:
+    """A pipeline whose transformer and text encoder are in `dtype` ("bfloat16", ...), packed layers excepted; the VAE
+    stays float32."""
     from diffusers import DiffusionPipeline
 
     import qvgen.integrations.diffusers  # noqa: F401  (packed transformers)
 
-    dtypes = {"transformer": dtype, "text_encoder": dtype, "default": torch.float32}
+    reduced = getattr(torch, dtype)
+    dtypes = {"transformer": reduced, "text_encoder": reduced, "default": torch.float32}
     pipeline = DiffusionPipeline.from_pretrained(
         Path(folder), dtype=dtypes, local_files_only=True, use_safetensors=True
     )

@@ -1,0 +1,178 @@
+"""`qvgen generate` on a real, small, untrained pipeline: same seed same bytes, and errors that say what to do."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipelines import cli
+
+ASSETS = Path(__file__).parents[2] / "assets" / "tiny-wan"
+GENERATION = {
+    "frames": 9,
+    "height": 32,
+    "width": 32,
+    "max_sequence_length": 12,
+    "inference_steps": 2,
+    "guidance_scale": 2.0,
+    "fps": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded VAE, text encoder, tokenizer and scheduler around a one-layer transformer with random weights."""
+    from diffusers import DiffusionPipeline, WanPipeline, WanTransformer3DModel
+
+    torch.manual_seed(0)
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=8,
+        out_channels=8,
+        text_dim=64,
+        freq_dim=32,
+        ffn_dim=64,
+        num_layers=1,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    pipeline: DiffusionPipeline = WanPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(ASSETS / "tokenizer"),
+        text_encoder=UMT5EncoderModel.from_pretrained(ASSETS / "text_encoder"),
+        vae=AutoencoderKLWan.from_pretrained(ASSETS / "vae"),
+        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(ASSETS / "scheduler"),
+        transformer=transformer,
+    )
+    folder = tmp_path_factory.mktemp("pipeline")
+    pipeline.save_pretrained(folder)
+    (folder / "generation.json").write_text(json.dumps(GENERATION))
+    return folder
+
+
+def run(monkeypatch: pytest.MonkeyPatch, model: Path, out: Path, *more: str, prompt: str = "a red digit three") -> int:
+    """Exit code of `qvgen generate`, in this process."""
+    arguments = ["qvgen", "generate", "--model", str(model), "--prompt", prompt, "--out", str(out), *more]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".png"])
+def test_the_same_seed_gives_the_same_file(monkeypatch, model: Path, tmp_path: Path, suffix: str) -> None:
+    first, second, other = (tmp_path / f"{name}{suffix}" for name in ("first", "second", "other"))
+    assert run(monkeypatch, model, first, "--seed", "1") == 0
+    assert run(monkeypatch, model, second, "--seed", "1") == 0
+    assert run(monkeypatch, model, other, "--seed", "2") == 0
+    assert first.read_bytes() == second.read_bytes() != other.read_bytes()
+
+
+def test_flags_override_generation_json(monkeypatch, model: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    flags = ["--frames", "5", "--height", "48", "--width", "64", "--steps", "1", "--guidance-scale", "1"]
+    assert run(monkeypatch, model, tmp_path / "own.png") == 0
+    assert run(monkeypatch, model, tmp_path / "flags.png", *flags) == 0
+    assert Image.open(tmp_path / "own.png").size == (9 * 64 + 8 * 4, 64)
+    assert Image.open(tmp_path / "flags.png").size == (5 * 128 + 4 * 4, 96)
+
+
+def test_the_prompt_matters(monkeypatch, model: Path, tmp_path: Path) -> None:
+    assert run(monkeypatch, model, tmp_path / "a.png", prompt="a red digit three") == 0
+    assert run(monkeypatch, model, tmp_path / "b.png", prompt="a blue digit one") == 0
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "prompt", "name", "says"),
+    [
+        ([], "  ", "a.mp4", "the prompt is empty"),
+        ([], "a", "a.avi", ".mp4, .gif, .png"),
+        (["--seed", "-1"], "a", "a.mp4", "seed -1"),
+        (["--steps", "0"], "a", "a.mp4", "inference_steps = 0"),
+        (["--height", "33"], "a", "a.mp4", "divisible by 16"),
+    ],
+)
+def test_bad_arguments(
+    monkeypatch, capsys, model: Path, tmp_path: Path, more, prompt: str, name: str, says: str
+) -> None:
+    assert run(monkeypatch, model, tmp_path / name, *more, prompt=prompt) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("qvgen: ") and says in error and "Traceback" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_that_are_no_pipeline(monkeypatch, capsys, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.mp4"
+    assert run(monkeypatch, tmp_path / "nowhere", out) == 1
+    assert "does not exist" in capsys.readouterr().err
+    assert run(monkeypatch, model / "transformer", out) == 1
+    assert "model_index.json does not exist" in capsys.readouterr().err
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    assert run(monkeypatch, other, out) == 1
+    assert "'FluxPipeline' is not supported" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("component", ["transformer", "text_encoder", "vae"])
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ("truncated", "is cut short"),
+        ("header", "is not a safetensors"),
+        ("pickle", "is a pickle"),
+        ("missing", "missing"),
+    ],
+)
+def test_damaged_weights(
+    monkeypatch, capsys, model: Path, tmp_path: Path, component: str, damage: str, says: str
+) -> None:
+    broken, out = tmp_path / "broken", tmp_path / "a.mp4"
+    shutil.copytree(model, broken)
+    (weights,) = (broken / component).glob("*.safetensors")
+    whole = weights.read_bytes()
+    weights.unlink()
+    if damage == "truncated":
+        weights.write_bytes(whole[:-1000])
+    elif damage == "header":
+        weights.write_bytes(b"\xff" * 16 + whole[16:])
+    elif damage == "pickle":
+        weights.with_suffix(".bin").write_bytes(b"\x80\x04cos\nsystem\n.")
+    assert run(monkeypatch, broken, out) == 1
+    error = capsys.readouterr().err
+    assert "qvgen: " in error and says in error and component in error and "Traceback" not in error
+    assert not out.exists()
+
+
+def test_generation_json_is_checked(monkeypatch, capsys, model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    (copy / "generation.json").write_text('{"frame": 9}')
+    assert run(monkeypatch, copy, tmp_path / "a.mp4") == 1
+    assert "unknown entries ['frame']; allowed: frames" in capsys.readouterr().err
+    (copy / "generation.json").write_text('{"frames": "nine"}')
+    assert run(monkeypatch, copy, tmp_path / "a.mp4") == 1
+    assert "frames = 'nine'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_as_a_command(model: Path, tmp_path: Path) -> None:
+    """In a process of its own, as a user runs it: the path of the file on stdout and nothing else."""
+    command = [sys.executable, "-m", "pipelines.cli", "generate", "--model", str(model), "--prompt", "a red digit"]
+    files = [tmp_path / "a.mp4", tmp_path / "b.mp4"]
+    for file in files:
+        done = subprocess.run([*command, "--out", str(file)], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [str(file)]
+    assert files[0].read_bytes() == files[1].read_bytes()
