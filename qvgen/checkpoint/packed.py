@@ -1,0 +1,193 @@
+"""Packed pipelines on disk: writing them from a converted transformer, loading and verifying them.
+
+A packed pipeline is a diffusers folder whose transformer holds packed layers (packing/layout.py) and whose
+transformer/config.json says so under `quantization_config`. Everything else is the source pipeline's, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from huggingface_hub import ModelCard, ModelCardData, split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import qvgen.integrations.diffusers  # noqa: F401  (lets diffusers load packed transformers)
+from qvgen.nn.packed_linear import packed_layers
+from qvgen.packing.layout import PACKED_NAMES
+from qvgen.quant.scheme import QuantScheme
+
+_TRANSFORMER, _CARD = "transformer", "README.md"
+_MAX_SHARD_SIZE = "10GB"  # diffusers' own
+
+
+def export_pipeline(
+    source_folder: str | Path,
+    transformer: nn.Module,
+    scheme: QuantScheme,
+    out_folder: str | Path,
+    dtype: torch.dtype,
+    method: str = "qvgen",
+) -> None:
+    """Write a packed pipeline to `out_folder`, which must be empty or absent.
+
+    `transformer` is the converted model of the pipeline in `source_folder`. Its tensors outside the packed layers, and the
+    biases of these, are stored in `dtype`; packed tensors as they are. config.json names every packed layer, so that
+    loading matches no patterns. Same input, same bytes. Raises ValueError if the transformer has no packed layers or they
+    have another scheme.
+    """
+    source, out = Path(source_folder), Path(out_folder)
+    names = _packed_names(transformer, scheme)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; export to a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    for entry in sorted(source.iterdir()):
+        if entry.name in (_TRANSFORMER, _CARD) or entry.name.startswith("."):
+            continue
+        copy = shutil.copytree if entry.is_dir() else shutil.copyfile
+        copy(entry, out / entry.name)
+    _write_transformer(transformer, scheme, names, out / _TRANSFORMER, dtype)
+    (out / _CARD).write_text(_model_card(source, scheme, len(names), method), encoding="utf-8")
+
+
+def load_packed_transformer(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
+    """The transformer of a packed pipeline, verified, on the CPU, in evaluation mode.
+
+    Activations and the tensors outside the packed layers are in `dtype`, by default float32. Raises ValueError for a
+    folder that is not a packed pipeline and for damaged, missing or inconsistent tensors, naming them.
+    """
+    folder = Path(folder) / _TRANSFORMER
+    config = _read_config(folder)
+    _check_files(folder)
+    model_class = getattr(diffusers, str(config.get("_class_name")), None)
+    if model_class is None:
+        raise ValueError(f"{folder / 'config.json'}: diffusers has no model {config.get('_class_name')!r}")
+    return model_class.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+
+
+def verify_folder(folder: str | Path) -> int:
+    """Load and check everything in a packed pipeline's transformer and return the number of packed layers.
+
+    Raises ValueError, naming file or tensor, if a file is truncated, a tensor is missing, left over, of another shape or
+    dtype, holds NaN or Inf, or if codes do not add up to their stored sums.
+    """
+    if not (Path(folder) / "model_index.json").is_file():
+        raise ValueError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
+    transformer = load_packed_transformer(folder)
+    for name, tensor in transformer.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name}: holds NaN or Inf; the checkpoint is damaged, export it again")
+    return len(list(packed_layers(transformer)))
+
+
+def _packed_names(transformer: nn.Module, scheme: QuantScheme) -> list[str]:
+    layers = dict(packed_layers(transformer))
+    if not layers:
+        raise ValueError("the transformer has no packed layers: call convert_ first")
+    what = ("weights", "input_activations", "timestep_groups")
+    for name, layer in layers.items():
+        if any(getattr(layer.scheme, field) != getattr(scheme, field) for field in what):
+            raise ValueError(f"layer {name} was packed with another scheme ({layer.scheme.name}) than the one given")
+    return list(layers)
+
+
+def _write_transformer(transformer: Any, scheme: QuantScheme, names: list[str], folder: Path, dtype: torch.dtype) -> None:
+    folder.mkdir()
+    config = json.loads(transformer.to_json_string())
+    config.pop("_name_or_path", None)  # where it was loaded from on this machine
+    resolved = scheme.model_copy(update={"targets": tuple(names), "ignore": ()})
+    config["quantization_config"] = resolved.to_config(len(names))
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    packed = {f"{layer}.{tensor}" for layer in names for tensor in PACKED_NAMES}
+    state = {}
+    for name, tensor in transformer.state_dict().items():
+        cast = tensor.is_floating_point() and name not in packed
+        state[name] = tensor.detach().to("cpu", dtype if cast else None).contiguous()
+    stem, suffix = SAFETENSORS_WEIGHTS_NAME.split(".")
+    split = split_torch_state_dict_into_shards(
+        state, max_shard_size=_MAX_SHARD_SIZE, filename_pattern=stem + "{suffix}." + suffix
+    )
+    for filename, tensors in split.filename_to_tensors.items():
+        save_file({name: state[name] for name in tensors}, folder / filename, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder.parent} is not a packed pipeline: it has no {_TRANSFORMER}/config.json") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if config.get("quantization_config", {}).get("quant_method") != "qvgen":
+        raise ValueError(f"{folder.parent} is not packed: {path.name} of its transformer has no qvgen quantization_config")
+    return config
+
+
+def _check_files(folder: Path) -> None:
+    """Open every weight file, so that a truncated one is named before diffusers fails on it."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} has no safetensors files; other formats are not read")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                handle.keys()
+        except SafetensorError as error:
+            raise ValueError(f"{file} is truncated or damaged ({error}); export it again") from None
+
+
+def _model_card(source: Path, scheme: QuantScheme, layers: int, method: str) -> str:
+    given = ModelCard.load(source / _CARD, ignore_metadata_errors=True) if (source / _CARD).is_file() else None
+    facts = given.data if given is not None else ModelCardData()
+    heading = next((line[2:].strip() for line in (given.text if given else "").splitlines() if line.startswith("# ")), None)
+    base = facts.get("model_name") or facts.get("base_model") or heading or "a full-precision pipeline"
+    data = ModelCardData(
+        license=facts.get("license"),
+        license_name=facts.get("license_name"),
+        license_link=facts.get("license_link"),
+        base_model=facts.get("base_model"),
+        library_name="diffusers",
+        pipeline_tag="text-to-video",
+        tags=["qvgen", "quantized", scheme.name.lower()],
+    )
+    index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
+    weights, activations = scheme.weights, scheme.input_activations
+    kind = "symmetric" if weights.symmetric else f"asymmetric, {weights.zero_point_domain} zero point"
+    inputs = "floating point"
+    if activations is not None:
+        inputs = f"{activations.num_bits} bits per token, clips for {scheme.timestep_groups} groups of timesteps"
+    return f"""---
+{data.to_yaml()}
+---
+
+# {base}, {scheme.name}
+
+Base model: {base}. {layers} linear layers of its transformer are packed; every other component is unchanged.
+
+| | |
+|---|---|
+| scheme | {scheme.name} |
+| weights | {weights.num_bits} bits per {weights.strategy}, {kind} |
+| inputs of packed layers | {inputs} |
+| method | {method} |
+| licence | {facts.get("license") or "that of the base model"} |
+
+```python
+import qvgen.integrations.diffusers
+from diffusers import {index["_class_name"]}
+
+pipeline = {index["_class_name"]}.from_pretrained("path/to/this/folder")
+```
+"""

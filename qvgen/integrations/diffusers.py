@@ -1,0 +1,162 @@
+"""Packed checkpoints in diffusers: after `import qvgen.integrations.diffusers`, `from_pretrained` loads them like any other.
+
+    import qvgen.integrations.diffusers
+    pipeline = WanPipeline.from_pretrained(folder)                          # float32 around the packed layers
+    pipeline = WanPipeline.from_pretrained(folder, dtype=torch.bfloat16)    # bfloat16 around them
+
+Without `dtype` diffusers gives every tensor the dtype of a fresh model, float32, whatever dtype it is stored in. Packed
+tensors are taken as they are stored either way. Loading is strict: it raises ValueError for tensors that are missing, left
+over, or inconsistent, where diffusers would log a warning.
+
+diffusers 0.42 has no function to register a quantizer: `register` writes into the two tables of `diffusers.quantizers.auto`.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import nn
+
+from qvgen.nn.packed_linear import PackedLinear, packed_layers
+from qvgen.nn.targets import match_linears, replace_module
+from qvgen.nn.timestep import track_timestep
+from qvgen.packing.layout import PACKED_NAMES
+from qvgen.quant.scheme import QuantScheme
+
+METHOD = "qvgen"
+
+
+class QVGenMethod(str, Enum):  # noqa: UP042  diffusers formats the member: str and Enum, as its own
+    """diffusers wants an Enum member as `quant_method`."""
+
+    QVGEN = METHOD
+
+
+@dataclass(init=False)  # for its __repr__: the mixin's own fails
+class QVGenConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a packed model's config.json, as QuantScheme.to_config writes it."""
+
+    def __init__(self, **config: Any) -> None:
+        self.quant_method = QVGenMethod.QVGEN  # type: ignore[assignment]
+        self._config = copy.deepcopy(config) | {"quant_method": METHOD}
+        self.scheme, self.num_targets = QuantScheme.from_config(self._config)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The dict it was made from, so that saving writes what was loaded."""
+        return copy.deepcopy(self._config)
+
+
+class QVGenQuantizer(DiffusersQuantizer):
+    """Loads packed layers into a diffusers transformer and writes them back."""
+
+    use_keep_in_fp32_modules = True  # otherwise ignored for quantized models, and Wan's time embedding becomes bfloat16
+    requires_calibration = True  # diffusers then refuses to quantize a full-precision model while loading
+    is_serializable = True
+    is_trainable = False
+
+    def __init__(self, quantization_config: QVGenConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._loaded_keys: list[str] = []
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        self._loaded_keys = loaded_keys
+        return loaded_keys
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        scheme, expected = self.quantization_config.scheme, self.quantization_config.num_targets
+        names = match_linears(model, scheme.targets, scheme.ignore)
+        if len(names) != expected:
+            raise ValueError(
+                f"config.json says {expected} packed layers (num_targets), its targets select {len(names)} in "
+                f"{type(model).__name__}; the config was edited or belongs to another model"
+            )
+        state = track_timestep(model, scheme.timestep_groups)
+        for name in names:
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            shape, has_bias = (linear.in_features, linear.out_features), linear.bias is not None
+            replace_module(model, name, PackedLinear(*shape, has_bias, scheme, state, dtype=linear.weight.dtype))
+        return model
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        # Called once the packed layers stand: the place to compare what they need with what the files hold.
+        if missing_keys:
+            raise ValueError(
+                f"packed checkpoint lacks {_some(missing_keys)} of {type(model).__name__}; it is incomplete, export it again"
+            )
+        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+        unexpected = set(self._loaded_keys) - set(model.state_dict())
+        unexpected = [key for key in unexpected if not any(re.search(pattern, key) for pattern in ignored)]
+        if unexpected:
+            raise ValueError(
+                f"packed checkpoint holds {_some(unexpected)} that {type(model).__name__} with this quantization_config has "
+                "no place for; the config was edited or belongs to another model"
+            )
+        return missing_keys
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Any, param_name: str, state_dict: dict[str, Any], **_: Any
+    ) -> bool:
+        owner, _dot, name = param_name.rpartition(".")
+        return name in PACKED_NAMES and isinstance(model.get_submodule(owner), PackedLinear)
+
+    def check_quantized_param_shape(self, param_name: str, current_param: torch.Tensor, new_param: torch.Tensor) -> bool:
+        raise ValueError(
+            f"{param_name}: expected shape {list(current_param.shape)}, found {list(new_param.shape)}; the checkpoint does not "
+            "belong to this model or scheme"
+        )
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: torch.Tensor,
+        param_name: str,
+        target_device: Any,
+        state_dict: dict[str, Any],
+        unexpected_keys: list[str] | None = None,
+        **_: Any,
+    ) -> None:
+        # From the state dict, not `param_value`, which was already cast to the asked dtype.
+        owner, _dot, name = param_name.rpartition(".")
+        setattr(model.get_submodule(owner), name, state_dict[param_name].to(target_device or "cpu"))
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        if empty := [name for name, tensor in tensors if tensor.is_meta]:
+            raise ValueError(f"loading left {_some(empty)} empty; the checkpoint is incomplete, export it again")
+        for name, layer in packed_layers(model):
+            layer.validate(name)
+        # diffusers refuses model.to(dtype) for quantized models; packed layers keep their grid by themselves.
+        model.is_quantized = False  # type: ignore[assignment]
+        return model
+
+
+def register() -> None:
+    """Make diffusers know "qvgen" checkpoints. Runs on import; again does nothing. Raises RuntimeError if another package
+    already took the name."""
+    tables = (auto.AUTO_QUANTIZER_MAPPING, QVGenQuantizer), (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, QVGenConfig)
+    for table, ours in tables:
+        found = table.get(METHOD, ours)
+        if (found.__module__, found.__qualname__) != (ours.__module__, ours.__qualname__):
+            raise RuntimeError(
+                f"diffusers already has a quantizer {METHOD!r}, {found.__module__}.{found.__qualname__}: only one of the two "
+                "packages can be imported in a process"
+            )
+    for table, ours in tables:
+        table[METHOD] = ours
+
+
+def _some(names: list[str]) -> str:
+    first = ", ".join(sorted(names)[:3])
+    return f"{len(names)} tensors ({first}{', ...' if len(names) > 3 else ''})"
+
+
+register()
