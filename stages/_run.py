@@ -24,6 +24,7 @@ from tqdm import tqdm
 from qvgen.params import Params, load_params
 from stages._dvc import DvcFacts, output_hashes, read_dvc_facts
 from stages._journal import Forwarder, Journal, open_pipeline
+from stages._outputs import write_whole
 
 
 @dataclass(frozen=True)
@@ -85,23 +86,8 @@ class Stage:
         block fails in any way the old output stays whole and what was written is deleted. Raises ValueError if the
         block wrote nothing.
         """
-        final = self.root / path
-        new = final.with_name(f".{final.stem}.new{final.suffix}")
-        old = final.with_name(f".{final.stem}.old{final.suffix}")
-        final.parent.mkdir(parents=True, exist_ok=True)
-        _recover(final, new, old)
-        if not final.suffix:
-            new.mkdir()
-        try:
+        with write_whole(self.root / path) as new:
             yield new
-            if not new.exists() or (new.is_dir() and not any(new.iterdir())):
-                raise ValueError(f"stage {self.name} wrote nothing to {path}")
-            _flush(new)
-            if final.is_dir():  # a folder cannot replace a folder that holds files: step aside first
-                final.rename(old)
-            new.replace(final)
-        finally:
-            _recover(final, new, old)
 
 
 class Progress(tqdm):
@@ -119,24 +105,6 @@ class Progress(tqdm):
 
     def set_postfix(self, ordered_dict: Any = None, refresh: bool = False, **values: Any) -> None:
         super().set_postfix(ordered_dict, refresh=refresh, **values)  # drawing every step would cost more than the step
-
-
-def _recover(final: Path, new: Path, old: Path) -> None:
-    """Undo what an interrupted write left behind: no half-written output, and the old one in its place."""
-    if old.exists() and not final.exists():
-        old.rename(final)
-    for leftover in (new, old):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    """Wait until the bytes are on the disk: some file systems report "no space left" only then."""
-    for file in [path] if path.is_file() else (p for p in path.rglob("*") if p.is_file()):
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
 
 
 class _Terminated(KeyboardInterrupt):
