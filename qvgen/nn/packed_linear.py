@@ -101,7 +101,9 @@ class PackedLinear(nn.Module):
         """x (n, ..., K) in any float dtype to (n, ..., N) in the same."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"input has {x.shape[-1]} features, this layer takes {self.in_features}")
-        prepared = self.prepare_backend() if self._prepared is None else self._prepared
+        self._ensure_prepared()
+        prepared = self._prepared
+        assert prepared is not None
         activations = self.scheme.input_activations
         return quantized_linear(
             x,
@@ -135,6 +137,14 @@ class PackedLinear(nn.Module):
         )
         self._prepared = choose(weight, preference).prepare(weight)
         return self._prepared
+
+    @torch.compiler.assume_constant_result
+    def _ensure_prepared(self) -> None:
+        # The decorator: torch.compile runs this while it traces instead of tracing it, so that a model compiled before its
+        # first call neither breaks its graph here nor repacks in it.
+        prepared = self._prepared
+        if prepared is None or prepared.weight.device != self.weight_packed.device:
+            self.prepare_backend()
 
     @property
     def backend(self) -> str | None:
