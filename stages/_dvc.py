@@ -58,6 +58,17 @@ def output_hashes(root: Path, facts: DvcFacts) -> dict[str, str]:
         return {o.def_path: o.get_hash().value for o in _find(repo, facts.address).outs if o.exists}
 
 
+def restore_outputs(root: Path, facts: DvcFacts) -> None:
+    """Bring the last good outputs back from DVC's cache: DVC deletes them before it runs a stage, and the stage failed.
+
+    Metrics that git keeps are not in the cache and stay away.
+    """
+    with _open(root) as repo:
+        for out in _find(repo, facts.address).outs:
+            if out.use_cache and out.hash_info and not out.exists and not out.changed_cache():
+                out.checkout()
+
+
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, Any] = {}

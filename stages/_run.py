@@ -22,7 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from qvgen.params import Params, load_params
-from stages._dvc import DvcFacts, output_hashes, read_dvc_facts
+from stages._dvc import DvcFacts, output_hashes, read_dvc_facts, restore_outputs
 from stages._journal import Forwarder, Journal, open_pipeline
 from stages._outputs import write_whole
 
@@ -150,9 +150,18 @@ def _execute(name: str, run: Callable[[Stage], None]) -> None:
             except BaseException as error:
                 stage.log_text(traceback.format_exc(), "error.txt")
                 journal.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                if "DVC_STAGE" in os.environ:
+                    _restore(root, facts)
                 raise
             journal.end("FINISHED")
         shutil.rmtree(home / ".qvgen" / "ckpt" / stage.key, ignore_errors=True)
+
+
+def _restore(root: Path, facts: DvcFacts) -> None:
+    try:
+        restore_outputs(root, facts)
+    except Exception as error:  # the reason why the stage failed must still be told
+        print(f"warning: old output not restored, try `dvc checkout {facts.address}` ({error})", file=sys.stderr)
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages._journal import Journal, read_events, read_receipt, write_receipt
-from stages._registry import register_version
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -178,6 +177,8 @@ class Sender:
                 self._close_parent(event)
                 self._note(complete=True)
             case "register":
+                from stages.register import register_version
+
                 with locked(self.home):
                     version = register_version(client, self._experiment, run, event)
                 found = {"name": version.name, "version": int(version.version), "run_id": version.run_id}
