@@ -53,9 +53,7 @@ def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
     return _FakeQuantize.apply(x, scale, zero_point, args)
 
 
-def _unclamped_codes(
-    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, args: QuantArgs
-) -> torch.Tensor:
+def _unclamped_codes(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, args: QuantArgs) -> torch.Tensor:
     if args.zero_point_domain == "float":
         return (x / scale).add_(zero_point).round_()
     return (x / scale).round_().add_(zero_point)
@@ -68,9 +66,7 @@ class _FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, args: QuantArgs
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, args: QuantArgs) -> torch.Tensor:
         q = _unclamped_codes(x, scale, zero_point, args)
         clamped = q.clamp(0, args.max_code)
         inside = clamped == q

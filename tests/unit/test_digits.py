@@ -62,9 +62,7 @@ def test_it_moves_as_the_caption_says_at_the_stated_speed(direction: int) -> Non
     brightness = (sample_clips(attributes, torch.Generator().manual_seed(1)) + 1).sum(1)
     pixel = torch.arange(SIZE, dtype=torch.float32)
     total = brightness.sum((-1, -2))
-    centre = (
-        torch.stack([(brightness.sum(-1) * pixel).sum(-1), (brightness.sum(-2) * pixel).sum(-1)], -1) / total[..., None]
-    )
+    centre = torch.stack([(brightness.sum(-1) * pixel).sum(-1), (brightness.sum(-2) * pixel).sum(-1)], -1) / total[..., None]
     velocity = (centre[:, -1] - centre[:, 0]) / (FRAMES - 1)
     heading = torch.tensor(list(DIRECTIONS.values())[direction])
     speed = velocity @ heading

@@ -69,7 +69,7 @@ def test_all_faults_come_at_once(tmp_path: Path) -> None:
         ("qat.steps", 1.5, "qat.steps = 1.5: Input should be a valid integer"),
         ("qat.steps", True, "qat.steps = True: Input should be a valid integer"),
         ("qat.steps", "3", "qat.steps = '3': Input should be a valid integer"),
-        ("qat.learning_rate", float("nan"), "qat.learning_rate = nan: Input should be less than 1"),
+        ("qat.learning_rate", float("nan"), "qat.learning_rate = nan: Input should be a finite number"),
         ("scheme.weights.num_bits", 9, "scheme.weights.num_bits = 9: Input should be less than or equal to 8"),
         ("prepare.width", 40, "prepare.width = 40: Input should be a multiple of 16"),
         ("fetch.revision", "main", "fetch.revision = 'main': String should match pattern '^[0-9a-f]{40}$'"),
@@ -107,7 +107,7 @@ def test_files_that_hold_no_sections(text: str, said: str, tmp_path: Path) -> No
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ParamsError, match=r"nowhere\.yaml does not exist"):
+    with pytest.raises(ParamsError, match=r"nowhere\.yaml is not a file"):
         load_params(tmp_path / "nowhere.yaml")
 
 
@@ -124,3 +124,11 @@ def test_methods_share_one_step_budget() -> None:
     assert schedule["kd"].phase_ranks == ()
     assert schedule["kd"].total_steps == schedule["qvgen"].total_steps == 200 + 5 * 80 + 200
     assert schedule["rtn"].total_steps == schedule["mse"].total_steps == 0
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    """Plain YAML keeps the last one without a word."""
+    twice = tmp_path / "params.yaml"
+    twice.write_text("seed: 0\nseed: 1\n")
+    with pytest.raises(ParamsError, match="'seed' is given twice"):
+        load_params(twice)

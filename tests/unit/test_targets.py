@@ -12,7 +12,9 @@ class Special(nn.Linear):
 
 
 def model() -> nn.Module:
-    block = nn.ModuleDict({"q": nn.Linear(2, 2), "norm": nn.LayerNorm(2), "ffn": nn.Sequential(Special(2, 4), nn.Linear(4, 2))})
+    block = nn.ModuleDict(
+        {"q": nn.Linear(2, 2), "norm": nn.LayerNorm(2), "ffn": nn.Sequential(Special(2, 4), nn.Linear(4, 2))}
+    )
     blocks = nn.ModuleList([block, copy.deepcopy(block)])
     return nn.ModuleDict({"blocks": blocks, "head": nn.Linear(2, 1), "conv": nn.Conv1d(1, 1, 1)})
 

@@ -1,0 +1,92 @@
+"""CogVideoX 2B / 5B text-to-video: discrete diffusion with velocity prediction on latents (n, t, c, h, w)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from qvgen.models.family import NUM_TRAIN_TIMESTEPS, ClipSize, generators
+
+
+class CogVideoXFamily:
+    name = "cogvideox"
+    default_targets = (r"re:transformer_blocks\..*",)
+
+    def __init__(self, scheduler_config: dict[str, Any]) -> None:
+        from diffusers import CogVideoXDDIMScheduler
+
+        self._scheduler = CogVideoXDDIMScheduler.from_config(scheduler_config)
+
+    def sample_timesteps(self, n: int, generator: torch.Generator) -> torch.Tensor:
+        """Uniform over the 1,000 discrete levels."""
+        return torch.randint(NUM_TRAIN_TIMESTEPS, (n,), generator=generator).float()
+
+    def add_noise(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return self._scheduler.add_noise(clean, noise, timestep.long())
+
+    def predict(self, model: nn.Module, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return model(
+            hidden_states=latents,
+            timestep=timestep,
+            encoder_hidden_states=text,
+            image_rotary_emb=_rotary_embedding(model, latents),
+            return_dict=False,
+        )[0]
+
+    def encode_text(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> torch.Tensor:
+        text, _ = pipeline.encode_prompt(
+            list(prompts), do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
+        )
+        return text
+
+    def encode_clips(self, pipeline: Any, clips: torch.Tensor) -> torch.Tensor:
+        latents = pipeline.vae.encode(clips.to(pipeline.vae.dtype)).latent_dist.mean
+        latents = latents.permute(0, 2, 1, 3, 4) * pipeline.vae_scaling_factor_image
+        patch = pipeline.transformer.config.patch_size_t
+        if patch is not None and latents.shape[1] % patch:
+            # CogVideoX 1.5 patches time: the pipeline pads in front with copies, and drops them after sampling.
+            missing = patch - latents.shape[1] % patch
+            latents = torch.cat([latents[:, :1].expand(-1, missing, -1, -1, -1), latents], dim=1)
+        return latents
+
+    def decode_latents(self, pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
+        return pipeline.decode_latents(latents.to(pipeline.vae.dtype)).float().clamp(-1, 1)
+
+    def generate(
+        self,
+        pipeline: Any,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        size: ClipSize,
+        *,
+        inference_steps: int,
+        guidance_scale: float,
+    ) -> torch.Tensor:
+        return pipeline(
+            prompt=list(prompts),
+            negative_prompt=[""] * len(prompts),
+            height=size.height,
+            width=size.width,
+            num_frames=size.frames,
+            max_sequence_length=size.max_sequence_length,
+            num_inference_steps=inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generators(seeds),
+            output_type="latent",
+        ).frames
+
+
+def _rotary_embedding(model: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Rotary tables of the 5B and 1.5 models (the 2B model has none), made by the pipeline's own function: it reads only
+    the transformer's config and a spatial scale, which is 1 because we count in latent pixels."""
+    if not model.config.use_rotary_positional_embeddings:
+        return None
+    from diffusers import CogVideoXPipeline
+
+    frames, height, width = latents.shape[1], latents.shape[3], latents.shape[4]
+    pipeline: Any = SimpleNamespace(transformer=model, vae_scale_factor_spatial=1)
+    return CogVideoXPipeline._prepare_rotary_positional_embeddings(pipeline, height, width, frames, latents.device)

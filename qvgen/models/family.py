@@ -1,0 +1,106 @@
+"""What the library must know about a family of video diffusion transformers: one protocol, one adapter per family."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+NUM_TRAIN_TIMESTEPS = 1000  # both families number noise levels 0 (clean) to 1000 (noise)
+
+
+@dataclass(frozen=True)
+class ClipSize:
+    """Frames and pixels of a clip, and the number of text tokens the model was trained with."""
+
+    frames: int
+    height: int
+    width: int
+    max_sequence_length: int
+
+
+class Family(Protocol):
+    """Adapter of one family. Latents have whatever layout the transformer takes; only the adapter looks inside."""
+
+    name: str
+    default_targets: tuple[str, ...]  # linear layers of the transformer blocks, as patterns of QuantScheme
+
+    def sample_timesteps(self, n: int, generator: torch.Generator) -> torch.Tensor:
+        """Training timesteps (n,) float32 in [0, 1000], distributed as the family trains."""
+        ...
+
+    def add_noise(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """Noisy latents at `timestep` (n,), shaped like `clean` (n, ...)."""
+        ...
+
+    def predict(self, model: nn.Module, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """The transformer's own prediction (velocity), shaped like `latents`; `timestep` (n,), `text` (n, l, d)."""
+        ...
+
+    def encode_text(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> torch.Tensor:
+        """Text embeddings (n, max_sequence_length, d) as the pipeline feeds them to the transformer."""
+        ...
+
+    def encode_clips(self, pipeline: Any, clips: torch.Tensor) -> torch.Tensor:
+        """Normalised latents of clips (n, 3, t, h, w) in [-1, 1]."""
+        ...
+
+    def decode_latents(self, pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
+        """Clips (n, 3, t, h, w) in [-1, 1] of normalised latents; the inverse of `encode_clips`."""
+        ...
+
+    def generate(
+        self,
+        pipeline: Any,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        size: ClipSize,
+        *,
+        inference_steps: int,
+        guidance_scale: float,
+    ) -> torch.Tensor:
+        """Latents sampled by the diffusers pipeline. Each clip has its own seed, so the result does not depend on the
+        batch it is generated in (up to floating-point reductions)."""
+        ...
+
+
+def family_of(pipeline_class: str, scheduler_config: dict[str, Any]) -> Family:
+    """Adapter for a diffusers pipeline class name. Raises ValueError for a family that is not supported."""
+    from qvgen.models.cogvideox import CogVideoXFamily
+    from qvgen.models.wan import WanFamily
+
+    if pipeline_class == "WanPipeline":
+        return WanFamily(shift=float(scheduler_config.get("shift", scheduler_config.get("flow_shift", 1.0))))
+    if pipeline_class == "CogVideoXPipeline":
+        return CogVideoXFamily(scheduler_config)
+    raise ValueError(f"pipeline {pipeline_class!r} is not supported; supported: WanPipeline, CogVideoXPipeline")
+
+
+def load_family(folder: str | Path) -> Family:
+    """Adapter for a diffusers pipeline folder, by its model_index.json."""
+    folder = Path(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    return family_of(index["_class_name"], scheduler)
+
+
+def load_pipeline(folder: str | Path) -> Any:
+    """A diffusers pipeline on the CPU in evaluation mode: local files and safetensors only, packed or not.
+
+    A packed transformer needs `import qvgen.integrations.diffusers` first; callers above that layer do it.
+    """
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(Path(folder), local_files_only=True, use_safetensors=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator per clip."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -1,0 +1,73 @@
+"""Wan 2.1 / 2.2 text-to-video: flow matching on latents (n, c, t, h, w)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from qvgen.models.family import NUM_TRAIN_TIMESTEPS, ClipSize, generators
+
+
+class WanFamily:
+    name = "wan"
+    default_targets = (r"re:blocks\..*",)
+
+    def __init__(self, shift: float = 1.0) -> None:
+        self.shift = shift
+
+    def sample_timesteps(self, n: int, generator: torch.Generator) -> torch.Tensor:
+        """Uniform noise levels, shifted as the sampler shifts its own."""
+        u = torch.rand(n, generator=generator)
+        return NUM_TRAIN_TIMESTEPS * self.shift * u / (1 + (self.shift - 1) * u)
+
+    def add_noise(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        sigma = (timestep / NUM_TRAIN_TIMESTEPS).to(clean.dtype).view(-1, *[1] * (clean.ndim - 1))
+        return (1 - sigma) * clean + sigma * noise
+
+    def predict(self, model: nn.Module, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return model(hidden_states=latents, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0]
+
+    def encode_text(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> torch.Tensor:
+        text, _ = pipeline.encode_prompt(
+            list(prompts), do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
+        )
+        return text
+
+    def encode_clips(self, pipeline: Any, clips: torch.Tensor) -> torch.Tensor:
+        mean, std = _latent_statistics(pipeline.vae)
+        return (pipeline.vae.encode(clips.to(pipeline.vae.dtype)).latent_dist.mean - mean) / std
+
+    def decode_latents(self, pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
+        mean, std = _latent_statistics(pipeline.vae)
+        return pipeline.vae.decode(latents.to(pipeline.vae.dtype) * std + mean).sample.float()
+
+    def generate(
+        self,
+        pipeline: Any,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        size: ClipSize,
+        *,
+        inference_steps: int,
+        guidance_scale: float,
+    ) -> torch.Tensor:
+        return pipeline(
+            prompt=list(prompts),
+            negative_prompt=[""] * len(prompts),
+            height=size.height,
+            width=size.width,
+            num_frames=size.frames,
+            max_sequence_length=size.max_sequence_length,
+            num_inference_steps=inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generators(seeds),
+            output_type="latent",
+        ).frames
+
+
+def _latent_statistics(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (1, -1, 1, 1, 1)
+    return torch.tensor(vae.config.latents_mean).view(shape), torch.tensor(vae.config.latents_std).view(shape)

@@ -1,0 +1,46 @@
+"""A linear layer in training: fake quantizers for its weight and input, and Φ or none."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qvgen.nn.timestep import TimestepState
+from qvgen.phi.auxiliary import AuxiliaryModule
+from qvgen.quant.fake_quantizer import ActivationQuantizer, WeightQuantizer
+from qvgen.quant.scheme import QuantScheme
+
+
+class QATLinear(nn.Linear):
+    """nn.Linear that computes Y = (Q(W) + Φ) Q(X) + b. `weight` and `bias` keep their names, so full-precision
+    checkpoints load unchanged."""
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        scheme: QuantScheme,
+        timestep: TimestepState,
+        weight_quantizer: WeightQuantizer,
+        input_quantizer: ActivationQuantizer | None,
+    ) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.scheme = scheme
+        self.timestep = timestep
+        self.weight_quantizer = weight_quantizer
+        self.input_quantizer = input_quantizer
+        self.phi: AuxiliaryModule | None = None
+
+    def add_phi(self, rank: int) -> None:
+        """Attach Φ, initialised from this layer's weight error; `rank` is cut to what the layer's shape allows."""
+        error = self.weight.detach() - self.weight_quantizer.dequantized(self.weight)
+        self.phi = AuxiliaryModule.from_weight_error(error, min(rank, *self.weight.shape))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight_quantizer(self.weight)
+        if self.phi is not None:
+            weight = weight + self.phi.delta()
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x, self.timestep.of(x))
+        return F.linear(x, weight, self.bias)

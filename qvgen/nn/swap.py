@@ -1,0 +1,98 @@
+"""Module swap: `prepare_` turns linear layers into QATLinear, `convert_` turns those into packed layers; both in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import nn
+
+from qvgen.nn.packed_linear import PackedLinear
+from qvgen.nn.qat_linear import QATLinear
+from qvgen.nn.targets import match_linears, replace_module
+from qvgen.nn.timestep import track_timestep
+from qvgen.phi.rank_decay import RankState
+from qvgen.quant.calibrate import LayerGrid
+from qvgen.quant.fake_quantizer import ActivationQuantizer, WeightQuantizer
+from qvgen.quant.scheme import QuantScheme
+
+
+def prepare_(
+    model: nn.Module,
+    scheme: QuantScheme,
+    *,
+    default_targets: Sequence[str] = ("Linear",),
+    grids: Mapping[str, LayerGrid] | None = None,
+) -> list[str]:
+    """Replace the targeted linear layers by QATLinear and return their names.
+
+    `grids` holds the calibrated quantizers per layer; without it every layer gets its whole min/max range. Raises
+    ValueError if a pattern matches nothing or a layer has no calibrated grid.
+    """
+    names = match_linears(model, scheme.targets, scheme.ignore, default_targets)
+    if grids is not None and (missing := [n for n in names if n not in grids]):
+        raise ValueError(f"{len(missing)} layers were not calibrated, such as {missing[0]}; run calibration with this scheme")
+    state = track_timestep(model, scheme.timestep_groups)
+    for name in names:
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        grid = LayerGrid.min_max(linear.weight, scheme) if grids is None else grids[name]
+        weight_quantizer = WeightQuantizer(scheme.weights, grid.scale, grid.zero_point)
+        input_quantizer = None
+        if scheme.input_activations is not None:
+            assert grid.clip_lower is not None and grid.clip_upper is not None
+            input_quantizer = ActivationQuantizer(scheme.input_activations, grid.clip_lower, grid.clip_upper)
+        replace_module(model, name, QATLinear(linear, scheme, state, weight_quantizer, input_quantizer))
+    return names
+
+
+def qat_layers(model: nn.Module) -> Iterator[tuple[str, QATLinear]]:
+    """Names and layers that `prepare_` made."""
+    for name, module in model.named_modules():
+        if isinstance(module, QATLinear):
+            yield name, module
+
+
+def convert_(model: nn.Module) -> list[str]:
+    """Replace every QATLinear by a PackedLinear and return their names. Raises ValueError while any Φ is active."""
+    layers = list(qat_layers(model))
+    if not layers:
+        raise ValueError("nothing to convert: the model has no QATLinear; call prepare_ first")
+    if active := [name for name, layer in layers if layer.phi is not None and layer.phi.rank > 0]:
+        raise ValueError(
+            f"Φ is still active in {len(active)} layers, such as {active[0]}: finish rank decay (rank 0) before packing"
+        )
+    for name, layer in layers:
+        scale, zero_point = layer.weight_quantizer.export()
+        clips = (None, None) if layer.input_quantizer is None else layer.input_quantizer.export()
+        packed = PackedLinear.from_codes(
+            layer.weight_quantizer.codes(layer.weight),
+            scale,
+            zero_point,
+            *clips,
+            None if layer.bias is None else layer.bias.detach(),
+            layer.scheme,
+            layer.timestep,
+        )
+        replace_module(model, name, packed)
+    return [name for name, _ in layers]
+
+
+def add_phi_(model: nn.Module, rank: int) -> None:
+    """Attach Φ of `rank` to every QATLinear, from its weight error."""
+    for _, layer in qat_layers(model):
+        layer.add_phi(rank)
+
+
+def set_phi_(model: nn.Module, state: RankState) -> dict[nn.Parameter, nn.Parameter | None]:
+    """Bring every Φ to the rank and γ of a schedule's state. Returns the factors that were replaced, with the new ones."""
+    replaced: dict[nn.Parameter, nn.Parameter | None] = {}
+    for _, layer in qat_layers(model):
+        phi = layer.phi
+        if phi is None:
+            continue
+        if phi.rank > state.rank:
+            replaced |= phi.truncate(state.rank)
+        phi.gamma.copy_(phi.gamma.new_tensor(state.gamma[: phi.rank]))
+        if state.rank == 0:
+            layer.phi = None
+    return replaced

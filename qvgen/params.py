@@ -1,0 +1,239 @@
+"""params.yaml as a frozen, typed tree. Every knob of the pipeline is declared here, once, with its limits.
+
+`load_params` refuses unknown keys, wrong types and impossible combinations, all at once, each with its path, the value
+found and what is allowed.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from qvgen.methods.registry import METHODS, Method
+from qvgen.phi.rank_decay import Annealing, RankDecaySchedule
+from qvgen.quant.scheme import QuantScheme
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _known_method(name: str) -> str:
+    if name not in METHODS:
+        raise ValueError(f"unknown method; choose one of {', '.join(METHODS)}")
+    return name
+
+
+class ParamsError(ValueError):
+    """params.yaml is not usable; the message lists every fault."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Fetch(_Section):
+    source: str = Field(min_length=1, description="folder of a diffusers pipeline, or a hub id such as org/name")
+    revision: str | None = Field(
+        default=None, pattern=r"^[0-9a-f]{40}$", description="commit of the hub repository, 40 hex digits"
+    )
+
+
+class Prepare(_Section):
+    source: Literal["digits", "videos"]
+    folder: str | None = Field(default=None, description="for source 'videos': folder with captions.csv (file,caption)")
+    frames: int = Field(ge=1)
+    height: int = Field(ge=16, multiple_of=16, description="pixels")
+    width: int = Field(ge=16, multiple_of=16, description="pixels")
+    max_sequence_length: int = Field(ge=1, le=512, description="text tokens the model was trained with")
+    train_clips: int = Field(ge=1)
+    calibration_clips: int = Field(ge=1)
+    held_out_clips: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    shard_size: int = Field(ge=1, description="clips per safetensors shard")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if (self.source == "videos") != (self.folder is not None):
+            raise ValueError("folder belongs to source 'videos', and source 'videos' needs it")
+        return self
+
+
+class Calibrate(_Section):
+    batch_size: int = Field(ge=1)
+    mse_exponent: float = Field(gt=0, le=8, description="exponent of the error that the weight range search minimises")
+    weight_candidates: int = Field(ge=1, le=100, description="ranges tried per channel: 1.00, 0.99, ... of min/max")
+    clip_candidates: tuple[float, ...] = Field(min_length=1, strict=False, description="activation clips tried, in (0, 1)")
+    tokens_per_group: int = Field(ge=16, description="activation rows kept per layer and timestep group for the search")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        bad = [c for c in self.clip_candidates if not 0 < c < 1]
+        if bad:
+            raise ValueError(f"clip_candidates must lie strictly between 0 and 1, found {bad}")
+        return self
+
+
+class Qat(_Section):
+    """Training with Φ at full rank, and the optimizer settings that the decay stage continues with."""
+
+    steps: int = Field(ge=0, description="optimizer steps before rank decay starts")
+    batch_size: int = Field(ge=1)
+    learning_rate: float = Field(gt=0, lt=1, description="weights and Φ")
+    quantizer_learning_rate: float = Field(gt=0, lt=1, description="scales and zero points")
+    clip_learning_rate: float = Field(gt=0, lt=1, description="logits of the activation clips")
+    betas: tuple[Share, Share] = Field(strict=False, description="AdamW's moment decay rates")
+    weight_decay: float = Field(ge=0, lt=1, description="weights and Φ only; never scales, zero points, clips")
+    warmup_fraction: float = Field(ge=0, lt=1)
+    final_learning_rate: float = Field(ge=0, le=1, description="last learning rate over the first, cosine in between")
+    max_grad_norm: float = Field(gt=0)
+    caption_dropout: float = Field(ge=0, lt=1)
+    ema_decay: float | None = Field(default=None, gt=0, lt=1, description="null: no average of the weights")
+    checkpoint_every: int = Field(ge=1, description="steps between resume checkpoints")
+
+
+class Decay(_Section):
+    """Rank decay of Φ, paper section 3.3."""
+
+    initial_rank: int = Field(ge=0, description="0: no Φ")
+    decay_ratio: float = Field(gt=0, le=1, description="λ, the share of the rank that one phase removes")
+    annealing: Annealing
+    phase_steps: int = Field(ge=1)
+    final_steps: int = Field(ge=0, description="steps after Φ is gone")
+
+
+class Pack(_Section):
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(description="how tensors outside the packed layers are stored")
+
+
+class Evaluate(_Section):
+    prompts: int = Field(ge=1)
+    inference_steps: int = Field(ge=1, le=1000)
+    guidance_scale: float = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    velocity_timesteps: int = Field(ge=1, le=1000, description="evenly spread timesteps at which velocities are compared")
+    videos: int = Field(ge=0, description="side-by-side videos written")
+
+
+class Benchmark(_Section):
+    repetitions: int = Field(ge=3, description="interleaved measurements; the median is reported")
+    batch_size: int = Field(ge=1)
+    threads: int | None = Field(default=None, ge=1, description="null: all cores")
+
+
+class Register(_Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="registered model in MLflow")
+
+
+class Params(_Section):
+    seed: int = Field(ge=0, lt=2**63)
+    method: Annotated[str, AfterValidator(_known_method)]
+    fetch: Fetch
+    prepare: Prepare
+    scheme: QuantScheme
+    calibrate: Calibrate
+    qat: Qat
+    decay: Decay
+    pack: Pack
+    evaluate: Evaluate
+    benchmark: Benchmark
+    register_: Register = Field(alias="register")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        faults = []
+        if METHODS[self.method].phi and self.decay.initial_rank == 0:
+            faults.append(f"method {self.method} needs decay.initial_rank >= 1; without Φ the method is called kd")
+        if self.evaluate.prompts < self.evaluate.videos:
+            faults.append(
+                f"evaluate.videos = {self.evaluate.videos} but only evaluate.prompts = {self.evaluate.prompts} are generated"
+            )
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    @property
+    def chosen(self) -> Method:
+        """What `method` stands for."""
+        return METHODS[self.method]
+
+    @property
+    def schedule(self) -> RankDecaySchedule:
+        """Steps, rank and γ of this run. A method without Φ trains for the same number of steps; one without training
+        has none."""
+        if not self.chosen.trained:
+            return RankDecaySchedule(initial_rank=0)
+        qat, decay = self.qat, self.decay
+        with_phi = RankDecaySchedule(
+            initial_rank=decay.initial_rank,
+            decay_ratio=decay.decay_ratio,
+            annealing=decay.annealing,
+            hold_steps=qat.steps,
+            phase_steps=decay.phase_steps,
+            final_steps=decay.final_steps,
+        )
+        if self.chosen.phi:
+            return with_phi
+        return RankDecaySchedule(initial_rank=0, hold_steps=qat.steps, final_steps=with_phi.total_steps - qat.steps)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice: plain YAML silently keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_params(path: str | Path = "params.yaml") -> Params:
+    """Read and check params.yaml. Raises ParamsError that lists every fault."""
+    path = Path(path)
+    if not path.is_file():
+        raise ParamsError(f"{path} is not a file; run from the project folder")
+    try:
+        tree = yaml.load(path.read_text(), Loader=_UniqueKeys)
+    except yaml.YAMLError as error:
+        raise ParamsError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ParamsError(f"{path} must hold sections, found {type(tree).__name__}")
+    try:
+        return Params.model_validate(tree)
+    except ValidationError as error:
+        raise ParamsError(_explain(path, error)) from None
+
+
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+
+def _explain(path: Path, error: ValidationError) -> str:
+    lines = [f"{path}: {error.error_count()} fault(s)"]
+    for fault in error.errors():
+        where = ".".join(map(str, fault["loc"])) or "(whole file)"
+        message = fault["msg"].removeprefix("Value error, ")
+        shown = "" if isinstance(fault["input"], dict) else f" = {fault['input']!r}"
+        if fault["type"] == "extra_forbidden":
+            allowed = ", ".join(_known_keys(fault["loc"][:-1]))
+            message = f"unknown key; allowed here: {allowed}"
+        elif fault["type"] == "float_type" and _EXPONENT.fullmatch(str(fault["input"])):
+            message = "is text in YAML; write an exponent with a point and a sign, such as 5.0e-4"
+        elif fault["type"] == "missing":
+            shown, message = "", "is missing"
+        lines.append(f"  {where}{shown}: {message}")
+    return "\n".join(lines)
+
+
+def _known_keys(location: tuple[str | int, ...]) -> list[str]:
+    """Keys of the section at `location`, by walking the declared types."""
+    model: type[BaseModel] = Params
+    for part in location:
+        for name, info in model.model_fields.items():
+            if part in (name, info.alias):
+                kinds = [info.annotation, *getattr(info.annotation, "__args__", ())]
+                model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), model)
+    return [info.alias or name for name, info in model.model_fields.items()]

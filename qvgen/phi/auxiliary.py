@@ -1,0 +1,79 @@
+"""The auxiliary module Φ: a low-rank addition to the quantized weight that exists only during training.
+
+Y = (Q(W) + L diag(γ) R) Q(X). Φ starts as the best rank-r part of what quantization lost, W - Q(W); lower gradient norms
+follow (QVGen, section 3.2). At the end of training its rank is 0 and nothing of it is deployed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+
+class AuxiliaryModule(nn.Module):
+    """Factors `phi_up` (N, R) and `phi_down` (R, K), and γ (R,), which the schedule sets from outside."""
+
+    gamma: torch.Tensor
+
+    def __init__(self, phi_up: torch.Tensor, phi_down: torch.Tensor) -> None:
+        super().__init__()
+        if phi_up.shape[1] != phi_down.shape[0]:
+            raise ValueError(f"ranks differ: phi_up {tuple(phi_up.shape)}, phi_down {tuple(phi_down.shape)}")
+        self.phi_up = nn.Parameter(phi_up.detach().clone())
+        self.phi_down = nn.Parameter(phi_down.detach().clone())
+        self.register_buffer("gamma", torch.ones(phi_up.shape[1]), persistent=False)
+
+    @classmethod
+    def from_weight_error(cls, error: torch.Tensor, rank: int) -> AuxiliaryModule:
+        """Best rank-`rank` approximation of `error` = W - Q(W), (N, K): L = U sqrt(S), R = sqrt(S) V^T."""
+        if not 1 <= rank <= min(error.shape):
+            raise ValueError(f"rank must be between 1 and {min(error.shape)} for a weight {tuple(error.shape)}, got {rank}")
+        u, s, vt = torch.linalg.svd(error.detach().float(), full_matrices=False)
+        root = s[:rank].sqrt()
+        return cls(u[:, :rank] * root, root[:, None] * vt[:rank])
+
+    @property
+    def rank(self) -> int:
+        return self.phi_up.shape[1]
+
+    def delta(self) -> torch.Tensor:
+        """L diag(γ) R, (N, K)."""
+        return (self.phi_up * self.gamma) @ self.phi_down
+
+    @torch.no_grad()
+    def truncate(self, rank: int) -> dict[nn.Parameter, nn.Parameter | None]:
+        """Keep the first `rank` columns, and decompose the rest anew: columns ordered by singular value again.
+
+        QR of L and R^T and the SVD of an R x R core give the factors of the full SVD at a fraction of its time. Returns
+        the old factors with the new ones (None at rank 0), for `replace_parameters`: an optimizer that goes on with the
+        old ones would undo the decomposition at its next step, as happens in the public code.
+        """
+        if not 0 <= rank <= self.rank:
+            raise ValueError(f"cannot grow Φ from rank {self.rank} to {rank}")
+        up, down = self.phi_up[:, :rank], self.phi_down[:rank]
+        if rank:
+            q_up, r_up = torch.linalg.qr(up)
+            q_down, r_down = torch.linalg.qr(down.T)
+            u, s, vt = torch.linalg.svd(r_up @ r_down.T)
+            root = s.sqrt()
+            up, down = q_up @ (u * root), (root[:, None] * vt) @ q_down.T
+        return self.assign(up, down)
+
+    def assign(self, up: torch.Tensor, down: torch.Tensor) -> dict[nn.Parameter, nn.Parameter | None]:
+        """Take other factors, of any rank. Returns the old parameters with the new ones, None if the rank is 0."""
+        old = (self.phi_up, self.phi_down)
+        self.phi_up, self.phi_down = nn.Parameter(up.contiguous()), nn.Parameter(down.contiguous())
+        self.gamma = torch.ones(self.rank, dtype=self.gamma.dtype, device=self.gamma.device)
+        new = (self.phi_up, self.phi_down) if self.rank else (None, None)
+        return dict(zip(old, new, strict=True))
+
+
+def replace_parameters(optimizer: torch.optim.Optimizer, replaced: Mapping[nn.Parameter, nn.Parameter | None]) -> None:
+    """Let the optimizer step the new parameters, with fresh moments, in place of the old ones (None: of none)."""
+    for group in optimizer.param_groups:
+        swapped = [replaced.get(p, p) for p in group["params"]]
+        group["params"] = [p for p in swapped if p is not None]
+    for old in replaced:
+        optimizer.state.pop(old, None)

@@ -1,0 +1,127 @@
+"""What is quantized, and how: the same two classes in params.yaml, in code and in a packed model's config.json."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+FORMAT_VERSION = 1
+MIN_BITS, MAX_BITS = 2, 8
+
+Strategy = Literal["tensor", "channel", "group", "token"]
+ZeroPointDomain = Literal["float", "integer"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class QuantArgs(_Frozen):
+    """One uniform affine quantizer: `q = round(x / scale) + zero_point`, clamped to `num_bits` bits.
+
+    Codes are unsigned in [0, 2**num_bits - 1]; `symmetric` fixes the zero point at 2**(num_bits - 1), which is the usual
+    signed range written without a sign.
+    """
+
+    num_bits: int = Field(default=4, ge=MIN_BITS, le=MAX_BITS, description="bits per value")
+    symmetric: bool = False
+    strategy: Strategy = "channel"
+    group_size: int | None = Field(default=None, ge=2, description="values that share a scale; only for strategy 'group'")
+    zero_point_domain: ZeroPointDomain = Field(
+        default="integer", description="'float': the zero point is any real number, as the public QVGen code trains it"
+    )
+
+    @property
+    def max_code(self) -> int:
+        """P = 2**b - 1, the largest code."""
+        return 2**self.num_bits - 1
+
+    @property
+    def symmetric_zero_point(self) -> int:
+        return 2 ** (self.num_bits - 1)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if (self.strategy == "group") != (self.group_size is not None):
+            raise ValueError("group_size belongs to strategy 'group', and strategy 'group' needs it")
+        if self.symmetric and self.zero_point_domain == "float":
+            raise ValueError("a symmetric quantizer has no zero point to keep as float: use zero_point_domain 'integer'")
+        return self
+
+
+class QuantScheme(_Frozen):
+    """Quantization of the linear layers of one model.
+
+    `targets` and `ignore` name layers: a class name ("Linear"), a full name ("blocks.0.ffn.net.2"), or "re:" and a regular
+    expression matched from the start of the full name. An empty `targets` means the family's default, the linear layers
+    of the transformer blocks.
+    """
+
+    weights: QuantArgs = QuantArgs(zero_point_domain="float")
+    input_activations: QuantArgs | None = QuantArgs(strategy="token")
+    timestep_groups: int = Field(default=50, ge=1, le=1000, description="groups of timesteps, each with its own learned clips")
+    targets: tuple[str, ...] = Field(default=(), strict=False)
+    ignore: tuple[str, ...] = Field(default=(), strict=False)
+
+    @field_validator("targets", "ignore")
+    @classmethod
+    def _valid_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern.removeprefix("re:"))
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        return patterns
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.weights.strategy == "token":
+            raise ValueError("weights have no tokens: strategy must be tensor, channel or group")
+        activations = self.input_activations
+        if activations is not None and activations.strategy != "token":
+            raise ValueError("input_activations are quantized per token at run time: strategy must be token")
+        if activations is not None and activations.zero_point_domain != "integer":
+            raise ValueError("input_activations need an integer zero point: zero_point_domain must be integer")
+        return self
+
+    @property
+    def name(self) -> str:
+        """Short name in the field's notation, such as W4A4 (A16: activations stay in floating point)."""
+        activations = self.input_activations
+        return f"W{self.weights.num_bits}A{activations.num_bits if activations else 16}"
+
+    def to_config(self, num_targets: int) -> dict[str, Any]:
+        """The `quantization_config` entry of a packed model's config.json."""
+        return {
+            "quant_method": "qvgen",
+            "format_version": FORMAT_VERSION,
+            "config_groups": {
+                "group_0": {
+                    "targets": list(self.targets),
+                    "num_targets": num_targets,
+                    "weights": self.weights.model_dump(),
+                    "input_activations": self.input_activations and self.input_activations.model_dump(),
+                    "timestep_groups": self.timestep_groups,
+                }
+            },
+            "ignore": list(self.ignore),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> tuple[QuantScheme, int]:
+        """Inverse of `to_config`: the scheme and the number of packed layers. Raises ValueError on another format."""
+        if config.get("quant_method") != "qvgen":
+            raise ValueError(f"quant_method {config.get('quant_method')!r} is not a model packed by qvgen")
+        version = config.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(f"packed format version {version!r}; this qvgen reads version {FORMAT_VERSION}")
+        groups = config.get("config_groups") or {}
+        if list(groups) != ["group_0"]:
+            raise ValueError(f"expected one config group named group_0, found {sorted(groups)}")
+        group = dict(groups["group_0"])
+        num_targets = group.pop("num_targets", None)
+        if not isinstance(num_targets, int):
+            raise ValueError(f"config_groups.group_0.num_targets must be a number of layers, found {num_targets!r}")
+        return cls(**group, ignore=tuple(config.get("ignore", ()))), num_targets

@@ -1,0 +1,141 @@
+"""The training loop of quantization-aware training with a full-precision teacher.
+
+Every random number of step s is drawn from a generator seeded by (seed, s), so that a run that stops and continues, in
+another process or in another stage, takes exactly the steps of an uninterrupted one: the state is the tensors and s.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from qvgen.data.precompute import LatentDataset
+from qvgen.models.family import Family
+from qvgen.nn.swap import set_phi_
+from qvgen.phi.auxiliary import replace_parameters
+from qvgen.phi.rank_decay import RankDecaySchedule
+from qvgen.training.optim import (
+    OptimizerSettings,
+    build_optimizer,
+    learning_rate_factor,
+    set_learning_rate,
+)
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    seed: int
+    batch_size: int
+    max_grad_norm: float
+    caption_dropout: float
+    ema_decay: float | None
+    optimizer: OptimizerSettings
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One row of metrics/qat.csv. `gradient_norm` is the paper's own evidence for Φ (its figure 3), before clipping."""
+
+    step: int
+    loss: float
+    gradient_norm: float
+    rank: int
+    u: float
+    lr: float
+    seconds: float
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+class Trainer:
+    """Student, optimizer and step of one run. `student` must come from `prepare_`, with Φ attached if the method has it."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        family: Family,
+        data: LatentDataset,
+        schedule: RankDecaySchedule,
+        settings: LoopSettings,
+    ) -> None:
+        self.student, self.teacher = student, teacher.eval().requires_grad_(False)
+        self.family, self.data = family, data
+        self.schedule, self.settings = schedule, settings
+        self.step = 0
+        self.optimizer = build_optimizer(student, settings.optimizer)
+        self.average: dict[str, torch.Tensor] | None = None
+        if settings.ema_decay is not None:
+            self.average = {n: p.detach().clone() for n, p in self._averaged()}
+
+    def run(self, until: int, on_step: Callable[[Trainer, StepRecord], None] | None = None) -> None:
+        """Train from the current step up to, not including, step `until`. Raises FloatingPointError on a loss that is
+        not finite, before it can reach the weights."""
+        self.student.train()
+        for step in range(self.step, until):
+            started = time.perf_counter()
+            phi = self.schedule.at(step)
+            replace_parameters(self.optimizer, set_phi_(self.student, phi))
+            factor = learning_rate_factor(step, self.schedule.total_steps, self.settings.optimizer)
+            set_learning_rate(self.optimizer, factor)
+
+            loss = self._loss(step)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"loss is {loss.item()} at step {step}; lower qat.learning_rate or check the data")
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.settings.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self._update_average()
+            self.step = step + 1
+            if on_step is not None:
+                rate = self.settings.optimizer.learning_rate * factor
+                seconds = time.perf_counter() - started
+                on_step(self, StepRecord(step, loss.item(), norm.item(), phi.rank, phi.u, rate, seconds))
+
+    def finish(self) -> nn.Module:
+        """The trained student, without Φ, with averaged weights if there are any. Raises ValueError before the end."""
+        if self.step < self.schedule.decay_end:
+            raise ValueError(f"Φ decays until step {self.schedule.decay_end}, the run is at step {self.step}")
+        set_phi_(self.student, self.schedule.at(self.step))
+        if self.average is not None:
+            with torch.no_grad():
+                for name, parameter in self._averaged():
+                    parameter.copy_(self.average[name])
+        return self.student.eval()
+
+    def _loss(self, step: int) -> torch.Tensor:
+        """Mean squared difference between student and teacher on the same noise, timestep and prompt."""
+        generator = torch.Generator().manual_seed(_step_seed(self.settings.seed, step))
+        index = torch.randint(len(self.data), (self.settings.batch_size,), generator=generator)
+        clean, text = self.data.batch(index, self.settings.caption_dropout, generator)
+        timestep = self.family.sample_timesteps(len(index), generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        device = next(self.student.parameters()).device
+        clean, text, timestep, noise = (x.to(device) for x in (clean, text, timestep, noise))
+        noisy = self.family.add_noise(clean, noise, timestep)
+        with torch.no_grad():
+            wanted = self.family.predict(self.teacher, noisy, timestep, text)
+        return (self.family.predict(self.student, noisy, timestep, text) - wanted).square().mean()
+
+    def _averaged(self) -> Iterator[tuple[str, nn.Parameter]]:
+        # Φ changes shape and is not deployed: it has no average.
+        return ((n, p) for n, p in self.student.named_parameters() if ".phi." not in n)
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        if self.average is None:
+            return
+        assert self.settings.ema_decay is not None
+        for name, parameter in self._averaged():
+            self.average[name].lerp_(parameter, 1 - self.settings.ema_decay)
+
+
+def _step_seed(seed: int, step: int) -> int:
+    """Distinct 63-bit seeds for every (seed, step); neighbouring seeds must not share steps."""
+    return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + 1) % (2**63 - 1)

@@ -1,0 +1,66 @@
+"""Optimizer of a quantization-aware run: AdamW, its parameter groups, its learning-rate curve."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qvgen.nn.swap import qat_layers
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    learning_rate: float  # weights and Φ
+    quantizer_learning_rate: float  # scales, zero points
+    clip_learning_rate: float  # logits of activation clips
+    betas: tuple[float, float]
+    weight_decay: float  # weights and Φ only
+    warmup_fraction: float
+    final_learning_rate: float  # last over first
+
+
+def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW with four groups: matrices and Φ (decayed), vectors such as biases and norms, weight quantizers, clips.
+
+    Only the first is decayed; the public code decays scales, zero points and clips as well, which pulls them to zero.
+    """
+    quantizers, clips = [], []
+    for _, layer in qat_layers(model):
+        quantizers += list(layer.weight_quantizer.parameters())
+        if layer.input_quantizer is not None:
+            clips += list(layer.input_quantizer.parameters())
+    special = {id(p) for p in (*quantizers, *clips)}
+    others = [p for p in model.parameters() if id(p) not in special]
+    groups = [
+        ("weights", [p for p in others if p.ndim >= 2], settings.learning_rate, settings.weight_decay),
+        ("vectors", [p for p in others if p.ndim < 2], settings.learning_rate, 0.0),
+        ("quantizers", quantizers, settings.quantizer_learning_rate, 0.0),
+        ("clips", clips, settings.clip_learning_rate, 0.0),
+    ]
+    return torch.optim.AdamW(
+        [
+            {"name": name, "params": parameters, "lr": rate, "base_lr": rate, "weight_decay": decay}
+            for name, parameters, rate, decay in groups
+            if parameters
+        ],
+        betas=settings.betas,
+        foreach=True,
+    )
+
+
+def learning_rate_factor(step: int, total_steps: int, settings: OptimizerSettings) -> float:
+    """Linear warm-up, then a cosine from 1 to `final_learning_rate` over the whole run (all stages together)."""
+    warmup = round(settings.warmup_fraction * total_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - 1 - warmup)
+    floor = settings.final_learning_rate
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor

@@ -1,0 +1,125 @@
+"""What the stages qat and decay share: one run of training, cut in two where rank decay begins.
+
+Both build the same trainer; decay loads qat's last state, so the two together take exactly the steps of one run. Each
+resumes from its own checkpoint after a kill.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages._run import Stage
+
+if TYPE_CHECKING:
+    from qvgen.training.loop import StepRecord, Trainer
+
+STATE = "state.safetensors"
+COLUMNS = ("step", "loss", "gradient_norm", "rank", "u", "lr", "seconds")
+LAST = 50  # steps averaged into the final loss
+
+
+def build_trainer(stage: Stage) -> Trainer:
+    """Trainer at step 0: a prepared student with Φ if the method has it, and the full-precision teacher."""
+    from qvgen.checkpoint.grids import load_grids
+    from qvgen.data.precompute import LatentDataset
+    from qvgen.models.family import load_family, load_pipeline
+    from qvgen.nn.swap import add_phi_, prepare_
+    from qvgen.training.loop import LoopSettings, Trainer
+    from qvgen.training.optim import OptimizerSettings
+
+    params, source = stage.params, stage.root / "artifacts/model"
+    family = load_family(source)
+    teacher, student = (load_pipeline(source).transformer.float() for _ in range(2))
+    grids = load_grids(stage.root / "artifacts/calibration/grids.safetensors") if params.chosen.searched else None
+    prepare_(student, params.scheme, default_targets=family.default_targets, grids=grids)
+    if params.chosen.phi:
+        add_phi_(student, params.decay.initial_rank)
+    qat = params.qat
+    return Trainer(
+        student,
+        teacher,
+        family,
+        LatentDataset.open(stage.root / "artifacts/data/train"),
+        params.schedule,
+        LoopSettings(
+            seed=params.seed,
+            batch_size=qat.batch_size,
+            max_grad_norm=qat.max_grad_norm,
+            caption_dropout=qat.caption_dropout,
+            ema_decay=qat.ema_decay,
+            optimizer=OptimizerSettings(
+                learning_rate=qat.learning_rate,
+                quantizer_learning_rate=qat.quantizer_learning_rate,
+                clip_learning_rate=qat.clip_learning_rate,
+                betas=qat.betas,
+                weight_decay=qat.weight_decay,
+                warmup_fraction=qat.warmup_fraction,
+                final_learning_rate=qat.final_learning_rate,
+            ),
+        ),
+    )
+
+
+def train(stage: Stage, trainer: Trainer, until: int) -> list[dict[str, float]]:
+    """Train up to step `until`, resuming this stage's own checkpoint if there is one. Returns one row per step."""
+    from qvgen.checkpoint.training import load_training_state
+
+    first, checkpoint = trainer.step, stage.checkpoint_dir / STATE
+    rows: list[dict[str, float]] = []
+    if checkpoint.exists():
+        trainer.step = load_training_state(checkpoint, trainer.student, trainer.optimizer, trainer.average)
+        rows = _read_rows(checkpoint.with_suffix(".csv"))[: trainer.step - first]
+        print(f"{stage.name}: continues at step {trainer.step} of {until}")
+
+    with stage.progress(until - first, initial=trainer.step - first) as progress:
+
+        def on_step(trainer: Trainer, record: StepRecord) -> None:
+            row = record.as_dict()
+            rows.append(row)
+            stage.log_metrics({k: v for k, v in row.items() if k != "step"}, step=record.step)
+            progress.set_postfix(loss=f"{record.loss:.4f}", rank=record.rank, grad=f"{record.gradient_norm:.3f}")
+            progress.update()
+            if trainer.step % stage.params.qat.checkpoint_every == 0 and trainer.step < until:
+                write_rows(checkpoint.with_suffix(".csv"), rows)  # first: rows beyond the state's step are cut on resume
+                save_state(checkpoint, trainer)
+
+        trainer.run(until, on_step)
+    return rows
+
+
+def save_state(path: Path, trainer: Trainer) -> None:
+    from qvgen.checkpoint.training import save_training_state
+
+    save_training_state(path, trainer.student, trainer.optimizer, trainer.average, trainer.step)
+
+
+def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_metrics(stage: Stage, rows: list[dict[str, float]]) -> None:
+    """metrics/<stage>.json and .csv. The final loss is a mean over the last steps, null for a run without steps."""
+    last = rows[-LAST:]
+    summary = {
+        "steps": len(rows),
+        "final_loss": sum(r["loss"] for r in last) / len(last) if last else None,
+        "mean_gradient_norm": sum(r["gradient_norm"] for r in rows) / len(rows) if rows else None,
+        "train_seconds": sum(r["seconds"] for r in rows),
+    }
+    with stage.outputs(f"metrics/{stage.name}.csv") as path:
+        write_rows(path, rows)
+    with stage.outputs(f"metrics/{stage.name}.json") as path:
+        path.write_text(json.dumps(summary, indent=2) + "\n")
+    stage.log_metrics({k: v for k, v in summary.items() if v is not None})
+    stage.log_artifact(f"metrics/{stage.name}.csv")
+
+
+def _read_rows(path: Path) -> list[dict[str, float]]:
+    with path.open(newline="") as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]

@@ -1,0 +1,43 @@
+"""Stage baselines: what the same scheme gives without training, so that training has something to beat.
+
+rtn rounds on whole ranges, mse uses the calibrated grids; both are packed and judged exactly as stage evaluate judges the
+trained model. Reads artifacts/model, artifacts/calibration, artifacts/data/held_out; writes metrics/baselines.json.
+"""
+
+from __future__ import annotations
+
+import json
+
+from stages._run import Stage, stage_main
+
+METHODS_WITHOUT_TRAINING = ("rtn", "mse")
+
+
+def run(stage: Stage) -> None:
+    from qvgen.checkpoint.grids import load_grids
+    from qvgen.data.precompute import LatentDataset
+    from qvgen.evaluation.compare import Trial, compare, observe
+    from qvgen.methods.registry import METHODS
+    from qvgen.models.family import load_family, load_pipeline
+    from qvgen.nn.swap import convert_, prepare_
+
+    params, source = stage.params, stage.root / "artifacts/model"
+    family = load_family(source)
+    trial = Trial.from_params(params, LatentDataset.open(stage.root / "artifacts/data/held_out"))
+    grids = load_grids(stage.root / "artifacts/calibration/grids.safetensors")
+    scores = {}
+    with stage.progress((1 + len(METHODS_WITHOUT_TRAINING)) * trial.items, unit="item") as progress:
+        reference = observe(load_pipeline(source), family, trial, on_batch=progress.update)
+        for method in METHODS_WITHOUT_TRAINING:
+            pipeline = load_pipeline(source)
+            searched = grids if METHODS[method].searched else None
+            prepare_(pipeline.transformer, params.scheme, default_targets=family.default_targets, grids=searched)
+            convert_(pipeline.transformer)
+            scores[method] = compare(reference, observe(pipeline, family, trial, on_batch=progress.update), trial)
+    with stage.outputs("metrics/baselines.json") as path:
+        path.write_text(json.dumps(scores, indent=2) + "\n")
+    stage.log_metrics({f"{method}.{k}": v for method, values in scores.items() for k, v in values.items()})
+
+
+if __name__ == "__main__":
+    stage_main("baselines", run)

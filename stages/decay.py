@@ -1,0 +1,29 @@
+"""Stage decay: continue qat's training while the rank of Φ falls to zero, then without Φ.
+
+Reads artifacts/qat besides what stage qat reads; writes the trained student (artifacts/decay/student.safetensors) and one
+row per step in metrics/decay.csv.
+"""
+
+from __future__ import annotations
+
+from stages._run import Stage, stage_main
+from stages._training import STATE, build_trainer, train, write_metrics
+
+
+def run(stage: Stage) -> None:
+    from safetensors.torch import save_file
+
+    from qvgen.checkpoint.training import load_training_state
+
+    trainer = build_trainer(stage)
+    start = stage.root / "artifacts/qat" / STATE
+    trainer.step = load_training_state(start, trainer.student, trainer.optimizer, trainer.average)
+    rows = train(stage, trainer, stage.params.schedule.total_steps)
+    student = trainer.finish()
+    with stage.outputs("artifacts/decay") as folder:
+        save_file({k: v.contiguous() for k, v in student.state_dict().items()}, folder / "student.safetensors")
+    write_metrics(stage, rows)
+
+
+if __name__ == "__main__":
+    stage_main("decay", run)

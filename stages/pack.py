@@ -1,0 +1,45 @@
+"""Stage pack: the trained student as a diffusers pipeline folder with packed low-bit weights.
+
+Reads artifacts/model, artifacts/calibration and artifacts/decay; writes artifacts/packed and the sizes in metrics/pack.json.
+"""
+
+from __future__ import annotations
+
+import json
+
+from stages._run import Stage, stage_main
+
+
+def run(stage: Stage) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    from qvgen.checkpoint.packed import export_pipeline
+    from qvgen.models.family import load_family, load_pipeline
+    from qvgen.nn.swap import convert_, prepare_
+
+    params, source = stage.params, stage.root / "artifacts/model"
+    family, student = load_family(source), load_pipeline(source).transformer.float()
+    prepare_(student, params.scheme, default_targets=family.default_targets)
+    student.load_state_dict(load_file(stage.root / "artifacts/decay/student.safetensors"))
+    names = convert_(student)
+    with stage.outputs("artifacts/packed") as folder:
+        export_pipeline(source, student, params.scheme, folder, getattr(torch, params.pack.dtype), params.method)
+    packed = _bytes(stage.root / "artifacts/packed/transformer")
+    summary = {
+        "layers": len(names),
+        "transformer_bytes": packed,
+        "source_transformer_bytes": _bytes(source / "transformer"),
+    }
+    with stage.outputs("metrics/pack.json") as path:
+        path.write_text(json.dumps(summary, indent=2) + "\n")
+    stage.log_metrics(summary)
+    stage.log_tags({"quantization": params.scheme.name, "method": params.method})
+
+
+def _bytes(folder) -> int:
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+if __name__ == "__main__":
+    stage_main("pack", run)
