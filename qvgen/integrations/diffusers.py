@@ -59,12 +59,19 @@ class QVGenQuantizer(DiffusersQuantizer):
 
     use_keep_in_fp32_modules = True  # otherwise ignored for quantized models, and Wan's time embedding becomes bfloat16
     requires_calibration = True  # diffusers then refuses to quantize a full-precision model while loading
-    is_serializable = True
-    is_trainable = False
+    quantization_config: QVGenConfig
 
     def __init__(self, quantization_config: QVGenConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._loaded_keys: list[str] = []
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         self._loaded_keys = loaded_keys
@@ -110,8 +117,8 @@ class QVGenQuantizer(DiffusersQuantizer):
 
     def check_quantized_param_shape(self, param_name: str, current_param: torch.Tensor, new_param: torch.Tensor) -> bool:
         raise ValueError(
-            f"{param_name}: expected shape {list(current_param.shape)}, found {list(new_param.shape)}; the checkpoint does not "
-            "belong to this model or scheme"
+            f"{param_name}: expected shape {list(current_param.shape)}, found {list(new_param.shape)}; "
+            "the checkpoint does not belong to this model or scheme"
         )
 
     def create_quantized_param(

@@ -1,9 +1,10 @@
 """The reference backend: plain PyTorch, for every width, strategy, shape and device. What other backends are tested against.
 
-    Y = s_a s_w [ q_a . q_w - z_a sum q_w - z_w sum q_a + K z_a z_w ] + bias  =  s_a s_w [ (q_a - z_a) . q_w - z_w sum (q_a - z_a) ] + bias
+    Y = s_a s_w [ q_a . q_w - z_a sum q_w - z_w sum q_a + K z_a z_w ] + bias
+      = s_a s_w [ (q_a - z_a) . q_w - z_w sum (q_a - z_a) ] + bias
 
-The second form is the same in exact arithmetic, and the first bracket is a sum of integers: it is computed exactly. Only the
-products with a float zero point and with the scales round, in float32. NaN or Inf in a token makes its scale NaN
+The second form is the same in exact arithmetic and needs fewer passes. Both its sums are of integers and computed exactly;
+only the products with a float zero point and with the scales round, in float32. NaN or Inf in a token makes its scale NaN
 (primitives.range_to_grid), and with it all outputs of that token and no others.
 """
 

@@ -65,8 +65,8 @@ class Backend(Protocol):
         """Repack a stored weight, on its device. May be slow: happens once, at load."""
         ...
 
-    def run(self, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        """The op of kernels/ops.py without its last argument."""
+    def run(self, *arguments: Any, **named: Any) -> torch.Tensor:
+        """The op of kernels/ops.py; it gets all arguments but the last, by position."""
         ...
 
 
@@ -85,7 +85,7 @@ class NotBuilt:
     def prepare(self, layer: PackedWeight) -> PreparedWeight:
         raise RuntimeError(f"backend {self.name} is not available: {self.reason}")
 
-    def run(self, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    def run(self, *arguments: Any, **named: Any) -> torch.Tensor:
         raise RuntimeError(f"backend {self.name} is not available: {self.reason}")
 
 

@@ -20,7 +20,24 @@ if TYPE_CHECKING:
 TINY_CLIP = ClipSize(frames=9, height=32, width=32, max_sequence_length=8)  # latents: 3 frames of 4 x 4
 TINY_PROMPT = "a red digit three moving up"
 _LATENT_CHANNELS, _TEXT_DIM = 4, 16
-_WORDS = ["a", "blue", "digit", "down", "five", "four", "green", "left", "moving", "one", "red", "right", "three", "two", "up", "zero"]
+_WORDS = [
+    "a",
+    "blue",
+    "digit",
+    "down",
+    "five",
+    "four",
+    "green",
+    "left",
+    "moving",
+    "one",
+    "red",
+    "right",
+    "three",
+    "two",
+    "up",
+    "zero",
+]
 
 
 def tiny_wan_transformer(seed: int = 0) -> WanTransformer3DModel:
@@ -110,7 +127,7 @@ def _cogvideox_pipeline(rotary: bool, seed: int) -> Any:
     tokenizer = _tokenizer()
     with _seeded(seed):
         vae = AutoencoderKLCogVideoX(
-            block_out_channels=(8, 8, 8, 8),
+            block_out_channels=(8, 8, 8, 8),  # type: ignore[arg-type]  (annotated as one number)
             latent_channels=_LATENT_CHANNELS,
             layers_per_block=1,
             norm_num_groups=2,
@@ -145,9 +162,7 @@ def _tokenizer() -> Any:
     vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *_WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

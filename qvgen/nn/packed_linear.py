@@ -29,8 +29,12 @@ class PackedLinear(nn.Module):
 
     weight_packed: torch.Tensor
     weight_scale: torch.Tensor
+    weight_zero_point: torch.Tensor | None
     weight_row_sum: torch.Tensor
     weight_shape: torch.Tensor
+    input_clip_lower: torch.Tensor | None
+    input_clip_upper: torch.Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(
         self,

@@ -44,7 +44,8 @@ def weight_groups(in_features: int, args: QuantArgs) -> int:
         return 1
     if in_features % args.group_size:
         raise ValueError(
-            f"in_features {in_features} is not a multiple of group_size {args.group_size}; choose a divisor or strategy 'channel'"
+            f"in_features {in_features} is not a multiple of group_size {args.group_size}; "
+            "choose a divisor or strategy 'channel'"
         )
     return in_features // args.group_size
 
@@ -118,11 +119,15 @@ def validate_layer(
     if scheme.weights.zero_point_domain == "integer" and (zero_point := tensors.get(ZERO_POINT)) is not None:
         whole = (zero_point == zero_point.trunc()) & (zero_point >= 0) & (zero_point <= scheme.weights.max_code)
         if not whole.all():
-            raise ValueError(f"{layer}.{ZERO_POINT}: zero_point_domain integer means whole numbers in [0, {scheme.weights.max_code}]")
+            raise ValueError(
+                f"{layer}.{ZERO_POINT}: zero_point_domain integer means whole numbers in [0, {scheme.weights.max_code}]"
+            )
     for name in (CLIP_LOWER, CLIP_UPPER):
         if name in tensors and not ((tensors[name] >= 0) & (tensors[name] <= 1)).all():
             raise ValueError(f"{layer}.{name}: clips must lie in [0, 1]; the checkpoint is damaged, export it again")
     if check_codes:
         codes = unpack(tensors[PACKED], scheme.weights.num_bits, in_features)
         if not torch.equal(row_sums(codes, weight_groups(in_features, scheme.weights)), tensors[ROW_SUM]):
-            raise ValueError(f"{layer}.{PACKED}: the codes do not add up to {ROW_SUM}; the checkpoint is damaged, export it again")
+            raise ValueError(
+                f"{layer}.{PACKED}: the codes do not add up to {ROW_SUM}; the checkpoint is damaged, export it again"
+            )

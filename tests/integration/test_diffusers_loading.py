@@ -34,7 +34,9 @@ CASES = [("wan", False), ("cogvideox", False), ("cogvideox", True)]
 class Packed:
     """A tiny source pipeline, its converted transformer, and the folder they were exported to."""
 
-    def __init__(self, root: Path, family: str, rotary: bool, scheme: QuantScheme = SCHEME, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self, root: Path, family: str, rotary: bool, scheme: QuantScheme = SCHEME, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
         self.source, self.folder = tiny_pipeline(family, root / "source", rotary=rotary), root / "packed"
         self.family: Family = load_family(self.source)
         self.transformer = load_pipeline(self.source).transformer
@@ -247,7 +249,10 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
     ),
     "NaN scale": (lambda t: t[f"{Q}.weight_scale"].fill_(torch.nan), rf"{Q}.weight_scale: holds NaN"),
     "NaN elsewhere": (lambda t: t["proj_out.weight"].fill_(torch.nan), "proj_out.weight: holds NaN"),
-    "cut clips": (lambda t: t.update({f"{Q}.input_clip_lower": torch.ones(3)}), rf"{Q}.input_clip_lower: expected shape \[4\]"),
+    "cut clips": (
+        lambda t: t.update({f"{Q}.input_clip_lower": torch.ones(3)}),
+        rf"{Q}.input_clip_lower: expected shape \[4\]",
+    ),
     "transposed": (
         lambda t: t.update({f"{Q}.weight_packed": t[f"{Q}.weight_packed"].T.contiguous()}),
         rf"{Q}.weight_packed: expected shape \[24, 3\], found \[3, 24\]",
@@ -293,7 +298,7 @@ def test_an_edited_config_is_refused(damaged: Path, edit: Callable[[dict[str, An
 
 
 def test_folders_that_are_not_packed_pipelines(wan: Packed, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is not a diffusers pipeline: it has no model_index.json"):
+    with pytest.raises(ValueError, match=r"is not a diffusers pipeline: it has no model_index\.json"):
         verify_folder(tmp_path)
     with pytest.raises(ValueError, match="is not packed"):
         load_packed_transformer(wan.source)

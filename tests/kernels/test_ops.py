@@ -62,9 +62,7 @@ def usable(layer: PackedLinear) -> list[str]:
     """Names of the backends that can run a layer on this machine."""
     weight, device = stored(layer), layer.weight_packed.device.type
     return [
-        b.name
-        for b in backends()
-        if not b.available() and not b.supports(weight) and (not b.devices or device in b.devices)
+        b.name for b in backends() if not b.available() and not b.supports(weight) and (not b.devices or device in b.devices)
     ]
 
 

@@ -1,6 +1,7 @@
 """The packed layer against an independent numpy reference: codes in float32, sums in int64, the rest in float64."""
 
 import copy
+from collections.abc import Callable
 from itertools import product
 
 import numpy as np
@@ -74,10 +75,8 @@ def reference(layer: PackedLinear, x: torch.Tensor, group: torch.Tensor) -> tupl
     lower = lower_clip * np.minimum(xs.min(-1, keepdims=True), f32(0))
     upper = upper_clip * np.maximum(xs.max(-1, keepdims=True), f32(0))
     top = 2**tokens.num_bits - 1
-    if tokens.symmetric:
-        s_a = np.maximum(-lower, upper) / f32(2 ** (tokens.num_bits - 1) - 1)
-    else:
-        s_a = (upper - lower) / f32(top)
+    whole = np.maximum(-lower, upper) / f32(2 ** (tokens.num_bits - 1) - 1)
+    s_a = whole if tokens.symmetric else (upper - lower) / f32(top)
     s_a = np.where(s_a == 0, f32(1), s_a)
     z_a = f32(2 ** (tokens.num_bits - 1)) if tokens.symmetric else np.clip(np.rint(-lower / s_a), 0, top)
     z_a = np.broadcast_to(z_a, s_a.shape).astype(np.int64)
@@ -182,7 +181,9 @@ def test_agrees_with_the_training_forward() -> None:
         # The logits of the clips round: take the clips back from them, as export does.
         layer.input_clip_lower, layer.input_clip_upper = quantizer.export()
         trained = F.linear(quantizer(x, layer.timestep.of(x)), dense, layer.bias)
-        torch.testing.assert_close(layer(x), trained, rtol=FAKE_QUANT_RELATIVE, atol=FAKE_QUANT_RELATIVE * float(trained.abs().max()))
+        torch.testing.assert_close(
+            layer(x), trained, rtol=FAKE_QUANT_RELATIVE, atol=FAKE_QUANT_RELATIVE * float(trained.abs().max())
+        )
 
 
 @pytest.mark.parametrize("k", [256, 258, 259, 2000, 5000])
@@ -308,7 +309,7 @@ def test_state_dict_round_trip() -> None:
 
 
 @pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double()])
-def test_casting_leaves_the_grid_alone(cast) -> None:  # noqa: ANN001
+def test_casting_leaves_the_grid_alone(cast: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
     layer, dense = build(scheme_of(QuantArgs(zero_point_domain="float"), 4, 4, symmetric=False), 6, 32)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     after = cast(torch.nn.Sequential(layer))[0].state_dict()
