@@ -141,8 +141,9 @@ def test_every_preference_is_a_backend() -> None:
     assert {b.name for b in backends()} == set(KernelPreference) - {KernelPreference.AUTO}
 
 
-def test_auto_falls_back_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_falls_back_and_says_so_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     registry.register(NotBuilt("cpu", ("cpu",), "no compiler was found"))
+    monkeypatch.setattr(registry._log, "disabled", False)  # which dvc and alembic do to loggers when they set up their own
     with caplog.at_level(logging.INFO, logger="qvgen"):
         for _ in range(3):
             build(SCHEMES["w4a4"])(torch.randn(2, 3, 32))
