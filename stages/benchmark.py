@@ -1,7 +1,7 @@
 """Stage benchmark: latency, memory and bytes of the full-precision, the bfloat16 and the packed transformer.
 
-Reads artifacts/model and artifacts/packed; writes metrics/benchmark.json, and records quartiles and hardware with the run.
-The fp32 and bf16 variants are written for the occasion, so that all bytes are bytes of files.
+Reads artifacts/model and artifacts/packed; writes metrics/benchmark.json, and records quartiles and hardware in the
+run. The fp32 and bf16 variants are written for the occasion, so that all bytes are bytes of files.
 """
 
 from __future__ import annotations
@@ -144,15 +144,12 @@ def kernel_name(transformer: Any) -> str:
 
 
 def packed_ratio(stage: Stage) -> float | None:
-    """What the scheme of artifacts/packed makes of Wan 2.1 1.3B; None if it names layers which that model lacks."""
+    """What the scheme makes of Wan 2.1 1.3B; None if it names layers which that model does not have."""
     from qvgen.evaluation.size import wan_packed_ratio
     from qvgen.models.wan import WanFamily
-    from qvgen.quant.scheme import QuantScheme
 
-    config = json.loads((stage.root / "artifacts/packed/transformer/config.json").read_text())
-    scheme, _ = QuantScheme.from_config(config["quantization_config"])
     try:
-        return wan_packed_ratio(scheme, WanFamily.default_targets)
+        return wan_packed_ratio(stage.params.scheme, WanFamily.default_targets)
     except ValueError:
         return None
 
