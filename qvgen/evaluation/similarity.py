@@ -43,8 +43,7 @@ def ssim(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
     _same_shape(reference, candidate)
     if reference.ndim != 5 or min(reference.shape[-2:]) < _SSIM_WINDOW:
         raise ValueError(
-            f"SSIM needs clips (n, 3, t, h, w) of {_SSIM_WINDOW}x{_SSIM_WINDOW} pixels or more, "
-            f"got {tuple(reference.shape)}"
+            f"SSIM needs clips (n, 3, t, h, w) of {_SSIM_WINDOW}x{_SSIM_WINDOW} pixels or more, got {tuple(reference.shape)}"
         )
     pairs = zip(_frames(reference), _frames(candidate), strict=True)
     per_frame = [

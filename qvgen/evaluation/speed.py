@@ -96,8 +96,6 @@ def load_variant(folder: str | Path, dtype: str) -> Any:
 
     reduced = getattr(torch, dtype)
     dtypes = {"transformer": reduced, "text_encoder": reduced, "default": torch.float32}
-    pipeline = DiffusionPipeline.from_pretrained(
-        Path(folder), dtype=dtypes, local_files_only=True, use_safetensors=True
-    )
+    pipeline = DiffusionPipeline.from_pretrained(Path(folder), dtype=dtypes, local_files_only=True, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -143,9 +143,7 @@ def _write_gif(path: Path, frames: torch.Tensor, fps: int) -> None:
 
     first, *others = [Image.fromarray(frame.numpy()) for frame in frames]
     # Pillow merges equal neighbours and adds up their durations: fewer frames, the same film.
-    first.save(
-        path, format="GIF", save_all=True, append_images=others, duration=round(1000 / fps), loop=0, optimize=False
-    )
+    first.save(path, format="GIF", save_all=True, append_images=others, duration=round(1000 / fps), loop=0, optimize=False)
 
 
 def _write_mp4(path: Path, frames: torch.Tensor, fps: int) -> None:

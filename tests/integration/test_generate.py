@@ -103,9 +103,7 @@ def test_the_prompt_matters(monkeypatch, model: Path, tmp_path: Path) -> None:
         (["--height", "33"], "a", "a.mp4", "divisible by 16"),
     ],
 )
-def test_bad_arguments(
-    monkeypatch, capsys, model: Path, tmp_path: Path, more, prompt: str, name: str, says: str
-) -> None:
+def test_bad_arguments(monkeypatch, capsys, model: Path, tmp_path: Path, more, prompt: str, name: str, says: str) -> None:
     assert run(monkeypatch, model, tmp_path / name, *more, prompt=prompt) == 1
     error = capsys.readouterr().err
     assert error.startswith("qvgen: ") and says in error and "Traceback" not in error
@@ -136,9 +134,7 @@ def test_folders_that_are_no_pipeline(monkeypatch, capsys, model: Path, tmp_path
         ("missing", "missing"),
     ],
 )
-def test_damaged_weights(
-    monkeypatch, capsys, model: Path, tmp_path: Path, component: str, damage: str, says: str
-) -> None:
+def test_damaged_weights(monkeypatch, capsys, model: Path, tmp_path: Path, component: str, damage: str, says: str) -> None:
     broken, out = tmp_path / "broken", tmp_path / "a.mp4"
     shutil.copytree(model, broken)
     (weights,) = (broken / component).glob("*.safetensors")
