@@ -36,9 +36,7 @@ class Journal:
     _broken: bool = field(default=False, repr=False)
 
     @classmethod
-    def create(
-        cls, home: Path, name: str, pipeline: str, *, tags: Mapping[str, str], params: Mapping[str, Any]
-    ) -> Journal:
+    def create(cls, home: Path, name: str, pipeline: str, *, tags: Mapping[str, str], params: Mapping[str, Any]) -> Journal:
         id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{name}-{uuid.uuid4().hex[:8]}"
         journal = cls(home / FOLDER / f"{id}.jsonl")
         journal.write("start", id=id, name=name, pipeline=pipeline, tags=dict(tags), params=dict(params))
@@ -113,16 +111,17 @@ class Forwarder:
     MLflow takes seconds to import and may hang or fail; here it can do neither to the stage.
     """
 
-    def __init__(self, journal: Journal, root: Path) -> None:
-        self._journal, self._root = journal, root
+    def __init__(self, journal: Journal, home: Path) -> None:
+        self._journal, self._home = journal, home
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Forwarder:
         command = [sys.executable, "-m", "stages._tracking", str(self._journal.path), "--follow", str(os.getpid())]
         try:
             # A session of its own, so that Ctrl-C reaches the stage and the forwarder can still report how it ended.
+            # In `home`, because `dvc exp run --temp` deletes the stage's own folder when it is done.
             self._process = subprocess.Popen(
-                command, cwd=self._root, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+                command, cwd=self._home, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
             )
         except OSError as error:
             print(f"warning: tracking did not start ({error}); the journal is complete", file=sys.stderr)

@@ -143,7 +143,7 @@ def _execute(name: str, run: Callable[[Stage], None]) -> None:
         tags |= {f"dvc.dep.{path}": value for path, value in facts.deps.items()}
         journal = Journal.create(home, facts.address, pipeline.id, tags=tags, params=facts.params)
         stage = Stage(name=name, params=params, root=root, home=home, facts=facts, journal=journal)
-        with Forwarder(journal, root):
+        with Forwarder(journal, home):
             try:
                 run(stage)
                 stage.log_tags({f"dvc.out.{path}": value for path, value in output_hashes(root, facts).items()})

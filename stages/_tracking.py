@@ -29,6 +29,7 @@ FLUSH_SECONDS = 3.0
 RETRY_SECONDS = 30.0
 METRICS_PER_BATCH, PARAMS_PER_BATCH, TAGS_PER_BATCH = 1000, 100, 100  # MLflow's limits
 LONGEST_TAG, LONGEST_PARAM = 5000, 6000
+APART = ("artifact", "text", "register")  # other stores: one that fails must not hold up the metrics
 
 # MLflow's own defaults wait 248 s for a server that is down. Telemetry stays off.
 _DEFAULTS = {
@@ -109,12 +110,13 @@ def _batched(entries: list[Any], size: int) -> Iterator[list[Any]]:
 
 
 class Sender:
-    """Sends the events of one journal, in order, each at least once."""
+    """Sends the events of one journal, each at least once."""
 
     def __init__(self, journal: Path) -> None:
         self.journal = journal
         self.home = journal.parents[2]
         self.unsent: list[dict[str, Any]] = []
+        self.ended = False  # whether the stage has said how it ended
         self._offset = 0
         self._client: MlflowClient
         self._experiment = self._run = self._parent = ""
@@ -122,29 +124,35 @@ class Sender:
     def read(self) -> None:
         events, self._offset = read_events(self.journal, self._offset)
         self.unsent += events
-
-    @property
-    def ended(self) -> bool:
-        return any(event["event"] == "end" for event in self.unsent)
+        self.ended |= any(event["event"] == "end" for event in events)
 
     def send(self) -> None:
-        """Send all that was read. Raises what MLflow raises; what was sent until then is not sent again."""
+        """Send all that was read. Raises what MLflow raises; what was not sent then is sent by the next call."""
         if not self._experiment:
             self._client, self._experiment = connect(self.home)
         from mlflow.exceptions import MlflowException
 
+        kept: list[dict[str, Any]] = []
+        problem: Exception | None = None
         while self.unsent:
-            metrics = list(itertools.takewhile(lambda event: event["event"] == "metrics", self.unsent))
+            events = list(itertools.takewhile(lambda event: event["event"] == "metrics", self.unsent)) or self.unsent[:1]
+            kind = events[0]["event"]
             try:
-                if metrics:
-                    self._send_metrics(metrics)
+                self._send_metrics(events) if kind == "metrics" else self._send_one(events[0])
+            except Exception as error:
+                if isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE" and self._run:
+                    print(f"warning: MLflow refuses a {kind} entry: {error}", file=sys.stderr)
+                elif kind in APART:
+                    kept, problem = [*kept, *events], error
                 else:
-                    self._send_one(self.unsent[0])
-            except MlflowException as error:
-                if error.error_code != "INVALID_PARAMETER_VALUE" or not self._run:
+                    self.unsent[:0] = kept
                     raise
-                print(f"warning: MLflow refuses a {self.unsent[0]['event']} entry: {error}", file=sys.stderr)
-            del self.unsent[: len(metrics) or 1]
+            del self.unsent[: len(events)]
+        self.unsent = kept
+        if problem is not None:
+            raise problem
+        if self.ended:
+            self._note(complete=True)
 
     def _send_metrics(self, events: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric
@@ -175,7 +183,6 @@ class Sender:
             case "end":
                 client.set_terminated(run, event["status"], event["time"])
                 self._close_parent(event)
-                self._note(complete=True)
             case "register":
                 from stages.register import register_version
 

@@ -54,9 +54,7 @@ def resolve_source(source: str, revision: str | None, root: str | Path = ".") ->
     folder = Path(root) / source
     if folder.is_dir():
         if revision is not None:
-            raise SourceError(
-                f"fetch.revision = {revision!r} belongs to a hub id, but {source} is a folder: set it to null"
-            )
+            raise SourceError(f"fetch.revision = {revision!r} belongs to a hub id, but {source} is a folder: set it to null")
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise SourceError(f"fetch.source = {source!r} is neither a folder nor a hub id such as org/name")
@@ -161,9 +159,7 @@ def check_safetensors(path: str | Path) -> None:
 
 
 def _truncated(path: Path, expected: str, found: int) -> SourceError:
-    return SourceError(
-        f"{path} is cut short or has extra bytes: expected {expected} bytes, found {found}; get it again"
-    )
+    return SourceError(f"{path} is cut short or has extra bytes: expected {expected} bytes, found {found}; get it again")
 
 
 def _download(source: str, revision: str) -> Path:

@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 POINTS = 40
+SECONDS = 600  # on a busy machine; each wait takes a few seconds on a quiet one
 STAGE = """
 import sys, time
 from stages._run import stage_main
@@ -88,7 +89,7 @@ def start(project: Path, command: str, **variables: str) -> subprocess.Popen[str
 
 def run(project: Path, command: str, **variables: str) -> tuple[int, str]:
     process = start(project, command, **variables)
-    output, _ = process.communicate(timeout=180)
+    output, _ = process.communicate(timeout=SECONDS)
     return process.returncode, output
 
 
@@ -101,7 +102,7 @@ def journals(project: Path, stage: str) -> list[Path]:
     return sorted((project / ".qvgen" / "journal").glob(f"*-{stage}-*.jsonl"), key=lambda path: path.stat().st_mtime)
 
 
-def wait_until(condition: Any, seconds: float = 90) -> None:
+def wait_until(condition: Any, seconds: float = SECONDS) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -116,6 +117,7 @@ def client(project: Path) -> Any:
 
 
 def run_of(client: Any, journal: Path) -> Any:
+    wait_until(lambda: read_receipt(journal).get("complete"))
     return client.get_run(read_receipt(journal)["run_id"])
 
 
@@ -135,7 +137,7 @@ def test_four_stages_at_once_on_a_fresh_database(project: Path) -> None:
 
     root = {"DVC_ROOT": str(project)}
     processes = {name: start(project, f"stages.{name}", DVC_STAGE=name, **root) for name in "abcd"}
-    outputs = {name: process.communicate(timeout=180)[0] for name, process in processes.items()}
+    outputs = {name: process.communicate(timeout=SECONDS)[0] for name, process in processes.items()}
     assert {name: process.returncode for name, process in processes.items()} == dict.fromkeys("abcd", 0), outputs
     assert "warning" not in "".join(outputs.values())
 
@@ -194,7 +196,7 @@ def test_tracking_that_refuses_connections_costs_nothing_and_is_caught_up_later(
     began = time.monotonic()
     code, output = run(project, "stages.a", MLFLOW_TRACKING_URI="http://user:secret@127.0.0.1:9")
     assert code == 0, output
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 200, "MLflow's own settings wait 248 s for each call"
     assert output.count("warning: tracking at http://127.0.0.1:9 does not answer") == 1
     assert "secret" not in output
     journal = journals(project, "a")[-1]
@@ -221,7 +223,6 @@ def test_kill_9_leaves_a_whole_journal_and_the_next_run_resumes(project: Path, c
     process.wait()
     journal = journals(project, "a")[-1]
     assert all(json.loads(line) for line in journal.read_text().splitlines())
-    wait_until(lambda: read_receipt(journal).get("complete"))
     found = run_of(client, journal)
     assert found.info.status == "KILLED"
     assert loss_points(client, found) == ALL_POINTS
@@ -245,11 +246,10 @@ def test_an_interrupted_stage_says_so_and_keeps_the_old_output(project: Path, cl
     assert second_code == 1
     assert f"this stage already runs in {project} (process {process.pid})" in second_output
     process.send_signal(signum)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == code
     assert "a: interrupted; run again to continue" in output and "Traceback" not in output
     journal = journals(project, "a")[-1]
-    wait_until(lambda: read_receipt(journal).get("complete"))
     assert run_of(client, journal).info.status == "KILLED"
     assert (project / "out" / "a" / "resumed").exists()
     assert [path.name for path in (project / "out").iterdir() if path.name.startswith(".")] == []
