@@ -1,4 +1,4 @@
-"""`qvgen generate` on a real, small, untrained pipeline: same seed same bytes, and errors that say what to do."""
+"""`qvgen generate` on real, small, untrained pipelines: same seed same bytes, and errors that say what to do."""
 
 import json
 import shutil
@@ -7,56 +7,35 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from pipelines import cli
+from qvgen.models.tiny import TINY_CLIP, tiny_pipeline
 
-ASSETS = Path(__file__).parents[2] / "assets" / "tiny-wan"
 GENERATION = {
-    "frames": 9,
-    "height": 32,
-    "width": 32,
-    "max_sequence_length": 12,
+    "frames": TINY_CLIP.frames,
+    "height": TINY_CLIP.height,
+    "width": TINY_CLIP.width,
+    "max_sequence_length": TINY_CLIP.max_sequence_length,
     "inference_steps": 2,
     "guidance_scale": 2.0,
     "fps": 8,
 }
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded VAE, text encoder, tokenizer and scheduler around a one-layer transformer with random weights."""
-    from diffusers import DiffusionPipeline, WanPipeline, WanTransformer3DModel
-
-    torch.manual_seed(0)
-    transformer = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=8,
-        out_channels=8,
-        text_dim=64,
-        freq_dim=32,
-        ffn_dim=64,
-        num_layers=1,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        rope_max_seq_len=32,
-    )
-    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
-    from transformers import AutoTokenizer, UMT5EncoderModel
-
-    pipeline: DiffusionPipeline = WanPipeline(
-        tokenizer=AutoTokenizer.from_pretrained(ASSETS / "tokenizer"),
-        text_encoder=UMT5EncoderModel.from_pretrained(ASSETS / "text_encoder"),
-        vae=AutoencoderKLWan.from_pretrained(ASSETS / "vae"),
-        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(ASSETS / "scheduler"),
-        transformer=transformer,
-    )
-    folder = tmp_path_factory.mktemp("pipeline")
-    pipeline.save_pretrained(folder)
+def make(family: str, folder: Path) -> Path:
+    tiny_pipeline(family, folder)
     (folder / "generation.json").write_text(json.dumps(GENERATION))
     return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make("wan", tmp_path_factory.mktemp("pipeline") / "wan")
+
+
+@pytest.fixture(scope="module")
+def cogvideox(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make("cogvideox", tmp_path_factory.mktemp("pipeline") / "cogvideox")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, model: Path, out: Path, *more: str, prompt: str = "a red digit three") -> int:
@@ -75,6 +54,32 @@ def test_the_same_seed_gives_the_same_file(monkeypatch, model: Path, tmp_path: P
     assert run(monkeypatch, model, second, "--seed", "1") == 0
     assert run(monkeypatch, model, other, "--seed", "2") == 0
     assert first.read_bytes() == second.read_bytes() != other.read_bytes()
+
+
+def test_the_other_family(monkeypatch, cogvideox: Path, tmp_path: Path) -> None:
+    assert run(monkeypatch, cogvideox, tmp_path / "a.gif", "--seed", "1") == 0
+    assert run(monkeypatch, cogvideox, tmp_path / "b.gif", "--seed", "1") == 0
+    assert (tmp_path / "a.gif").read_bytes() == (tmp_path / "b.gif").read_bytes()
+
+
+def test_a_packed_model(monkeypatch, model: Path, tmp_path: Path) -> None:
+    import torch
+
+    from qvgen.checkpoint.packed import export_pipeline
+    from qvgen.models.family import load_pipeline
+    from qvgen.models.wan import WanFamily
+    from qvgen.nn.swap import convert_, prepare_
+    from qvgen.quant.scheme import QuantScheme
+
+    transformer, scheme = load_pipeline(model).transformer, QuantScheme()
+    prepare_(transformer, scheme, default_targets=WanFamily.default_targets)
+    convert_(transformer)
+    export_pipeline(model, transformer, scheme, tmp_path / "packed", torch.bfloat16)
+    for name in ("a.png", "b.png"):
+        assert run(monkeypatch, tmp_path / "packed", tmp_path / name, "--seed", "1") == 0
+    assert run(monkeypatch, model, tmp_path / "full.png", "--seed", "1") == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "full.png").read_bytes()
 
 
 def test_flags_override_generation_json(monkeypatch, model: Path, tmp_path: Path) -> None:

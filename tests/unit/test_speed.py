@@ -6,7 +6,9 @@ import torch
 
 from qvgen.evaluation.hardware import describe, hardware
 from qvgen.evaluation.memory import peak_resident_mb
-from qvgen.evaluation.speed import interleaved, torch_threads
+from qvgen.evaluation.size import write_variant
+from qvgen.evaluation.speed import interleaved, load_variant, peak_memory_mb, torch_threads
+from qvgen.models.tiny import tiny_pipeline
 
 
 def test_actions_take_turns_and_warm_up_is_not_counted() -> None:
@@ -55,3 +57,26 @@ def test_hardware_names_the_machine(tmp_path: Path) -> None:
     assert facts["cpu"] and facts["logical_cores"] >= facts["cores"] >= 1
     text = describe(facts)
     assert facts["cpu"] in text and torch.__version__ in text and f"{torch.get_num_threads()} threads" in text
+
+
+@pytest.mark.slow
+def test_variants_on_disk_and_their_memory(tmp_path: Path) -> None:
+    """Real processes: each loads its own variant and takes one step."""
+    from safetensors.torch import save_file
+
+    inputs = {"latents": torch.zeros(1, 4, 3, 4, 4), "timestep": torch.tensor([500.0]), "text": torch.zeros(1, 8, 16)}
+    save_file(inputs, tmp_path / "inputs.safetensors")
+    source = tiny_pipeline("wan", tmp_path / "source")
+    for dtype in ("float32", "bfloat16"):
+        write_variant(source, tmp_path / dtype, dtype)
+    sizes = {
+        d: (tmp_path / d / "transformer/diffusion_pytorch_model.safetensors").stat().st_size for d in ("float32", "bfloat16")
+    }
+    parameters = sum(p.numel() for p in load_variant(source, "float32").transformer.parameters())
+    assert sizes["float32"] - sizes["bfloat16"] == pytest.approx(2 * parameters, rel=0.01)
+    assert load_variant(tmp_path / "bfloat16", "bfloat16").transformer.dtype == torch.bfloat16
+
+    memory = peak_memory_mb(tmp_path / "bfloat16", tmp_path / "inputs.safetensors", "bfloat16", threads=1)
+    assert memory["peak"] >= memory["imports"] > 50
+    with pytest.raises(RuntimeError, match="nowhere"):
+        peak_memory_mb(tmp_path / "nowhere", tmp_path / "inputs.safetensors", "float32")
