@@ -70,7 +70,6 @@ def generate(model: Path, prompt: str, seed: int, out: Path, **overrides: Any) -
     settings = read_settings(model, overrides)
 
     import qvgen.integrations.diffusers  # noqa: F401  (lets diffusers load packed transformers)
-
     from qvgen.evaluation.samples import sample
     from qvgen.evaluation.video import write_video
     from qvgen.models.family import ClipSize, load_family, load_pipeline

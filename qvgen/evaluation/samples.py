@@ -12,7 +12,7 @@ from qvgen.models.family import NUM_TRAIN_TIMESTEPS, ClipSize, Family, family_of
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
-OnBatch = Callable[[int], None]  # told how many items a finished batch held
+OnBatch = Callable[[int], object]  # told how many items a finished batch held
 
 
 def silent(_items: int) -> None:

@@ -46,7 +46,7 @@ def write_variant(pipeline: str | Path, target: str | Path, dtype: str) -> None:
         if entry.name != "transformer":
             (target / entry.name).symlink_to(entry)
     source = pipeline / "transformer"
-    transformer = diffusers.AutoModel.from_pretrained(str(source), dtype=getattr(torch, dtype), local_files_only=True)
+    transformer: Any = diffusers.AutoModel.from_pretrained(str(source), dtype=getattr(torch, dtype), local_files_only=True)
     for parameter in transformer.parameters():  # diffusers keeps some in float32 when it loads bfloat16
         parameter.data = parameter.data.to(getattr(torch, dtype))
     transformer.save_pretrained(target / "transformer")

@@ -41,7 +41,7 @@ def interleaved(
     repetitions: int,
     *,
     warm_up: int = _WARM_UP,
-    on_round: Callable[[int], None] = lambda _rounds: None,
+    on_round: Callable[[int], object] = lambda _rounds: None,
 ) -> dict[str, Timing]:
     """Time each action `repetitions` times, taking turns. `on_round(1)` is called after each round, warm-up too."""
     if repetitions < 2:

@@ -148,6 +148,7 @@ def _write_gif(path: Path, frames: torch.Tensor, fps: int) -> None:
 
 def _write_mp4(path: Path, frames: torch.Tensor, fps: int) -> None:
     import av
+    from av.codec.context import Flags
 
     frames = _even(frames)
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
@@ -156,7 +157,7 @@ def _write_mp4(path: Path, frames: torch.Tensor, fps: int) -> None:
         stream: Any = container.add_stream(codec, rate=Fraction(fps))
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         stream.codec_context.thread_count = 1
-        stream.codec_context.flags |= av.codec.context.Flags.bitexact
+        stream.codec_context.flags |= Flags.bitexact
         stream.options = {"crf": "16", "preset": "medium"} if codec == "libx264" else {"qscale": "2"}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")))
