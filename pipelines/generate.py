@@ -74,7 +74,6 @@ def generate(model: Path, prompt: str, seed: int, out: Path, **overrides: Any) -
     from qvgen.evaluation.video import write_video
     from qvgen.models.family import ClipSize, load_family, load_pipeline
 
-    _silence_loading()
     pipeline = load_pipeline(model)
     pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), desc="denoising")
     size = ClipSize(settings.frames, settings.height, settings.width, settings.max_sequence_length)
@@ -90,14 +89,6 @@ def generate(model: Path, prompt: str, seed: int, out: Path, **overrides: Any) -
     )
     write_video(out, clips[0], settings.fps)
     return settings
-
-
-def _silence_loading() -> None:
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

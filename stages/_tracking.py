@@ -63,7 +63,6 @@ def connect(home: Path) -> tuple[MlflowClient, str]:
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
     uri = tracking_uri(home)
-    os.environ["MLFLOW_TRACKING_URI"] = uri
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)

@@ -98,7 +98,7 @@ def save_state(path: Path, trainer: Trainer) -> None:
 
 def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter[str](file, fieldnames=COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

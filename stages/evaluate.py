@@ -16,7 +16,6 @@ LABELS = ("full precision", "packed")
 
 def run(stage: Stage) -> None:
     import qvgen.integrations.diffusers  # noqa: F401  (lets diffusers load the packed transformer)
-
     from qvgen.data.precompute import LatentDataset
     from qvgen.evaluation.compare import Trial, compare, movement, observe, prompt_accuracy, velocity_mse
     from qvgen.models.family import load_family, load_pipeline

@@ -84,6 +84,7 @@ def _create(client: MlflowClient, experiment: str, run_id: str, wish: dict[str, 
     import mlflow
     from mlflow.entities import LoggedModelOutput, Metric
 
+    mlflow.set_tracking_uri(client.tracking_uri)
     tags = wish["tags"] | {IDENTITY: wish["identity"]}
     model = mlflow.create_external_model(  # "external": MLflow knows of it, the weights stay in DVC
         name=wish["name"],

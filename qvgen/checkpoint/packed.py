@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import qvgen.integrations.diffusers  # noqa: F401  (lets diffusers load packed transformers)
+from qvgen.models.source import MANIFEST
 from qvgen.nn.packed_linear import packed_layers
 from qvgen.packing.layout import PACKED_NAMES
 from qvgen.quant.scheme import QuantScheme
@@ -40,7 +41,8 @@ def export_pipeline(
 
     `transformer` is the converted model of the pipeline in `source_folder`. Its tensors outside the packed layers, and the
     biases of these, are stored in `dtype`; packed tensors as they are. config.json names every packed layer, so that
-    loading matches no patterns. Same input, same bytes. Raises ValueError if the transformer has no packed layers or they
+    loading matches no patterns. The source's manifest stays behind: it records the hash of another transformer. Same
+    input, same bytes. Raises ValueError if the transformer has no packed layers or they
     have another scheme.
     """
     source, out = Path(source_folder), Path(out_folder)
@@ -49,7 +51,7 @@ def export_pipeline(
         raise ValueError(f"{out} is not empty; export to a new folder")
     out.mkdir(parents=True, exist_ok=True)
     for entry in sorted(source.iterdir()):
-        if entry.name in (_TRANSFORMER, _CARD) or entry.name.startswith("."):
+        if entry.name in (_TRANSFORMER, _CARD, MANIFEST) or entry.name.startswith("."):
             continue
         copy = shutil.copytree if entry.is_dir() else shutil.copyfile
         copy(entry, out / entry.name)

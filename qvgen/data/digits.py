@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +77,7 @@ def glyphs(held_out: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Digit images (n, 16, 16) float32 in [0, 1] and their labels (n,) int64, from the training or the held-out part."""
     from sklearn.datasets import load_digits
 
-    data = load_digits()
+    data: Any = load_digits()
     order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0)).numpy()
     part = order[TRAIN_DIGITS:] if held_out else order[:TRAIN_DIGITS]
     images = torch.as_tensor(data.images[part], dtype=torch.float32)[:, None] / 16

@@ -89,7 +89,7 @@ def write_part(
     family: Family,
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     shard_size: int,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], object] | None = None,
 ) -> None:
     """Encode batches of (clips (n, 3, t, h, w) in [-1, 1], caption_index (n,)) into shards of at most `shard_size`."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -110,4 +110,5 @@ def _digit_classifier() -> Any:
         assert brightness.shape[1] == FRAMES
         crops.append(_centred_crops(brightness, centre).flatten(1))
         targets.append(labels)
-    return SVC(C=10.0, gamma=3.0).fit(torch.cat(crops).numpy(), torch.cat(targets).numpy())
+    svm: Any = SVC  # its annotations say that gamma is text
+    return svm(C=10.0, gamma=3.0).fit(torch.cat(crops).numpy(), torch.cat(targets).numpy())

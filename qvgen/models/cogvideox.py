@@ -14,12 +14,12 @@ from qvgen.models.family import NUM_TRAIN_TIMESTEPS, ClipSize, generators
 
 class CogVideoXFamily:
     name = "cogvideox"
-    default_targets = (r"re:transformer_blocks\..*",)
+    default_targets: tuple[str, ...] = (r"re:transformer_blocks\..*",)
 
     def __init__(self, scheduler_config: dict[str, Any]) -> None:
         from diffusers import CogVideoXDDIMScheduler
 
-        self._scheduler = CogVideoXDDIMScheduler.from_config(scheduler_config)
+        self._scheduler: Any = CogVideoXDDIMScheduler.from_config(scheduler_config)
 
     def sample_timesteps(self, n: int, generator: torch.Generator) -> torch.Tensor:
         """Uniform over the 1,000 discrete levels."""

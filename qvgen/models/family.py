@@ -95,7 +95,11 @@ def load_pipeline(folder: str | Path) -> Any:
     A packed transformer needs `import qvgen.integrations.diffusers` first; callers above that layer do it.
     """
     from diffusers import DiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
+    diffusers_logging.disable_progress_bar()  # bars for files that load in milliseconds
+    transformers_logging.disable_progress_bar()
     pipeline = DiffusionPipeline.from_pretrained(Path(folder), local_files_only=True, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -13,7 +13,7 @@ from qvgen.models.family import NUM_TRAIN_TIMESTEPS, ClipSize, generators
 
 class WanFamily:
     name = "wan"
-    default_targets = (r"re:blocks\..*",)
+    default_targets: tuple[str, ...] = (r"re:blocks\..*",)
 
     def __init__(self, shift: float = 1.0) -> None:
         self.shift = shift

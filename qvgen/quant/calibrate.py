@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -104,10 +105,7 @@ class InputRecorder:
 
     @contextmanager
     def attached(self, layers: dict[str, nn.Module]) -> Iterator[InputRecorder]:
-        handles = [
-            layer.register_forward_pre_hook(lambda _layer, args, name=name: self._record(name, args[0]))
-            for name, layer in layers.items()
-        ]
+        handles = [layer.register_forward_pre_hook(partial(self._record, name)) for name, layer in layers.items()]
         try:
             yield self
         finally:
@@ -124,16 +122,17 @@ class InputRecorder:
             )
         return torch.cat(kept)
 
-    def _record(self, layer: str, x: torch.Tensor) -> None:
-        assert self.group is not None
+    def _record(self, layer: str, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x, groups = args[0], self.group
+        assert groups is not None
         if not torch.isfinite(x).all():
             raise ValueError(f"calibration data gives NaN or Inf at the input of layer {layer}; check the clips and the model")
-        for group in self.group.unique().tolist():
+        for group in groups.unique().tolist():
             kept = self._kept.setdefault((layer, group), [])
             missing = self.rows - sum(map(len, kept))
             if missing <= 0:
                 continue
-            x_MK = x[self.group == group].reshape(-1, x.shape[-1])
+            x_MK = x[groups == group].reshape(-1, x.shape[-1])
             # At most half of what is missing from one call, so that several clips are represented.
             take = min(len(x_MK), max(missing // 2, 16), missing)
             index = torch.randperm(len(x_MK), generator=self._generator)[:take]

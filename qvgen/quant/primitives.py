@@ -48,7 +48,7 @@ def dequantize(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -
 def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, args: QuantArgs) -> torch.Tensor:
     """`x` as its quantized values, differentiable in x, scale and zero_point.
 
-    `scale` and `zero_point` have the shape of `x` with some dimensions of size 1, over which their gradients are summed.
+    One grid per last dimension: `scale` and `zero_point` are (..., 1) for x (..., K).
     """
     return _FakeQuantize.apply(x, scale, zero_point, args)
 
@@ -69,27 +69,23 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, args: QuantArgs) -> torch.Tensor:
         q = _unclamped_codes(x, scale, zero_point, args)
         clamped = q.clamp(0, args.max_code)
-        inside = clamped == q
+        outside = clamped != q
         quantized = clamped.sub_(zero_point).mul_(scale)
-        ctx.save_for_backward(x, scale, quantized, inside)
+        ctx.save_for_backward(x, scale, quantized, outside)
         return quantized
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
-        x, scale, quantized, inside = ctx.saved_tensors
-        grad_x = grad * inside
+        x, scale, quantized, outside = ctx.saved_tensors
+        grad_x = grad.masked_fill(outside, 0)
         grad_scale = grad_zero_point = None
-        if ctx.needs_input_grad[1]:
-            grad_scale = _sum_to((grad * quantized).sub_(grad_x * x), scale.shape) / scale
+        if ctx.needs_input_grad[1]:  # dot products: no temporary of the size of x
+            by_scale = torch.linalg.vecdot(grad, quantized) - torch.linalg.vecdot(grad_x, x)
+            grad_scale = by_scale.unsqueeze(-1) / scale
         if ctx.needs_input_grad[2]:
-            grad_zero_point = -scale * _sum_to(grad - grad_x, scale.shape)
+            grad_zero_point = scale * (grad_x.sum(-1, keepdim=True) - grad.sum(-1, keepdim=True))
         return (grad_x if ctx.needs_input_grad[0] else None), grad_scale, grad_zero_point, None
-
-
-def _sum_to(x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    dims = [d for d, size in enumerate(shape) if size == 1 and x.shape[d] != 1]
-    return x.sum(dims, keepdim=True) if dims else x
 
 
 def range_to_grid(lower: torch.Tensor, upper: torch.Tensor, args: QuantArgs) -> tuple[torch.Tensor, torch.Tensor]:

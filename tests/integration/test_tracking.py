@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from stages._journal import read_events, read_receipt
+from stages._tracking import connect
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -111,9 +112,7 @@ def wait_until(condition: Any, seconds: float = SECONDS) -> None:
 
 @pytest.fixture
 def client(project: Path) -> Any:
-    from mlflow import MlflowClient
-
-    return MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    return connect(project)[0]
 
 
 def run_of(client: Any, journal: Path) -> Any:
@@ -141,9 +140,7 @@ def test_four_stages_at_once_on_a_fresh_database(project: Path) -> None:
     assert {name: process.returncode for name, process in processes.items()} == dict.fromkeys("abcd", 0), outputs
     assert "warning" not in "".join(outputs.values())
 
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    client, _ = connect(project)
     parents = set()
     for name in "abcd":
         (journal,) = journals(project, name)

@@ -1,0 +1,212 @@
+"""The whole pipeline through real `dvc repro` on two-layer models: kill -9, resume, same bytes, both families.
+
+Training stages are killed while they run; what they leave must be what an uninterrupted run leaves, bit for bit.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from qvgen.evaluation.video import write_video
+from qvgen.models.tiny import TINY_CLIP, tiny_pipeline
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 600  # limit of one `dvc repro`; minutes on two busy cores
+CAPTIONS = ("a red digit three moving up", "a blue digit two moving down", "a green digit one moving left")
+
+pytestmark = [pytest.mark.slow, pytest.mark.integration]
+
+
+def make_project(folder: Path, family: str) -> Path:
+    """A checkout of the pipeline whose model has two layers and whose data are nine short videos."""
+    for name in ("stages", "qvgen"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "dvc.yaml", folder)
+    tiny_pipeline(family, folder / "assets/tiny-wan", rotary=True)
+    videos, generator = folder / "videos", torch.Generator().manual_seed(0)
+    videos.mkdir()
+    rows = [("file", "caption")]
+    for i in range(9):
+        noise = torch.rand(3, TINY_CLIP.frames, 4, 4, generator=generator).repeat_interleave(8, -1).repeat_interleave(8, -2)
+        write_video(videos / f"{i}.mp4", noise * 2 - 1)
+        rows.append((f"{i}.mp4", CAPTIONS[i % 3]))
+    with (videos / "captions.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    clip = {k: getattr(TINY_CLIP, k) for k in ("frames", "height", "width", "max_sequence_length")}
+    parts = {"train_clips": 4, "calibration_clips": 3, "held_out_clips": 2}
+    params["prepare"] |= {"source": "videos", "folder": "videos", **clip, **parts}
+    params["scheme"]["timestep_groups"] = 3
+    params["qat"] |= {"steps": 150, "batch_size": 2, "checkpoint_every": 10}
+    params["decay"] |= {"initial_rank": 4, "phase_steps": 30, "final_steps": 60}
+    params["evaluate"] |= {"prompts": 2, "inference_steps": 2, "velocity_timesteps": 2, "videos": 1}
+    params["benchmark"] |= {"repetitions": 3}
+    write_params(folder, params)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=folder, check=True)
+    return folder
+
+
+def write_params(folder: Path, params: dict) -> None:
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+
+
+def dvc(folder: Path, *args: str) -> subprocess.Popen[str]:
+    environment = os.environ | {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PYTHONPATH": str(folder),
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    return subprocess.Popen(
+        [sys.executable, "-m", "dvc", *args],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def repro(folder: Path, *args: str) -> str:
+    process = dvc(folder, "repro", *args)
+    output, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, output
+    return output
+
+
+def repro_and_kill(folder: Path, stage: str, checkpoints: int) -> None:
+    """Start `dvc repro pack` and kill its whole process group once `stage` has written its n-th checkpoint."""
+    process = dvc(folder, "repro", "pack")
+    deadline, seen = time.monotonic() + SECONDS, set()
+    while len(seen) < checkpoints or not running(folder, stage):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        for state in (folder / ".qvgen/ckpt").glob("*/state.safetensors"):
+            try:
+                seen.add((state.parent.name, state.stat().st_mtime_ns))
+            except FileNotFoundError:  # the stage has just finished
+                continue
+        if not running(folder, stage):
+            seen.clear()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def running(folder: Path, stage: str) -> bool:
+    """Whether the stage is the one at work: those before it have left their outputs."""
+    before = {"qat": "artifacts/calibration", "decay": "artifacts/qat"}[stage]
+    return (folder / before).exists() and not (folder / "artifacts" / stage).exists()
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def curve(folder: Path, stage: str) -> list[tuple[str, ...]]:
+    """Step, loss, gradient norm and rank of every step: all that does not depend on the clock."""
+    with (folder / f"metrics/{stage}.csv").open() as file:
+        return [(r["step"], r["loss"], r["gradient_norm"], r["rank"]) for r in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Wan project run to the end without interruption."""
+    folder = make_project(tmp_path_factory.mktemp("whole"), "wan")
+    repro(folder)
+    return folder
+
+
+def test_kill_9_and_resume_equals_uninterrupted(finished: Path, tmp_path: Path) -> None:
+    folder = make_project(tmp_path / "killed", "wan")
+    repro_and_kill(folder, "qat", checkpoints=3)
+    repro_and_kill(folder, "decay", checkpoints=2)
+    output = repro(folder, "pack")
+    assert "decay: continues at step" in output
+    assert curve(folder, "qat") == curve(finished, "qat")
+    assert curve(folder, "decay") == curve(finished, "decay")
+    assert [int(row[0]) for row in curve(folder, "qat") + curve(folder, "decay")] == list(range(150 + 3 * 30 + 60))
+    assert hashes(folder / "artifacts/decay") == hashes(finished / "artifacts/decay")
+    assert hashes(folder / "artifacts/packed") == hashes(finished / "artifacts/packed")
+
+    # A changed parameter starts fresh, whatever checkpoint an interrupted run has left.
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["qat"] |= {"learning_rate": 1e-3, "steps": 151}
+    shutil.rmtree(folder / "artifacts/qat")
+    shutil.rmtree(folder / "artifacts/decay")
+    write_params(folder, params)
+    repro_and_kill(folder, "qat", checkpoints=2)
+    params["qat"]["learning_rate"] = 2e-3
+    write_params(folder, params)
+    assert "continues at step" not in repro(folder, "qat")
+
+
+def test_metrics_have_the_promised_keys(finished: Path) -> None:
+    metrics = {p.stem: json.loads(p.read_text()) for p in (finished / "metrics").glob("*.json")}
+    similar = {"psnr_db", "ssim", "velocity_mse", "latent_mse"}
+    # Colour, direction and digit belong to the embedded data; these videos are noise.
+    assert metrics["evaluate"].keys() == {"full_precision", "packed", "prompts"}
+    assert metrics["evaluate"]["packed"].keys() == similar
+    assert metrics["evaluate"]["prompts"] == 2
+    assert {"bytes", "step_ms", "peak_rss_mb", "kernel", "device"} <= metrics["benchmark"].keys()
+    for key in ("bytes", "step_ms", "peak_rss_mb"):
+        assert metrics["benchmark"][key].keys() == {"fp32", "bf16", "packed"}
+    assert metrics["baselines"].keys() == {"rtn", "mse"}
+    assert metrics["qat"]["steps"] == 150 and metrics["decay"]["steps"] == 150
+    assert metrics["decay"]["final_loss"] < metrics["qat"]["final_loss"]
+    assert len(list((finished / "artifacts/evaluation").glob("*.mp4"))) == 1
+
+
+def test_the_model_that_dvc_made_is_the_one_that_was_measured(finished: Path) -> None:
+    """evaluate, benchmark and register depend on artifacts/packed by its hash."""
+    lock = yaml.safe_load((finished / "dvc.lock").read_text())["stages"]
+    (packed,) = [out["md5"] for out in lock["pack"]["outs"] if out["path"] == "artifacts/packed"]
+    for stage in ("evaluate", "benchmark", "register"):
+        (used,) = [dep["md5"] for dep in lock[stage]["deps"] if dep["path"] == "artifacts/packed"]
+        assert used == packed
+
+
+def test_a_second_run_does_nothing(finished: Path) -> None:
+    before = hashes(finished / "artifacts")
+    output = repro(finished)
+    assert "Running stage" in output  # hardware, always
+    assert output.count("Running stage") == 1 and "Running stage 'hardware'" in output
+    assert hashes(finished / "artifacts") == before
+
+
+def test_tampered_and_truncated_inputs_stop_the_pipeline_and_lose_nothing(finished: Path) -> None:
+    packed = hashes(finished / "artifacts/packed")
+    weights = finished / "assets/tiny-wan/transformer/diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    try:
+        weights.write_bytes(whole[:-8])
+        process = dvc(finished, "repro", "fetch")
+        output, _ = process.communicate(timeout=SECONDS)
+        assert process.returncode != 0
+        assert "diffusion_pytorch_model.safetensors" in output and str(len(whole)) in output
+        assert hashes(finished / "artifacts/packed") == packed
+    finally:
+        weights.write_bytes(whole)
+
+
+def test_cogvideox_goes_through_the_same_stages(tmp_path: Path) -> None:
+    folder = make_project(tmp_path / "cogvideox", "cogvideox")
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["qat"]["steps"], params["decay"] = 4, params["decay"] | {"phase_steps": 2, "final_steps": 2}
+    write_params(folder, params)
+    repro(folder, "evaluate")
+    scores = json.loads((folder / "metrics/evaluate.json").read_text())["packed"]
+    assert scores["psnr_db"] > 5 and scores["velocity_mse"] > 0
