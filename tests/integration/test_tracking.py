@@ -111,7 +111,8 @@ def wait_until(condition: Any, seconds: float = SECONDS) -> None:
 
 
 @pytest.fixture
-def client(project: Path) -> Any:
+def client(project: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return connect(project)[0]
 
 
@@ -127,7 +128,7 @@ def loss_points(client: Any, run: Any) -> list[tuple[int, float]]:
 ALL_POINTS = [(step, 1 / (step + 1)) for step in range(POINTS)]
 
 
-def test_four_stages_at_once_on_a_fresh_database(project: Path) -> None:
+def test_four_stages_at_once_on_a_fresh_database(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a parallel flow starts them. MLflow by itself crashes here: three of four find half-made tables."""
     assert run(project, "stages.a")[0] == 0  # so that b, c and d have their dependency
     for path in (project / "mlflow.db", project / "mlruns"):
@@ -140,6 +141,7 @@ def test_four_stages_at_once_on_a_fresh_database(project: Path) -> None:
     assert {name: process.returncode for name, process in processes.items()} == dict.fromkeys("abcd", 0), outputs
     assert "warning" not in "".join(outputs.values())
 
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     client, _ = connect(project)
     parents = set()
     for name in "abcd":
