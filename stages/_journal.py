@@ -210,6 +210,6 @@ def _git_tags(root: Path) -> dict[str, str]:
     commit = git("rev-parse", "HEAD")
     if commit is None:
         return {}
-    outside = [f":(exclude){path}" for path in ("dvc.lock", "metrics", "reports")]
+    outside = [f":(exclude,glob){path}" for path in ("**/dvc.lock", "metrics/**", "reports/**")]
     changes = git("--no-optional-locks", "status", "--porcelain", "--", ".", *outside)
     return {"git.commit": commit, "git.dirty": "true" if changes else "false"}
