@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qvgen.training.loop import StepRecord, Trainer
 
 STATE = "state.safetensors"
-COLUMNS = ("step", "loss", "gradient_norm", "rank", "u", "lr", "seconds")
+COLUMNS: tuple[str, ...] = ("step", "loss", "gradient_norm", "rank", "u", "lr", "seconds")
 LAST = 50  # steps averaged into the final loss
 
 
@@ -98,7 +98,7 @@ def save_state(path: Path, trainer: Trainer) -> None:
 
 def write_rows(path: Path, rows: list[dict[str, float]]) -> None:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter[str](file, fieldnames=COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, fieldnames=COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
