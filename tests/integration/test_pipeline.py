@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from qvgen.evaluation.video import write_video
+from qvgen.models.source import hash_files, read_pipeline
 from qvgen.models.tiny import TINY_CLIP, tiny_pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +34,9 @@ def make_project(folder: Path, family: str) -> Path:
     for name in ("stages", "qvgen"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "dvc.yaml", folder)
-    tiny_pipeline(family, folder / "assets/tiny-wan", rotary=True)
+    model = tiny_pipeline(family, folder / "assets/tiny-wan", rotary=True)
+    recorded = {name: file.sha256 for name, file in hash_files(model, read_pipeline(model).files).items()}
+    (model / "sha256.json").write_text(json.dumps(recorded))
     videos, generator = folder / "videos", torch.Generator().manual_seed(0)
     videos.mkdir()
     rows = [("file", "caption")]
@@ -189,15 +192,19 @@ def test_a_second_run_does_nothing(finished: Path) -> None:
 
 def test_tampered_and_truncated_inputs_stop_the_pipeline_and_lose_nothing(finished: Path) -> None:
     packed = hashes(finished / "artifacts/packed")
+    model = hashes(finished / "artifacts/model")
     weights = finished / "assets/tiny-wan/transformer/diffusion_pytorch_model.safetensors"
     whole = weights.read_bytes()
+    tampered = whole[:-1] + bytes([whole[-1] ^ 1])
     try:
-        weights.write_bytes(whole[:-8])
-        process = dvc(finished, "repro", "fetch")
-        output, _ = process.communicate(timeout=SECONDS)
-        assert process.returncode != 0
-        assert "diffusion_pytorch_model.safetensors" in output and str(len(whole)) in output
-        assert hashes(finished / "artifacts/packed") == packed
+        for damaged, expected in ((whole[:-8], str(len(whole))), (tampered, "sha256")):
+            weights.write_bytes(damaged)
+            process = dvc(finished, "repro", "--force", "--single-item", "fetch")
+            output, _ = process.communicate(timeout=SECONDS)
+            assert process.returncode != 0
+            assert "diffusion_pytorch_model.safetensors" in output and expected in output
+            assert hashes(finished / "artifacts/model") == model
+            assert hashes(finished / "artifacts/packed") == packed
     finally:
         weights.write_bytes(whole)
 
