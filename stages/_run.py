@@ -114,8 +114,8 @@ class _Terminated(KeyboardInterrupt):
 def stage_main(name: str, run: Callable[[Stage], None]) -> None:
     """Run a stage and exit: 0 done, 1 failed, 130 or 143 interrupted.
 
-    Errors of input and environment (ValueError, OSError) print one message; QVGEN_DEBUG=1 shows the traceback, which
-    the journal always keeps. Any other exception is a bug and shows its traceback.
+    Errors of input, environment and numbers (ValueError, OSError, FloatingPointError) print one message; QVGEN_DEBUG=1
+    shows the traceback, which the journal always keeps. Any other exception is a bug and shows its traceback.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts us with `&` would ignore it
     signal.signal(signal.SIGTERM, _terminate)
@@ -188,4 +188,5 @@ def _terminate(signum: int, frame: FrameType | None) -> Any:
 
 def _is_expected(error: Exception) -> bool:
     """Bad input or a bad environment, as against a bug. safetensors and DVC have error classes of their own."""
-    return isinstance(error, ValueError | OSError) or type(error).__module__.split(".")[0] in ("safetensors", "dvc")
+    package = type(error).__module__.split(".")[0]
+    return isinstance(error, ValueError | OSError | FloatingPointError) or package in ("safetensors", "dvc")

@@ -109,3 +109,13 @@ def test_stage_depends_on_the_code_that_it_uses_and_no_more(name: str) -> None:
     unused = [dep for dep in deps if dep.startswith("qvgen/") and not any(covers(dep, m) for m in used)]
     assert unused == []
     assert [dep for dep in deps if dep.startswith(("qvgen/", "stages/")) and not (ROOT / dep).exists()] == []
+
+
+def test_the_readme_draws_the_graph_that_dvc_runs() -> None:
+    with Repo(str(ROOT)) as repo:
+        ours = {s for s in repo.index.stages if s.path_in_repo == "dvc.yaml"}
+        graph = repo.index.graph.subgraph(ours)
+        edges = {(upstream.addressing, stage.addressing) for stage, upstream in graph.edges}
+    diagram = (ROOT / "README.md").read_text(encoding="utf-8").split("```mermaid")[1].split("```")[0]
+    drawn = {tuple(line.strip().split("-->")) for line in diagram.splitlines() if "-->" in line}
+    assert drawn == edges
