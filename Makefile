@@ -51,12 +51,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo 'Preparing .venv (another make that is at it goes first)'
 	@$(LOCKED) $(MAKE) --no-print-directory install-under-lock
 
+# An editable install leaves an import hook and a path. Only the path stays: the hook would win over the working directory,
+# and a copy of the project (`dvc exp run --temp`) would run the original's code.
 .PHONY: install-under-lock
 install-under-lock:
 	@if [ ! $(INSTALLED) -nt pyproject.toml ] || [ ! $(INSTALLED) -nt constraints.txt ]; then \
 		echo 'Installing the packages of constraints.txt: some minutes, log in .venv/install.log'; \
 		$(PYTHON) -m venv .venv && \
 		{ $(BIN)/pip install -c constraints.txt -e '.[dev]' && $(BIN)/pip check; } > .venv/install.log 2>&1 && \
+		sed -i '/^import/d' $$(find .venv -name _editable_skbc_qvgen.pth) && \
 		touch $(INSTALLED) || { tail -n 20 .venv/install.log; \
 		echo 'The installation failed; the whole log is .venv/install.log' >&2; exit 1; }; \
 	fi
