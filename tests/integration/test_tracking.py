@@ -253,7 +253,9 @@ def test_an_interrupted_stage_says_so_and_keeps_the_old_output(project: Path, cl
     assert (project / "out" / "a" / "resumed").exists()
     assert [path.name for path in (project / "out").iterdir() if path.name.startswith(".")] == []
 
-    (project / "params.yaml").write_text((project / "params.yaml").read_text().replace("steps: 200", "steps: 201", 1))
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["qat"]["steps"] += 1
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
     ask(project, "")
     assert run(project, "stages.a")[0] == 0
     shutil.copy(ROOT / "params.yaml", project)
