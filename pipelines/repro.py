@@ -17,6 +17,8 @@ def repro(root: Path, arguments: Sequence[str] = ()) -> int:
     """Run `dvc repro` in `root` and return its exit code; 130 if it was interrupted (stages continue next time)."""
     with only_one(root):
         command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *arguments]
+        # A shell that starts us with `&` ignores SIGINT, and DVC would inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         # A session of its own: what we forward reaches dvc and its stage exactly once, not from the terminal as well.
         child = subprocess.Popen(command, cwd=root, env=environment(root), start_new_session=True)
         with _forwarding(child) as received:

@@ -122,4 +122,4 @@ def write_metrics(stage: Stage, rows: list[dict[str, float]]) -> None:
 
 def _read_rows(path: Path) -> list[dict[str, float]]:
     with path.open(newline="") as file:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        return [{k: int(v) if v.isdigit() else float(v) for k, v in row.items()} for row in csv.DictReader(file)]

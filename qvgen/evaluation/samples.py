@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qvgen.models.family import NUM_TRAIN_TIMESTEPS, ClipSize, Family, family_of
+from qvgen.models.family import NUM_TRAIN_TIMESTEPS, ClipSize, Family, family_of, generate
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -46,7 +46,7 @@ def sample(
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds; give at least one prompt, a seed for each")
     latents, clips = [], []
     for part in _batches(len(prompts), batch_size):
-        sampled = family.generate(
+        sampled = generate(
             pipeline,
             prompts[part],
             seeds[part],

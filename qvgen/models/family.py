@@ -54,20 +54,6 @@ class Family(Protocol):
         """Clips (n, 3, t, h, w) in [-1, 1] of normalised latents; the inverse of `encode_clips`."""
         ...
 
-    def generate(
-        self,
-        pipeline: Any,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        size: ClipSize,
-        *,
-        inference_steps: int,
-        guidance_scale: float,
-    ) -> torch.Tensor:
-        """Latents sampled by the diffusers pipeline. Each clip has its own seed, so the result does not depend on the
-        batch it is generated in (up to floating-point reductions)."""
-        ...
-
 
 def family_of(pipeline_class: str, scheduler_config: dict[str, Any]) -> Family:
     """Adapter for a diffusers pipeline class name. Raises ValueError for a family that is not supported."""
@@ -105,6 +91,28 @@ def load_pipeline(folder: str | Path) -> Any:
     return pipeline
 
 
-def generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator per clip."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+def generate(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    size: ClipSize,
+    *,
+    inference_steps: int,
+    guidance_scale: float,
+) -> torch.Tensor:
+    """Latents sampled by a diffusers pipeline; those of all families take the same arguments.
+
+    Each clip has its own seed, so it does not depend on the batch it is generated in (up to floating-point reductions).
+    """
+    return pipeline(
+        prompt=list(prompts),
+        negative_prompt=[""] * len(prompts),
+        height=size.height,
+        width=size.width,
+        num_frames=size.frames,
+        max_sequence_length=size.max_sequence_length,
+        num_inference_steps=inference_steps,
+        guidance_scale=guidance_scale,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="latent",
+    ).frames

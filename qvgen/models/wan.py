@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qvgen.models.family import NUM_TRAIN_TIMESTEPS, ClipSize, generators
+from qvgen.models.family import NUM_TRAIN_TIMESTEPS
 
 
 class WanFamily:
@@ -43,29 +43,6 @@ class WanFamily:
     def decode_latents(self, pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
         mean, std = _latent_statistics(pipeline.vae)
         return pipeline.vae.decode(latents.to(pipeline.vae.dtype) * std + mean).sample.float()
-
-    def generate(
-        self,
-        pipeline: Any,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        size: ClipSize,
-        *,
-        inference_steps: int,
-        guidance_scale: float,
-    ) -> torch.Tensor:
-        return pipeline(
-            prompt=list(prompts),
-            negative_prompt=[""] * len(prompts),
-            height=size.height,
-            width=size.width,
-            num_frames=size.frames,
-            max_sequence_length=size.max_sequence_length,
-            num_inference_steps=inference_steps,
-            guidance_scale=guidance_scale,
-            generator=generators(seeds),
-            output_type="latent",
-        ).frames
 
 
 def _latent_statistics(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -159,10 +159,10 @@ def test_kill_9_and_resume_equals_uninterrupted(finished: Path, tmp_path: Path) 
 
 def test_metrics_have_the_promised_keys(finished: Path) -> None:
     metrics = {p.stem: json.loads(p.read_text()) for p in (finished / "metrics").glob("*.json")}
-    similar = {"psnr_db", "ssim", "velocity_mse", "latent_mse"}
-    # Colour, direction and digit belong to the embedded data; these videos are noise.
+    seen, similar = {"colour", "direction", "digit"}, {"psnr_db", "ssim", "velocity_mse", "latent_mse"}
     assert metrics["evaluate"].keys() == {"full_precision", "packed", "prompts"}
-    assert metrics["evaluate"]["packed"].keys() == similar
+    assert metrics["evaluate"]["full_precision"].keys() == seen
+    assert metrics["evaluate"]["packed"].keys() == seen | similar
     assert metrics["evaluate"]["prompts"] == 2
     assert {"bytes", "step_ms", "peak_rss_mb", "kernel", "device"} <= metrics["benchmark"].keys()
     for key in ("bytes", "step_ms", "peak_rss_mb"):

@@ -119,10 +119,11 @@ def test_the_tree_is_frozen() -> None:
 
 
 def test_methods_share_one_step_budget() -> None:
-    schedule = {m: Params.model_validate(with_({"method": m})).schedule for m in ("rtn", "mse", "kd", "qvgen")}
+    steps = {"qat.steps": 10, "decay.initial_rank": 16, "decay.phase_steps": 7, "decay.final_steps": 20}
+    schedule = {m: Params.model_validate(with_({"method": m, **steps})).schedule for m in ("rtn", "mse", "kd", "qvgen")}
     assert schedule["qvgen"].phase_ranks == (16, 8, 4, 2, 1)
     assert schedule["kd"].phase_ranks == ()
-    assert schedule["kd"].total_steps == schedule["qvgen"].total_steps == 200 + 5 * 80 + 200
+    assert schedule["kd"].total_steps == schedule["qvgen"].total_steps == 10 + 5 * 7 + 20
     assert schedule["rtn"].total_steps == schedule["mse"].total_steps == 0
 
 
