@@ -17,11 +17,11 @@ def repro(root: Path, arguments: Sequence[str] = ()) -> int:
     """Run `dvc repro` in `root` and return its exit code; 130 if it was interrupted (stages continue next time)."""
     with only_one(root):
         command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", *arguments]
-        # A shell that starts us with `&` ignores SIGINT, and DVC would inherit that.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        # A session of its own: what we forward reaches dvc and its stage exactly once, not from the terminal as well.
-        child = subprocess.Popen(command, cwd=root, env=environment(root), start_new_session=True)
-        with _forwarding(child) as received:
+        started: list[subprocess.Popen[bytes]] = []
+        with _forwarding(started) as received:
+            # A session of its own: what we forward reaches dvc and its stage exactly once, not from the terminal as well.
+            child = subprocess.Popen(command, cwd=root, env=environment(root), start_new_session=True)
+            started.append(child)
             code = child.wait()
     if received:
         print("\nInterrupted. Finished stages are kept and training goes on from its last checkpoint: run it again.")
@@ -66,17 +66,20 @@ def only_one(root: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Pass SIGINT, SIGTERM and SIGHUP on to the child's process group; yields the list of those received.
+def _forwarding(started: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Pass SIGINT, SIGTERM and SIGHUP on to the process group of the started child; yields the list of those received.
 
-    A second Ctrl-C kills the group.
+    A second Ctrl-C kills the group. The handlers are set before the child starts, which for SIGINT also means that it does
+    not inherit "ignored" from a shell that started us with `&`.
     """
     received: list[int] = []
 
     def forward(signum: int, _frame: object) -> None:
         received.append(signum)
+        if not started:
+            raise KeyboardInterrupt
         with suppress(ProcessLookupError):  # it has just ended by itself
-            os.killpg(child.pid, signum if len(received) == 1 else signal.SIGKILL)
+            os.killpg(started[0].pid, signum if len(received) == 1 else signal.SIGKILL)
 
     before = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
