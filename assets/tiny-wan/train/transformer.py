@@ -167,6 +167,7 @@ def main() -> None:
     for guidance_scale in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0):
         verdict = evaluate(pipeline, prompts=200, guidance_scale=guidance_scale)
         print(f"200 prompts, guidance {guidance_scale}: {verdict.as_dict()}")
+    pipeline.vae.register_to_config(_name_or_path="vae")  # else the path of this machine
     pipeline.save_pretrained(HERE)
 
 
