@@ -3,6 +3,7 @@ PYTHON ?= python3
 PORT ?= 5000
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+KERNELS := .venv/.kernels
 
 # .env.defaults, without overriding what the user has set.
 $(foreach line,$(shell grep '^[A-Z]' .env.defaults),$(eval export $(subst =, ?= ,$(line))))
@@ -20,20 +21,20 @@ help:
 	@echo 'make ui      the recorded runs in a browser, http://127.0.0.1:$(PORT)'
 	@echo 'make clean   remove caches (results and .venv stay)'
 
-repro: $(INSTALLED)
+repro: $(KERNELS)
 	@$(BIN)/qvgen repro
 
-test: $(INSTALLED)
+test: $(KERNELS)
 	@$(TEST)
 
-check: $(INSTALLED)
+check: $(KERNELS)
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/pyright
 	@$(BIN)/lint-imports
 	@$(TEST) -m 'not slow'
 
-ui: $(INSTALLED)
+ui: $(KERNELS)
 	@test -f mlflow.db || { echo 'No runs are recorded yet: run `make repro` first.' >&2; exit 1; }
 	@$(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1 --backend-store-uri sqlite:///mlflow.db
 
@@ -60,6 +61,15 @@ install-under-lock:
 		$(PYTHON) -m venv .venv && \
 		{ $(BIN)/pip install -c constraints.txt -e '.[dev]' && $(BIN)/pip check; } > .venv/install.log 2>&1 && \
 		sed -i '/^import/d' $$(find .venv -name _editable_skbc_qvgen.pth) && \
-		touch $(INSTALLED) || { tail -n 20 .venv/install.log; \
+		touch $(INSTALLED) $(KERNELS) || { tail -n 20 .venv/install.log; \
 		echo 'The installation failed; the whole log is .venv/install.log' >&2; exit 1; }; \
+	fi
+
+# The compiled kernels again, after a change of theirs.
+$(KERNELS): $(INSTALLED) CMakeLists.txt $(wildcard qvgen/kernels/cpu/*.cpp qvgen/kernels/cpu/*.h)
+	@if [ -n "$$(find $^ -newer $@ 2>&1)" ]; then \
+		echo 'Compiling the kernels'; \
+		{ $(BIN)/pip install --no-deps -e . && sed -i '/^import/d' $$(find .venv -name _editable_skbc_qvgen.pth); } \
+			> .venv/kernels.log 2>&1 || { tail -n 20 .venv/kernels.log; exit 1; }; \
+		touch $@; \
 	fi

@@ -10,13 +10,14 @@ only the products with a float zero point and with the scales round, in float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 
-from qvgen.kernels.registry import PackedWeight, PreparedWeight
-from qvgen.packing.bits import unpack
+from qvgen.kernels.registry import Arguments, LayerTensors, PackedWeight, PreparedWeight
+from qvgen.packing.bits import pack, unpack
 from qvgen.quant.primitives import codes, dequantize, token_grid
 from qvgen.quant.scheme import QuantArgs
 
@@ -46,42 +47,54 @@ class ReferenceBackend:
         zero_point = None if layer.zero_point is None else layer.zero_point.expand(n, -1).contiguous()
         return PreparedWeight(self.name, weight, scale, zero_point, layer.row_sum)
 
-    def run(
+    def stored_words(self, prepared: PreparedWeight, in_features: int, num_bits: int) -> torch.Tensor:
+        codes = prepared.weight
+        if codes.dtype == torch.int8:
+            codes = codes.view(torch.uint8) + 2 ** (num_bits - 1)
+        return pack(codes, num_bits)
+
+    def linear(
         self,
         x: torch.Tensor,
-        weight: torch.Tensor,
-        weight_scale: torch.Tensor,
-        weight_zero_point: torch.Tensor | None,
-        weight_row_sum: torch.Tensor,
-        clip_lower: torch.Tensor | None,
-        clip_upper: torch.Tensor | None,
-        timestep_group: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        weight_bits: int,
-        activation_bits: int | None,
-        activation_symmetric: bool,
-    ) -> torch.Tensor:
-        """The arguments are those of the op (kernels/ops.py)."""
-        if activation_bits is None:
-            dense = _dequantized(weight, weight_scale, weight_zero_point).to(x.dtype)
-            return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
-        assert clip_lower is not None and clip_upper is not None and timestep_group is not None
-        args = _token_args(activation_bits, activation_symmetric)
-        per_sample = (-1, *[1] * (x.ndim - 1))
-        x_fp32 = x.float()
-        scale, zero_point = token_grid(
-            x_fp32, clip_lower[timestep_group].view(per_sample), clip_upper[timestep_group].view(per_sample), args
-        )
-        centred = codes(x_fp32, scale, zero_point, args).sub_(zero_point)
-        n, k = weight.shape
-        rows = x.shape[:-1].numel()
-        # Symmetric codes were stored centred, so both factors may be signed; these bound their absolute values.
-        largest = args.max_code * (2 ** (weight_bits - 1) if weight_zero_point is None else 2**weight_bits - 1)
-        y_MN = _integer_linear(centred.view(rows, k), weight, weight_scale, weight_zero_point, largest)
-        y_MN.mul_(scale.view(rows, 1))
-        if bias is not None:
-            y_MN.add_(bias)
-        return y_MN.to(x.dtype).view(*x.shape[:-1], n)
+        layers: Sequence[LayerTensors],
+        arguments: Arguments,
+        outputs: Sequence[torch.Tensor],
+        gelu: bool,
+    ) -> None:
+        for layer, output in zip(layers, outputs, strict=True):
+            y = _linear(x, layer, arguments)
+            output.copy_(F.gelu(y, approximate="tanh") if gelu else y)
+
+    def feed_forward(
+        self, x: torch.Tensor, up: LayerTensors, down: LayerTensors, arguments: Arguments, output: torch.Tensor
+    ) -> None:
+        hidden = F.gelu(_linear(x, up, arguments), approximate="tanh").to(x.dtype)
+        output.copy_(_linear(hidden, down, arguments))
+
+
+def _linear(x: torch.Tensor, layer: LayerTensors, arguments: Arguments) -> torch.Tensor:
+    """(n, ..., N) float32, or the dtype of x if inputs are not quantized."""
+    if arguments.activation_bits is None:
+        dense = _dequantized(layer.weight, layer.weight_scale, layer.weight_zero_point).to(x.dtype)
+        return F.linear(x, dense, None if layer.bias is None else layer.bias.to(x.dtype))
+    group, weight_bits = arguments.timestep_group, arguments.weight_bits
+    assert layer.clip_lower is not None and layer.clip_upper is not None and group is not None
+    args = _token_args(arguments.activation_bits, arguments.activation_symmetric)
+    per_sample = (-1, *[1] * (x.ndim - 1))
+    x_fp32 = x.float()
+    scale, zero_point = token_grid(
+        x_fp32, layer.clip_lower[group].view(per_sample), layer.clip_upper[group].view(per_sample), args
+    )
+    centred = codes(x_fp32, scale, zero_point, args).sub_(zero_point)
+    n, k = layer.weight.shape
+    rows = x.shape[:-1].numel()
+    # Symmetric codes were stored centred, so both factors may be signed; these bound their absolute values.
+    largest = args.max_code * (2 ** (weight_bits - 1) if layer.weight_zero_point is None else 2**weight_bits - 1)
+    y_MN = _integer_linear(centred.view(rows, k), layer.weight, layer.weight_scale, layer.weight_zero_point, largest)
+    y_MN.mul_(scale.view(rows, 1))
+    if layer.bias is not None:
+        y_MN.add_(layer.bias)
+    return y_MN.view(*x.shape[:-1], n)
 
 
 def _integer_linear(

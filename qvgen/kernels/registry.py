@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
 
@@ -49,6 +50,28 @@ class PreparedWeight(NamedTuple):
     row_sum: torch.Tensor  # (N, G) int32
 
 
+class LayerTensors(NamedTuple):
+    """A layer's tensors as the ops get them (kernels/ops.py)."""
+
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    weight_zero_point: torch.Tensor | None
+    weight_row_sum: torch.Tensor
+    clip_lower: torch.Tensor | None
+    clip_upper: torch.Tensor | None
+    bias: torch.Tensor | None
+
+
+class Arguments(NamedTuple):
+    """What the ops get besides: the same for all layers of a call."""
+
+    timestep_group: torch.Tensor | None
+    weight_bits: int
+    activation_bits: int | None
+    activation_symmetric: bool
+    backend: str
+
+
 class Backend(Protocol):
     name: str
     devices: tuple[str, ...]  # device types it is made for; empty: all
@@ -65,8 +88,25 @@ class Backend(Protocol):
         """Repack a stored weight, on its device. May be slow: happens once, at load."""
         ...
 
-    def run(self, *arguments: Any, **named: Any) -> torch.Tensor:
-        """The op of kernels/ops.py; it gets all arguments but the last, by position."""
+    def stored_words(self, prepared: PreparedWeight, in_features: int, num_bits: int) -> torch.Tensor:
+        """Inverse of `prepare`: PackedWeight.words, bit for bit. Layers keep the prepared weight only."""
+        ...
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        layers: Sequence[LayerTensors],
+        arguments: Arguments,
+        outputs: Sequence[torch.Tensor],
+        gelu: bool,
+    ) -> None:
+        """Write each layer's output, in the dtype it has, to `outputs`."""
+        ...
+
+    def feed_forward(
+        self, x: torch.Tensor, up: LayerTensors, down: LayerTensors, arguments: Arguments, output: torch.Tensor
+    ) -> None:
+        """down(gelu(up(x))), the intermediate rounded to the dtype of x."""
         ...
 
 
@@ -85,7 +125,13 @@ class NotBuilt:
     def prepare(self, layer: PackedWeight) -> PreparedWeight:
         raise RuntimeError(f"backend {self.name} is not available: {self.reason}")
 
-    def run(self, *arguments: Any, **named: Any) -> torch.Tensor:
+    def stored_words(self, *_: Any) -> torch.Tensor:
+        raise RuntimeError(f"backend {self.name} is not available: {self.reason}")
+
+    def linear(self, *_: Any) -> None:
+        raise RuntimeError(f"backend {self.name} is not available: {self.reason}")
+
+    def feed_forward(self, *_: Any) -> None:
         raise RuntimeError(f"backend {self.name} is not available: {self.reason}")
 
 

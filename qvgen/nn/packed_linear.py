@@ -117,12 +117,14 @@ class PackedLinear(nn.Module):
             prepared.row_sum,
             self.input_clip_lower,
             self.input_clip_upper,
-            None if activations is None else self.timestep.of(x),
             self.bias,
+            None if activations is None else self.timestep.of(x),
             self.scheme.weights.num_bits,
             None if activations is None else activations.num_bits,
             activations is not None and activations.symmetric,
             prepared.backend,
+            False,
+            None,
         )
 
     def prepare_backend(self, preference: KernelPreference | None = None) -> PreparedWeight:

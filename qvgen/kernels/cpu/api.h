@@ -1,0 +1,66 @@
+// The C interface of libqvgen_cpu, as qvgen/kernels/cpu/library.py declares it again with ctypes. Raw pointers only: the
+// library knows neither Python nor libtorch, so one build serves every version of both.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+enum qvgen_status : int {
+  QVGEN_OK = 0,
+  QVGEN_NOT_A_WEIGHT = 1,     // the bytes are not panels made by qvgen_pack_panels, or of another shape
+  QVGEN_TIMESTEP_GROUP = 2,   // a timestep group without clips
+  QVGEN_OUT_OF_MEMORY = 3,
+  QVGEN_UNSUPPORTED_ISA = 4,
+  QVGEN_TOO_MANY_LAYERS = 5,
+};
+
+// One linear layer and where its outputs go. Matrices are row-major and contiguous.
+struct qvgen_layer {
+  const uint8_t* weight;      // as qvgen_pack_panels makes it
+  const float* clip_lower;    // (clips,)
+  const float* clip_upper;
+  const void* bias;           // (N,) or null
+  void* out;                  // (M, N); for the first layer of qvgen_feed_forward: unused
+  int64_t in_features, out_features, groups, clips;
+  int32_t activation_bits, activation_symmetric;
+  int32_t bias_dtype, out_dtype;  // 0 float32, 1 bfloat16
+  int32_t gelu;                   // 1: GELU (tanh) after the bias
+};
+
+struct qvgen_input {
+  const void* x;                  // (samples, tokens, K)
+  int64_t samples, tokens;
+  const int64_t* timestep_group;  // (samples,), or (1,) for all samples
+  int64_t timestep_groups;        // its length
+  int32_t dtype;                  // 0 float32, 1 bfloat16
+};
+
+// Instruction sets, best first; names end with null. A path may be asked for by name on any machine that supports it.
+const char* const* qvgen_isas();
+int qvgen_isa_supported(const char* name);
+
+// Run parallel regions in this OpenMP runtime's threads (its GOMP_parallel); null: in threads started for each call.
+void qvgen_use_openmp(void* gomp_parallel);
+
+int64_t qvgen_panel_bytes(int64_t n, int64_t k, int64_t groups, int weight_bits);
+// words (N, row_bytes), scale, zero_point (null: symmetric, 2^(weight_bits - 1)) and row_sum (N, groups).
+int qvgen_pack_panels(
+    const uint8_t* words, int64_t row_bytes, const float* scale, const float* zero_point, const int32_t* row_sum, int64_t n,
+    int64_t k, int64_t groups, int weight_bits, uint8_t* out, int threads);
+int qvgen_unpack_panels(const uint8_t* weight, uint8_t* words, int64_t row_bytes, int threads);
+
+// `count` layers that read the same input.
+int qvgen_linear(const char* isa, const qvgen_layer* layers, int count, const qvgen_input* input, int threads);
+// layers[1](layers[0](x)); the wide intermediate, rounded to the dtype of x, stays in the cache.
+int qvgen_feed_forward(const char* isa, const qvgen_layer* layers, const qvgen_input* input, int threads);
+
+// For tests: sum over k of a (q - offset of its field), offsets as in layout.h, for a weight with one group. a (m, k) holds codes
+// up to max_code; out (m, n).
+int qvgen_integer_part(
+    const char* isa, const uint8_t* weight, const uint8_t* a, int64_t m, int max_code, int32_t* out);
+// For tests: codes (tokens, K), scale, zero point and sum of codes (tokens,) of each token, by the clips of layer.
+int qvgen_quantize_tokens(
+    const char* isa, const qvgen_layer* layer, const qvgen_input* input, uint8_t* codes, float* scale, int32_t* zero_point,
+    int32_t* code_sum);
+}

@@ -1,0 +1,173 @@
+"""The cpu backend: packed layers in compiled integer kernels, on every processor the library has a path for."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+
+from qvgen.kernels.cpu import library
+from qvgen.kernels.registry import Arguments, LayerTensors, PackedWeight, PreparedWeight
+from qvgen.packing.bits import packed_words
+
+_ALIGNMENT = 64  # bytes, a cache line
+_INT32 = 2**31
+
+
+class CpuBackend:
+    """Weights stay packed: 2, 3 and 4 bits in as many bits, 5 to 8 in 8 (cpu/layout.h)."""
+
+    name = "cpu"
+    devices: tuple[str, ...] = ("cpu",)
+
+    def available(self) -> str:
+        try:
+            library.isa()
+        except (library.LibraryMissing, ValueError) as error:
+            return str(error)
+        return ""
+
+    def supports(self, layer: PackedWeight) -> str:
+        if layer.activations is None:
+            return "its inputs are not quantized (A16), and integer kernels multiply integers"
+        # Sums of (a - z_a)(q - z_w) are kept in 32 bits.
+        most = (_INT32 - 1) // (layer.activations.max_code * layer.args.max_code)
+        return "" if layer.in_features <= most else f"in_features {layer.in_features} is more than {most}"
+
+    def prepare(self, layer: PackedWeight) -> PreparedWeight:
+        n, groups = layer.row_sum.shape
+        bits, words = layer.args.num_bits, layer.words.contiguous()
+        # contiguous: an operator's arguments may not share memory within themselves
+        scale = layer.scale.expand(n, -1).contiguous()
+        zero_point = None if layer.zero_point is None else layer.zero_point.expand(n, -1).contiguous()
+        functions = library.load()
+        weight = _aligned(functions.qvgen_panel_bytes(n, layer.in_features, groups, bits))
+        library.check(
+            functions.qvgen_pack_panels(
+                words.data_ptr(),
+                words.shape[1] * words.element_size(),
+                scale.data_ptr(),
+                _pointer(zero_point),
+                layer.row_sum.data_ptr(),
+                n,
+                layer.in_features,
+                groups,
+                bits,
+                weight.data_ptr(),
+                torch.get_num_threads(),
+            )
+        )
+        return PreparedWeight(self.name, weight, scale, zero_point, layer.row_sum)
+
+    def stored_words(self, prepared: PreparedWeight, in_features: int, num_bits: int) -> torch.Tensor:
+        words = torch.empty((len(prepared.scale), packed_words(in_features, num_bits)), dtype=torch.int32)
+        library.check(
+            library.load().qvgen_unpack_panels(
+                prepared.weight.data_ptr(), words.data_ptr(), words.shape[1] * words.element_size(), torch.get_num_threads()
+            )
+        )
+        return words
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        layers: Sequence[LayerTensors],
+        arguments: Arguments,
+        outputs: Sequence[torch.Tensor],
+        gelu: bool,
+    ) -> None:
+        x, targets = _computable(x), [y if y.dtype in _DTYPES else torch.empty_like(y, dtype=torch.float32) for y in outputs]
+        described = (library.Layer * len(layers))(
+            *[
+                _layer(tensors, arguments, y, x.shape[-1], gelu)
+                for tensors, y in zip(layers, targets, strict=True)
+            ]
+        )
+        source = _input(x, arguments)
+        library.check(
+            library.load().qvgen_linear(
+                library.isa(), described, len(layers), ctypes.byref(source), torch.get_num_threads()
+            )
+        )
+        for y, target in zip(outputs, targets, strict=True):
+            if y is not target:
+                y.copy_(target)
+
+    def feed_forward(
+        self, x: torch.Tensor, up: LayerTensors, down: LayerTensors, arguments: Arguments, output: torch.Tensor
+    ) -> None:
+        x = _computable(x)
+        target = output if output.dtype in _DTYPES else torch.empty_like(output, dtype=torch.float32)
+        hidden = up.weight_scale.shape[0]
+        described = (library.Layer * 2)(
+            _layer(up, arguments, None, x.shape[-1], True), _layer(down, arguments, target, hidden, False)
+        )
+        source = _input(x, arguments)
+        library.check(
+            library.load().qvgen_feed_forward(library.isa(), described, ctypes.byref(source), torch.get_num_threads())
+        )
+        if target is not output:
+            output.copy_(target)
+
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def _computable(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous() if x.dtype in _DTYPES else x.to(torch.float32).contiguous()
+
+
+def _aligned(size: int) -> torch.Tensor:
+    memory = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
+    start = -memory.data_ptr() % _ALIGNMENT
+    return memory[start : start + size]
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _layer(
+    tensors: LayerTensors, arguments: Arguments, output: torch.Tensor | None, in_features: int, gelu: bool
+) -> library.Layer:
+    bias = tensors.bias
+    if bias is not None and bias.dtype not in _DTYPES:
+        bias = bias.to(torch.float32)
+    assert tensors.clip_lower is not None
+    layer = library.Layer(
+        weight=tensors.weight.data_ptr(),
+        clip_lower=tensors.clip_lower.data_ptr(),
+        clip_upper=_pointer(tensors.clip_upper),
+        bias=_pointer(bias),
+        out=_pointer(output),
+        in_features=in_features,
+        out_features=tensors.weight_scale.shape[0],
+        groups=tensors.weight_scale.shape[1],
+        clips=tensors.clip_lower.shape[0],
+        activation_bits=arguments.activation_bits,
+        activation_symmetric=arguments.activation_symmetric,
+        bias_dtype=0 if bias is None else _DTYPES[bias.dtype],
+        out_dtype=0 if output is None else _DTYPES[output.dtype],
+        gelu=gelu,
+    )
+    layer.alive = bias  # for as long as the structure points to it
+    return layer
+
+
+def _input(x: torch.Tensor, arguments: Arguments) -> library.Input:
+    group = arguments.timestep_group
+    assert group is not None
+    group = group.contiguous()
+    samples = x.shape[0] if x.ndim > 1 else 1
+    rows = x.shape[:-1].numel()
+    source = library.Input(
+        x=x.data_ptr(),
+        samples=samples,
+        tokens=rows // samples if samples else 0,
+        timestep_group=group.data_ptr(),
+        timestep_groups=len(group),
+        dtype=_DTYPES[x.dtype],
+    )
+    source.alive = x, group
+    return source

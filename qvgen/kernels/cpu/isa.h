@@ -1,0 +1,69 @@
+// What the code of one instruction set offers to the drivers, which are compiled once for all of them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "layout.h"
+
+namespace qvgen {
+
+constexpr int TILE_ROWS = 6;
+
+// The grid of one token, and sums of its codes per group of the weight.
+struct TokenGrid {
+  float scale;         // NaN if the token holds NaN or Inf
+  int32_t zero_point;
+};
+
+// A tile: up to TILE_ROWS tokens by the outputs of one panel, over one group of k.
+struct Tile {
+  int rows;
+  const uint8_t* a;       // codes of the first token at the group's first k
+  ptrdiff_t stride;       // bytes between tokens
+  const uint8_t* weight;  // panel at the group's first step
+  int64_t steps;
+  int max_code;           // largest activation code
+  const int32_t* a_sum;   // sum of the codes of each token over the group; elements apart: sum_stride
+  ptrdiff_t sum_stride;
+  int32_t* out;           // (rows, PANEL): sum over k of a (q - offset)
+};
+
+// Where a tile's outputs go.
+struct Target {
+  int64_t columns;    // of the panel that exist
+  const float* bias;  // (PANEL,)
+  bool gelu;
+  int dtype;
+  void* out;       // first token's first output of this panel
+  int64_t stride;  // elements between tokens
+};
+
+struct Isa {
+  const char* name;
+  bool (*supported)();
+  void (*tile)(int lane_bits, int weight_bits, const Tile&);
+  // Range of a token, always including 0; NaN where it holds NaN or Inf.
+  void (*token_range)(int dtype, const void* x, int64_t k, float* lower, float* upper);
+  // Codes of a token; returns their sum.
+  int32_t (*token_codes)(int dtype, const void* x, int64_t k, const TokenGrid&, int max_code, uint8_t* codes);
+  int32_t (*code_sum)(const uint8_t* codes, int64_t count);
+  // A tile of a weight with one group: outputs.
+  void (*finish)(const PanelGrid&, const Tile&, const TokenGrid* tokens, int weight_bits, int64_t k, const Target&);
+  // A tile of one group of several: values (rows, PANEL) without the token's scale, set by the first group, else added to.
+  void (*add_group)(
+      const PanelGrid&, const Tile&, const TokenGrid* tokens, int64_t group_size, bool first, float* values);
+  // Outputs from the values of all groups.
+  void (*finish_groups)(const float* values, int rows, const TokenGrid* tokens, const Target&);
+};
+
+const Isa* isa_avx512vnni();
+const Isa* isa_avxvnni();
+const Isa* isa_avx2();
+const Isa* isa_neon_dotprod();
+const Isa* isa_neon();
+const Isa* isa_portable();
+
+TokenGrid token_grid(float lower, float upper, float clip_lower, float clip_upper, int bits, bool symmetric);
+
+}  // namespace qvgen

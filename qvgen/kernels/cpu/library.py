@@ -1,0 +1,151 @@
+"""libqvgen_cpu, loaded with ctypes: the declarations of api.h, and which instruction set runs.
+
+`load` and `isa` are functions, not constants, so that tests replace what the machine has and a missing library is a
+reason to report instead of an import error.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import sys
+from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+
+ISA_ENVIRONMENT = "QVGEN_CPU_ISA"
+_NAME = "libqvgen_cpu.dylib" if sys.platform == "darwin" else "libqvgen_cpu.so"
+_PACKAGE_PATH = "qvgen/kernels/cpu"
+
+ERRORS = {
+    1: "the weight is not in this backend's layout, or of another shape",
+    2: "a timestep group has no clips",
+    3: "out of memory",
+    4: "this machine does not have the instruction set",
+    5: "too many layers share one input",
+}
+
+
+class Layer(ctypes.Structure):
+    """qvgen_layer of api.h."""
+
+    _fields_ = [
+        ("weight", c_void_p),
+        ("clip_lower", c_void_p),
+        ("clip_upper", c_void_p),
+        ("bias", c_void_p),
+        ("out", c_void_p),
+        ("in_features", c_int64),
+        ("out_features", c_int64),
+        ("groups", c_int64),
+        ("clips", c_int64),
+        ("activation_bits", c_int32),
+        ("activation_symmetric", c_int32),
+        ("bias_dtype", c_int32),
+        ("out_dtype", c_int32),
+        ("gelu", c_int32),
+    ]
+
+
+class Input(ctypes.Structure):
+    """qvgen_input of api.h."""
+
+    _fields_ = [
+        ("x", c_void_p),
+        ("samples", c_int64),
+        ("tokens", c_int64),
+        ("timestep_group", c_void_p),
+        ("timestep_groups", c_int64),
+        ("dtype", c_int32),
+    ]
+
+
+class LibraryMissing(RuntimeError):
+    """The library was not built, or does not load; the message says which and what to do."""
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """The library, its functions declared. Raises LibraryMissing."""
+    path = next((p for p in _candidates() if p.exists()), None)
+    if path is None:
+        raise LibraryMissing(
+            "the compiled kernels are not installed: no C++ compiler was found when qvgen was; "
+            "install g++ or clang++ (Debian: apt install g++), then `pip install --force-reinstall --no-deps .`"
+        )
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise LibraryMissing(f"{path} does not load ({error}); install qvgen again on this machine") from None
+    _declare(library)
+    if openmp := _openmp():
+        library.qvgen_use_openmp(openmp)
+    return library
+
+
+def _candidates() -> list[Path]:
+    paths = [Path(__file__).with_name(_NAME)]
+    try:  # an editable install leaves the Python files in the source tree and puts compiled ones into site-packages
+        paths.append(Path(str(importlib.metadata.distribution("qvgen").locate_file(f"{_PACKAGE_PATH}/{_NAME}"))))
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    return paths
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    layers, source = POINTER(Layer), POINTER(Input)
+    signatures = {
+        "qvgen_isas": (POINTER(c_char_p), []),
+        "qvgen_isa_supported": (c_int, [c_char_p]),
+        "qvgen_use_openmp": (None, [c_void_p]),
+        "qvgen_panel_bytes": (c_int64, [c_int64, c_int64, c_int64, c_int]),
+        "qvgen_pack_panels": (c_int, [c_void_p, c_int64, *[c_void_p] * 3, c_int64, c_int64, c_int64, c_int, c_void_p, c_int]),
+        "qvgen_unpack_panels": (c_int, [c_void_p, c_void_p, c_int64, c_int]),
+        "qvgen_linear": (c_int, [c_char_p, layers, c_int, source, c_int]),
+        "qvgen_feed_forward": (c_int, [c_char_p, layers, source, c_int]),
+        "qvgen_integer_part": (c_int, [c_char_p, c_void_p, c_void_p, c_int64, c_int, c_void_p]),
+        "qvgen_quantize_tokens": (c_int, [c_char_p, layers, source, c_void_p, c_void_p, c_void_p, c_void_p]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+
+
+def _openmp() -> int | None:
+    """Address of GOMP_parallel in the OpenMP runtime that torch has loaded; None where it has none of that kind."""
+    assert torch.__version__  # it is torch's import that loads the runtime
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, c_void_p).value
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+def supported_isas() -> list[str]:
+    """Instruction sets that this build has code for and this machine can run, best first."""
+    library = load()
+    names: list[str] = []
+    for name in library.qvgen_isas():
+        if name is None:
+            break
+        if library.qvgen_isa_supported(name):
+            names.append(name.decode())
+    return names
+
+
+@cache
+def isa() -> bytes:
+    """The instruction set in use: the best, or that of QVGEN_CPU_ISA. Raises ValueError if that one cannot run."""
+    names = supported_isas()
+    wanted = os.environ.get(ISA_ENVIRONMENT) or names[0]
+    if wanted not in names:
+        raise ValueError(f"{ISA_ENVIRONMENT}={wanted!r} cannot run here; this machine has {', '.join(names)}")
+    return wanted.encode()
+
+
+def check(status: int) -> None:
+    """Raise RuntimeError for a status other than 0."""
+    if status:
+        raise RuntimeError(f"libqvgen_cpu: {ERRORS.get(status, f'status {status}')}")

@@ -1,0 +1,240 @@
+// The drivers: which tokens and panels are computed when, and by whom.
+//
+// Tokens are taken in blocks whose codes stay in the second-level cache; every panel of the weight passes over a block
+// once, and within a panel the tiles of the block, so that the panel stays in the first level. Threads take whole blocks;
+// where there are too few of them they share the quantization and then the panels.
+#include <cstdlib>
+#include <cstring>
+
+#include "block.h"
+#include "parallel.h"
+
+namespace qvgen {
+
+bool valid(const Header& h);
+const Isa* find_isa(const char* name);
+
+namespace {
+
+constexpr int64_t BLOCK_BYTES = 480 << 10;   // of codes
+constexpr int64_t SMALLEST_BLOCK = 48;       // tokens, where blocks are made smaller so that every thread has some
+constexpr int64_t WORTH_A_THREAD = 1 << 19;  // multiply-adds: what waking one costs
+constexpr int MOST_LAYERS = 8;               // that share an input
+
+// Memory that a thread keeps from call to call.
+class Workspace {
+ public:
+  ~Workspace() { std::free(data_); }
+  uint8_t* get(int64_t bytes) {
+    if (bytes > capacity_) {
+      std::free(data_);
+      capacity_ = 0;
+      data_ = static_cast<uint8_t*>(std::aligned_alloc(4096, size_t(round_up(bytes, 4096))));
+      if (!data_) throw std::bad_alloc();
+      capacity_ = bytes;
+    }
+    return data_;
+  }
+
+ private:
+  uint8_t* data_ = nullptr;
+  int64_t capacity_ = 0;
+};
+
+thread_local Workspace range_memory, code_memory, hidden_memory, shared_memory;
+
+uint8_t* output(const qvgen_layer& layer, int64_t m) {
+  return static_cast<uint8_t*>(layer.out) + m * layer.out_features * (layer.out_dtype ? 2 : 4);
+}
+
+bool same_codes(const qvgen_layer& a, const qvgen_layer& b) {
+  return a.activation_bits == b.activation_bits && a.activation_symmetric == b.activation_symmetric &&
+         a.groups == b.groups && a.clips == b.clips && !memcmp(a.clip_lower, b.clip_lower, a.clips * 4) &&
+         !memcmp(a.clip_upper, b.clip_upper, a.clips * 4);
+}
+
+// Tokens per block: what the cache holds, but not so many that threads would go without; all blocks of about one size.
+int64_t block_tokens(const Header& h, int64_t tokens, int threads) {
+  int64_t most = BLOCK_BYTES / Codes::row_stride(h);
+  if (threads > 1) {
+    const int64_t share = (tokens + 4 * threads - 1) / (4 * threads);
+    const int64_t fair = share > SMALLEST_BLOCK ? share : SMALLEST_BLOCK;
+    most = most < fair ? most : fair;
+  }
+  most = most < TILE_ROWS ? TILE_ROWS : most / TILE_ROWS * TILE_ROWS;
+  const int64_t blocks = (tokens + most - 1) / most;
+  return round_up((tokens + blocks - 1) / blocks, TILE_ROWS);
+}
+
+// Layers over one block of tokens, by one thread; layer i writes to out[i].
+void block_outputs(
+    const Isa& isa, const qvgen_layer* layers, int count, const Tokens& tokens, int64_t size, uint8_t* const* out) {
+  Range* ranges = reinterpret_cast<Range*>(range_memory.get(size * int64_t(sizeof(Range))));
+  for (int64_t m = 0; m < size; m++) ranges[m] = token_range(isa, tokens, m);
+  for (int i = 0; i < count; i++) {
+    const Header& h = header(layers[i]);
+    const Codes codes = Codes::in(code_memory.get(Codes::bytes(h, size)), h, size);
+    if (i == 0 || !same_codes(layers[i], layers[i - 1]))
+      for (int64_t m = 0; m < size; m++) quantize_token(isa, layers[i], tokens, m, ranges[m], codes);
+    for (int64_t p = 0; p < panels(h); p++) panel_outputs(isa, layers[i], p, codes, size, out[i]);
+  }
+}
+
+int shared_outputs(const Isa& isa, const qvgen_layer& layer, const Tokens& tokens, int64_t count, int threads) {
+  const Header& h = header(layer);
+  const Codes codes = Codes::in(shared_memory.get(Codes::bytes(h, count)), h, count);
+  const int quantizers = count * h.k < (1 << 15) ? 1 : threads;
+  int status = parallel_for(quantizers, count, [&](int64_t m) {
+    quantize_token(isa, layer, tokens, m, token_range(isa, tokens, m), codes);
+  });
+  if (status) return status;
+  return parallel_for(
+      threads, panels(h), [&](int64_t p) { panel_outputs(isa, layer, p, codes, count, output(layer, 0)); });
+}
+
+struct Plan {
+  int threads;
+  int64_t block, blocks;  // tokens per block
+  bool by_block() const { return threads == 1 || blocks >= 2 * threads; }
+};
+
+Plan plan(const qvgen_layer* layers, int count, int64_t tokens, int threads) {
+  int64_t work = 0;
+  for (int i = 0; i < count; i++) work += tokens * layers[i].in_features * layers[i].out_features;
+  const int64_t worth = 1 + work / WORTH_A_THREAD;
+  Plan p;
+  p.threads = int(worth < threads ? worth : threads);
+  p.block = block_tokens(header(layers[0]), tokens, p.threads);
+  p.blocks = (tokens + p.block - 1) / p.block;
+  return p;
+}
+
+// f(first token, number of tokens) for each block.
+template <class F>
+int for_blocks(const Plan& plan, int64_t tokens, const F& f) {
+  return parallel_for(plan.threads, plan.blocks, [&](int64_t block) {
+    const int64_t first = block * plan.block, left = tokens - first;
+    f(first, left < plan.block ? left : plan.block);
+  });
+}
+
+int linear(const Isa& isa, const qvgen_layer* layers, int count, const Tokens& tokens, int64_t total, int threads) {
+  const Plan p = plan(layers, count, total, threads);
+  if (!p.by_block()) {
+    for (int i = 0; i < count; i++)
+      if (int status = shared_outputs(isa, layers[i], tokens, total, p.threads)) return status;
+    return QVGEN_OK;
+  }
+  return for_blocks(p, total, [&](int64_t first, int64_t size) {
+    uint8_t* out[MOST_LAYERS];
+    for (int i = 0; i < count; i++) out[i] = output(layers[i], first);
+    block_outputs(isa, layers, count, tokens.from(first), size, out);
+  });
+}
+
+int feed_forward(const Isa& isa, const qvgen_layer* layers, const Tokens& tokens, int64_t total, int threads) {
+  qvgen_layer up = layers[0];
+  const qvgen_layer& down = layers[1];
+  up.out_dtype = tokens.dtype;
+  const int64_t row = up.out_features * (tokens.dtype ? 2 : 4);
+  Plan p = plan(layers, 2, total, threads);
+  if (!p.by_block()) {
+    uint8_t* hidden = hidden_memory.get(total * row);
+    up.out = hidden;
+    if (int status = shared_outputs(isa, up, tokens, total, p.threads)) return status;
+    return shared_outputs(isa, down, {hidden, tokens.dtype, down.in_features, 0, tokens.input}, total, p.threads);
+  }
+  // The blocks of the layer with the longer rows suit both.
+  const int64_t narrow = block_tokens(header(down), total, p.threads);
+  p.block = p.block < narrow ? p.block : narrow;
+  p.blocks = (total + p.block - 1) / p.block;
+  return for_blocks(p, total, [&](int64_t first, int64_t size) {
+    uint8_t* hidden = hidden_memory.get(size * row);
+    block_outputs(isa, &up, 1, tokens.from(first), size, &hidden);
+    uint8_t* out = output(down, first);
+    block_outputs(isa, &down, 1, {hidden, tokens.dtype, down.in_features, first, tokens.input}, size, &out);
+  });
+}
+
+int check(const qvgen_layer& l, int64_t in_features, const qvgen_input& input) {
+  const Header& h = header(l);
+  if (!valid(h) || h.k != in_features || h.k != l.in_features || h.n != l.out_features || h.groups != l.groups)
+    return QVGEN_NOT_A_WEIGHT;
+  for (int64_t i = 0; i < input.timestep_groups; i++)
+    if (input.timestep_group[i] < 0 || input.timestep_group[i] >= l.clips) return QVGEN_TIMESTEP_GROUP;
+  return QVGEN_OK;
+}
+
+template <class F>
+int checked(const char* isa_name, const qvgen_layer* layers, int count, bool chained, const qvgen_input* input, const F& run) {
+  const Isa* isa = find_isa(isa_name);
+  if (!isa) return QVGEN_UNSUPPORTED_ISA;
+  for (int i = 0; i < count; i++) {
+    const int64_t in_features = chained && i ? layers[i - 1].out_features : layers[0].in_features;
+    if (int status = check(layers[i], in_features, *input)) return status;
+  }
+  const int64_t total = input->samples * input->tokens;
+  if (total == 0) return QVGEN_OK;
+  try {
+    return run(*isa, Tokens{input->x, input->dtype, layers[0].in_features, 0, input}, total);
+  } catch (const std::bad_alloc&) {
+    return QVGEN_OUT_OF_MEMORY;
+  }
+}
+
+}  // namespace
+}  // namespace qvgen
+
+using namespace qvgen;
+
+int qvgen_linear(const char* isa, const qvgen_layer* layers, int count, const qvgen_input* input, int threads) {
+  if (count < 1 || count > MOST_LAYERS) return QVGEN_TOO_MANY_LAYERS;
+  return checked(isa, layers, count, false, input, [&](const Isa& chosen, const Tokens& tokens, int64_t total) {
+    return linear(chosen, layers, count, tokens, total, threads);
+  });
+}
+
+int qvgen_feed_forward(const char* isa, const qvgen_layer* layers, const qvgen_input* input, int threads) {
+  return checked(isa, layers, 2, true, input, [&](const Isa& chosen, const Tokens& tokens, int64_t total) {
+    return feed_forward(chosen, layers, tokens, total, threads);
+  });
+}
+
+int qvgen_integer_part(const char* isa_name, const uint8_t* weight, const uint8_t* a, int64_t m, int max_code, int32_t* out) {
+  const Isa* isa = find_isa(isa_name);
+  if (!isa) return QVGEN_UNSUPPORTED_ISA;
+  const Header& h = *reinterpret_cast<const Header*>(weight);
+  if (!valid(h) || h.groups != 1) return QVGEN_NOT_A_WEIGHT;
+  const int64_t stride = Codes::row_stride(h);
+  uint8_t* padded = code_memory.get(m * stride);
+  memset(padded, 0, size_t(m * stride));
+  for (int64_t i = 0; i < m; i++) memcpy(padded + i * stride, a + i * h.k, size_t(h.k));
+  for (int64_t p = 0; p < panels(h); p++) {
+    for (int64_t first = 0; first < m; first += TILE_ROWS) {
+      const int rows = int(m - first < TILE_ROWS ? m - first : TILE_ROWS);
+      int32_t sums[TILE_ROWS], tile[TILE_ROWS * PANEL];
+      for (int i = 0; i < rows; i++) sums[i] = isa->code_sum(padded + (first + i) * stride, h.k);
+      isa->tile(h.lane_bits, h.weight_bits,
+                {rows, padded + first * stride, stride, panel(h, p), group_steps(h), max_code, sums, 1, tile});
+      for (int i = 0; i < rows; i++)
+        for (int64_t n = p * PANEL; n < h.n && n < (p + 1) * PANEL; n++)
+          out[(first + i) * h.n + n] = tile[i * PANEL + n % PANEL];
+    }
+  }
+  return QVGEN_OK;
+}
+
+int qvgen_quantize_tokens(
+    const char* isa_name, const qvgen_layer* layer, const qvgen_input* input, uint8_t* codes, float* scale, int32_t* zero_point,
+    int32_t* code_sum) {
+  return checked(isa_name, layer, 1, false, input, [&](const Isa& isa, const Tokens& tokens, int64_t total) {
+    const Header& h = header(*layer);
+    const Codes row = Codes::in(code_memory.get(Codes::bytes(h, 1)), h, 1);
+    for (int64_t m = 0; m < total; m++) {
+      quantize_token(isa, *layer, tokens.from(m), 0, token_range(isa, tokens, m), row);
+      memcpy(codes + m * h.k, row.a, size_t(h.k));
+      scale[m] = row.grid->scale, zero_point[m] = row.grid->zero_point, code_sum[m] = row.sums[0];
+    }
+    return int(QVGEN_OK);
+  });
+}
