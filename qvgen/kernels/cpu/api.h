@@ -55,6 +55,9 @@ int qvgen_linear(const char* isa, const qvgen_layer* layers, int count, const qv
 // layers[1](layers[0](x)); the wide intermediate, rounded to the dtype of x, stays in the cache.
 int qvgen_feed_forward(const char* isa, const qvgen_layer* layers, const qvgen_input* input, int threads);
 
+// Clock rate of this thread's core right now, in Hz.
+double qvgen_cycles_per_second();
+
 // For tests: sum over k of a (q - offset of its field), offsets as in layout.h, for a weight with one group. a (m, k) holds codes
 // up to max_code; out (m, n).
 int qvgen_integer_part(

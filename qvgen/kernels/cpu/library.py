@@ -10,7 +10,7 @@ import ctypes
 import importlib.metadata
 import os
 import sys
-from ctypes import POINTER, c_char_p, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -98,6 +98,7 @@ def _candidates() -> list[Path]:
 def _declare(library: ctypes.CDLL) -> None:
     layers, source = POINTER(Layer), POINTER(Input)
     signatures = {
+        "qvgen_cycles_per_second": (c_double, []),
         "qvgen_isas": (POINTER(c_char_p), []),
         "qvgen_isa_supported": (c_int, [c_char_p]),
         "qvgen_use_openmp": (None, [c_void_p]),
