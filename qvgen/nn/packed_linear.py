@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import torch
 from torch import nn
 
-from qvgen.kernels.ops import quantized_linear
-from qvgen.kernels.registry import KernelPreference, PackedWeight, PreparedWeight, choose
+from qvgen.kernels.ops import quantized_feed_forward, quantized_linear, quantized_linear_out, quantized_linears
+from qvgen.kernels.registry import (
+    Arguments,
+    KernelPreference,
+    LayerTensors,
+    PackedWeight,
+    PreparedWeight,
+    choose,
+    get,
+)
 from qvgen.nn.timestep import TimestepState
 from qvgen.packing import layout
 from qvgen.packing.bits import pack, unpack
@@ -23,11 +31,10 @@ class PackedLinear(nn.Module):
     """Y = Q(W) Q(X) + b in integer arithmetic (kernels/ops.py), for inference only.
 
     The buffers are the tensors of the packed format (packing/layout.py). They keep their dtypes whatever the module is cast
-    to; only `bias` follows. The copy of the weight that the kernel backend reads is made on first use, or by
-    `prepare_backend`, and is not part of the state dict.
+    to; only `bias` follows. On first use, or by `prepare_backend`, the weight is repacked as the kernel backend reads it.
+    From then on there is no other copy: `weight_packed`, and with it the state dict, is made from it when asked for.
     """
 
-    weight_packed: torch.Tensor
     weight_scale: torch.Tensor
     weight_zero_point: torch.Tensor | None
     weight_row_sum: torch.Tensor
@@ -66,6 +73,14 @@ class PackedLinear(nn.Module):
             self.register_parameter("bias", None)
         self._prepared: PreparedWeight | None = None
 
+    @property
+    def weight_packed(self) -> torch.Tensor:
+        """Words (N, ceil(K num_bits / 32)) int32; once a backend has the weight, a copy made for the caller."""
+        if layout.PACKED not in self._buffers:  # before it is registered, when torch asks whether the name is free
+            raise AttributeError(layout.PACKED)
+        stored = self._buffers[layout.PACKED]
+        return self._stored_words() if stored is None else stored
+
     @classmethod
     def from_codes(
         cls,
@@ -103,14 +118,23 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (n, ..., K) in any float dtype to (n, ..., N) in the same."""
+        self._check_input(x)
+        return quantized_linear(x, *self._tensors(), *self._arguments(x), False, None)
+
+    def forward_into(self, x: torch.Tensor, out: torch.Tensor, gelu: bool = False) -> None:
+        """Write the output, after a GELU if asked for, to `out` (n, ..., N): contiguous, float32 or bfloat16."""
+        self._check_input(x)
+        quantized_linear_out(x, *self._tensors(), *self._arguments(x), out, gelu)
+
+    def _check_input(self, x: torch.Tensor) -> None:
         if x.shape[-1] != self.in_features:
             raise ValueError(f"input has {x.shape[-1]} features, this layer takes {self.in_features}")
         self._ensure_prepared()
+
+    def _tensors(self) -> LayerTensors:
         prepared = self._prepared
         assert prepared is not None
-        activations = self.scheme.input_activations
-        return quantized_linear(
-            x,
+        return LayerTensors(
             prepared.weight,
             prepared.scale,
             prepared.zero_point,
@@ -118,13 +142,17 @@ class PackedLinear(nn.Module):
             self.input_clip_lower,
             self.input_clip_upper,
             self.bias,
+        )
+
+    def _arguments(self, x: torch.Tensor) -> Arguments:
+        activations, prepared = self.scheme.input_activations, self._prepared
+        assert prepared is not None
+        return Arguments(
             None if activations is None else self.timestep.of(x),
             self.scheme.weights.num_bits,
             None if activations is None else activations.num_bits,
             activations is not None and activations.symmetric,
             prepared.backend,
-            False,
-            None,
         )
 
     def prepare_backend(self, preference: KernelPreference | None = None) -> PreparedWeight:
@@ -142,14 +170,25 @@ class PackedLinear(nn.Module):
             self.scheme.input_activations,
         )
         self._prepared = choose(weight, preference).prepare(weight)
+        self._buffers[layout.PACKED] = None
         return self._prepared
+
+    def _stored_words(self) -> torch.Tensor:
+        prepared = self._prepared
+        assert prepared is not None
+        return get(prepared.backend).stored_words(prepared, self.in_features, self.scheme.weights.num_bits)
+
+    def _store_words(self) -> None:
+        """Back to how the layer was before a backend had its weight."""
+        if self._prepared is not None:
+            self._buffers[layout.PACKED] = self._stored_words()
+            self._prepared = None
 
     @torch.compiler.assume_constant_result
     def _ensure_prepared(self) -> None:
         # The decorator: torch.compile runs this while it traces instead of tracing it, so that a model compiled before its
         # first call neither breaks its graph here nor repacks in it.
-        prepared = self._prepared
-        if prepared is None or prepared.weight.device != self.weight_packed.device:
+        if self._prepared is None:
             self.prepare_backend()
 
     @property
@@ -170,6 +209,7 @@ class PackedLinear(nn.Module):
     def validate(self, name: str) -> None:
         """Raise ValueError, with `name` in it, unless the tensors are a consistent packed layer."""
         tensors = dict(self.named_buffers(recurse=False)) | dict(self.named_parameters(recurse=False))
+        tensors[layout.PACKED] = self.weight_packed
         validate_layer(name, tensors, self.in_features, self.out_features, self.scheme, self.bias is not None)
 
     def extra_repr(self) -> str:
@@ -182,7 +222,9 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         # What Module.to(dtype), .half(), .bfloat16() do to floating-point tensors must not reach the grid: a scale
-        # rounded to bfloat16 is another scale.
+        # rounded to bfloat16 is another scale. What moves to another device leaves the backend of this one.
+        if fn(self.weight_shape).device != self.weight_shape.device:
+            self._store_words()
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, tensor in before.items():
@@ -190,13 +232,36 @@ class PackedLinear(nn.Module):
             assert after is not None
             if after.dtype != tensor.dtype:
                 self._buffers[name] = tensor.to(after.device)
-        if self._buffers[layout.PACKED] is not before[layout.PACKED]:
-            self._prepared = None
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + layout.PACKED] = self.weight_packed
+
     def _load_from_state_dict(self, *args: Any) -> None:
+        self._store_words()
         super()._load_from_state_dict(*args)
-        self._prepared = None
+
+
+def linears(x: torch.Tensor, layers: Sequence[PackedLinear]) -> list[torch.Tensor]:
+    """Outputs of layers that read the same input, such as q, k and v, which is then read once.
+
+    The layers must have one scheme and run in one backend, as all layers of a model do; the outputs are those of calling
+    each of them.
+    """
+    for layer in layers:
+        layer._check_input(x)
+    tensors = zip(*[layer._tensors() for layer in layers], strict=True)
+    return quantized_linears(x, *map(list, tensors), *layers[0]._arguments(x))
+
+
+def feed_forward(x: torch.Tensor, up: PackedLinear, down: PackedLinear) -> torch.Tensor:
+    """down(gelu(up(x))) with the GELU in its tanh form: as calling `up` with its GELU and then `down`, but the wide
+    intermediate is never written out."""
+    up._check_input(x)
+    down._ensure_prepared()
+    tensors = zip(up._tensors(), down._tensors(), strict=True)
+    return quantized_feed_forward(x, *map(list, tensors), *up._arguments(x))
 
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
