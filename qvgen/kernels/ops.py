@@ -108,7 +108,9 @@ def _fake_feed_forward(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], rest[1][-1].shape[0]))
 
 
-quantized_linear = _define(registry.OP, f"(Tensor x, {_LAYER}, {_ARGUMENTS}, bool gelu, ScalarType? out_dtype) -> Tensor", _linear, _fake_linear)
+quantized_linear = _define(
+    registry.OP, f"(Tensor x, {_LAYER}, {_ARGUMENTS}, bool gelu, ScalarType? out_dtype) -> Tensor", _linear, _fake_linear
+)
 quantized_linear_out = _define(
     f"{registry.OP}_out",
     f"(Tensor x, {_LAYER}, {_ARGUMENTS}, Tensor(a!) out, bool gelu) -> ()",

@@ -55,6 +55,24 @@ int qvgen_linear(const char* isa, const qvgen_layer* layers, int count, const qv
 // layers[1](layers[0](x)); the wide intermediate, rounded to the dtype of x, stays in the cache.
 int qvgen_feed_forward(const char* isa, const qvgen_layer* layers, const qvgen_input* input, int threads);
 
+// Row operations of a transformer block, (rows, features) of `dtype`, out may be the input. Null: that part is left out.
+// `group_rows` consecutive rows share a row of scale and shift, or of gate; row r has position r % positions.
+int qvgen_layer_norm(
+    const char* isa, const void* x, int dtype, int64_t rows, int64_t features, float eps, const float* weight, const float* bias,
+    const float* scale, const float* shift, int64_t group_rows, void* out, int threads);
+int qvgen_rms_norm(
+    const char* isa, const void* x, int dtype, int64_t rows, int64_t features, float eps, const float* weight,
+    const float* cosine, const float* sine, int64_t positions, int64_t head_features, void* out, int threads);
+int qvgen_add_gated(
+    const char* isa, const void* x, const void* y, const float* gate, int dtype, int64_t rows, int64_t features,
+    int64_t group_rows, void* out, int threads);
+
+// softmax(q k^T * scale) v in bfloat16 with float32 sums: q, out (samples, queries, heads, features), k, v (samples, keys, ...).
+int qvgen_attention_supported(int64_t features);
+int qvgen_attention(
+    const void* q, const void* k, const void* v, int64_t samples, int64_t queries, int64_t keys, int64_t heads,
+    int64_t features, float scale, void* out, int threads);
+
 // Clock rate of this thread's core right now, in Hz.
 double qvgen_cycles_per_second();
 

@@ -79,16 +79,11 @@ class CpuBackend:
     ) -> None:
         x, targets = _computable(x), [y if y.dtype in _DTYPES else torch.empty_like(y, dtype=torch.float32) for y in outputs]
         described = (library.Layer * len(layers))(
-            *[
-                _layer(tensors, arguments, y, x.shape[-1], gelu)
-                for tensors, y in zip(layers, targets, strict=True)
-            ]
+            *[_layer(tensors, arguments, y, x.shape[-1], gelu) for tensors, y in zip(layers, targets, strict=True)]
         )
         source = _input(x, arguments)
         library.check(
-            library.load().qvgen_linear(
-                library.isa(), described, len(layers), ctypes.byref(source), torch.get_num_threads()
-            )
+            library.load().qvgen_linear(library.isa(), described, len(layers), ctypes.byref(source), torch.get_num_threads())
         )
         for y, target in zip(outputs, targets, strict=True):
             if y is not target:

@@ -39,6 +39,19 @@ struct Target {
   int64_t stride;  // elements between tokens
 };
 
+// Normalization of rows of `features` elements; absent parts are null. Modulation (scale, shift) is (groups, features).
+struct LayerNorm {
+  int64_t features;
+  float eps;
+  const float *weight, *bias, *scale, *shift;
+};
+
+struct RmsNorm {
+  int64_t features, head_features;
+  float eps;
+  const float *weight, *cosine, *sine;  // cosine, sine: (positions, head_features)
+};
+
 struct Isa {
   const char* name;
   bool (*supported)();
@@ -55,6 +68,10 @@ struct Isa {
       const PanelGrid&, const Tile&, const TokenGrid* tokens, int64_t group_size, bool first, float* values);
   // Outputs from the values of all groups.
   void (*finish_groups)(const float* values, int rows, const TokenGrid* tokens, const Target&);
+  // One row each: ((x - mean) / deviation * weight + bias) * (1 + scale) + shift; RMS norm, then rotary embedding; x + y * gate.
+  void (*layer_norm)(int dtype, const void* x, const LayerNorm&, int64_t group, void* out);
+  void (*rms_norm)(int dtype, const void* x, const RmsNorm&, int64_t position, void* out);
+  void (*add_gated)(int dtype, const void* x, const void* y, const float* gate, int64_t features, void* out);
 };
 
 const Isa* isa_avx512vnni();

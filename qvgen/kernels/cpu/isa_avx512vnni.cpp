@@ -1,9 +1,7 @@
 // AVX-512 with VNNI: 4 multiply-adds of bytes per 32-bit lane and instruction, 64 per instruction.
 #ifdef __AVX512VNNI__
 
-#include "epilogue.h"
-#include "isa.h"
-#include "token.h"
+#include "isa_common.h"
 
 namespace {
 
@@ -140,7 +138,7 @@ bool supported() {
 }  // namespace
 
 const qvgen::Isa* qvgen::isa_avx512vnni() {
-  static const Isa isa = {"avx512vnni", supported, tile, token_range, token_codes, code_sum, finish, add_group, finish_groups};
+  static const Isa isa = make_isa("avx512vnni", supported, tile);
   return &isa;
 }
 

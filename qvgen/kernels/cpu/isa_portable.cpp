@@ -1,7 +1,5 @@
 // Plain C++ for every processor without a path of its own, and the plainest statement of what a tile is.
-#include "epilogue.h"
-#include "isa.h"
-#include "token.h"
+#include "isa_common.h"
 
 namespace {
 
@@ -53,6 +51,6 @@ bool supported() { return true; }
 }  // namespace
 
 const qvgen::Isa* qvgen::isa_portable() {
-  static const Isa isa = {"portable", supported, tile, token_range, token_codes, code_sum, finish, add_group, finish_groups};
+  static const Isa isa = make_isa("portable", supported, tile);
   return &isa;
 }

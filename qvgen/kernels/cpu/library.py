@@ -6,11 +6,12 @@ reason to report instead of an import error.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
 import os
 import sys
-from ctypes import POINTER, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -63,7 +64,7 @@ class Input(ctypes.Structure):
     ]
 
 
-class LibraryMissing(RuntimeError):
+class LibraryMissing(RuntimeError):  # noqa: N818  it is the library that is missing, not an error of it
     """The library was not built, or does not load; the message says which and what to do."""
 
 
@@ -88,10 +89,9 @@ def load() -> ctypes.CDLL:
 
 def _candidates() -> list[Path]:
     paths = [Path(__file__).with_name(_NAME)]
-    try:  # an editable install leaves the Python files in the source tree and puts compiled ones into site-packages
+    # An editable install leaves the Python files in the source tree and puts compiled ones into site-packages.
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         paths.append(Path(str(importlib.metadata.distribution("qvgen").locate_file(f"{_PACKAGE_PATH}/{_NAME}"))))
-    except importlib.metadata.PackageNotFoundError:
-        pass
     return paths
 
 
@@ -107,6 +107,17 @@ def _declare(library: ctypes.CDLL) -> None:
         "qvgen_unpack_panels": (c_int, [c_void_p, c_void_p, c_int64, c_int]),
         "qvgen_linear": (c_int, [c_char_p, layers, c_int, source, c_int]),
         "qvgen_feed_forward": (c_int, [c_char_p, layers, source, c_int]),
+        "qvgen_layer_norm": (
+            c_int,
+            [c_char_p, c_void_p, c_int, c_int64, c_int64, c_float, *[c_void_p] * 4, c_int64, c_void_p, c_int],
+        ),
+        "qvgen_rms_norm": (
+            c_int,
+            [c_char_p, c_void_p, c_int, c_int64, c_int64, c_float, *[c_void_p] * 3, c_int64, c_int64, c_void_p, c_int],
+        ),
+        "qvgen_add_gated": (c_int, [c_char_p, *[c_void_p] * 3, c_int, c_int64, c_int64, c_int64, c_void_p, c_int]),
+        "qvgen_attention_supported": (c_int, [c_int64]),
+        "qvgen_attention": (c_int, [c_void_p, c_void_p, c_void_p, *[c_int64] * 5, c_float, c_void_p, c_int]),
         "qvgen_integer_part": (c_int, [c_char_p, c_void_p, c_void_p, c_int64, c_int, c_void_p]),
         "qvgen_quantize_tokens": (c_int, [c_char_p, layers, source, c_void_p, c_void_p, c_void_p, c_void_p]),
     }

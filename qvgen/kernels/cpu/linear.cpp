@@ -3,11 +3,11 @@
 // Tokens are taken in blocks whose codes stay in the second-level cache; every panel of the weight passes over a block
 // once, and within a panel the tiles of the block, so that the panel stays in the first level. Threads take whole blocks;
 // where there are too few of them they share the quantization and then the panels.
-#include <cstdlib>
 #include <cstring>
 
 #include "block.h"
 #include "parallel.h"
+#include "workspace.h"
 
 namespace qvgen {
 
@@ -20,26 +20,6 @@ constexpr int64_t BLOCK_BYTES = 480 << 10;   // of codes
 constexpr int64_t SMALLEST_BLOCK = 48;       // tokens, where blocks are made smaller so that every thread has some
 constexpr int64_t WORTH_A_THREAD = 1 << 19;  // multiply-adds: what waking one costs
 constexpr int MOST_LAYERS = 8;               // that share an input
-
-// Memory that a thread keeps from call to call.
-class Workspace {
- public:
-  ~Workspace() { std::free(data_); }
-  uint8_t* get(int64_t bytes) {
-    if (bytes > capacity_) {
-      std::free(data_);
-      capacity_ = 0;
-      data_ = static_cast<uint8_t*>(std::aligned_alloc(4096, size_t(round_up(bytes, 4096))));
-      if (!data_) throw std::bad_alloc();
-      capacity_ = bytes;
-    }
-    return data_;
-  }
-
- private:
-  uint8_t* data_ = nullptr;
-  int64_t capacity_ = 0;
-};
 
 thread_local Workspace range_memory, code_memory, hidden_memory, shared_memory;
 

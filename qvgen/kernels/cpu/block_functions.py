@@ -1,0 +1,130 @@
+"""The compiled versions of kernels/block_ops.py: pointers and shapes for libqvgen_cpu. Shapes as documented there."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from qvgen.kernels.cpu import library
+
+VECTOR = 16  # elements; rotary embedding wants heads of whole vectors
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def available() -> bool:
+    try:
+        library.isa()
+    except (library.LibraryMissing, ValueError):
+        return False
+    return True
+
+
+def layer_norm_modulate(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, eps: float
+) -> Tensor:
+    x = x.contiguous()
+    out, features = torch.empty_like(x), x.shape[-1]
+    parameters = [_float(t) for t in (weight, bias, scale, shift)]
+    library.check(
+        library.load().qvgen_layer_norm(
+            library.isa(),
+            x.data_ptr(),
+            _DTYPES[x.dtype],
+            x.numel() // features,
+            features,
+            eps,
+            *[_pointer(t) for t in parameters],
+            _rows_per_group(x, scale if scale is not None else shift),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+    )
+    return out
+
+
+def rms_norm_rotary(
+    x: Tensor, weight: Tensor | None, cosine: Tensor | None, sine: Tensor | None, heads: int, eps: float
+) -> Tensor:
+    x = x.contiguous()
+    out, features = torch.empty_like(x), x.shape[-1]
+    parameters = [_float(t) for t in (weight, cosine, sine)]
+    library.check(
+        library.load().qvgen_rms_norm(
+            library.isa(),
+            x.data_ptr(),
+            _DTYPES[x.dtype],
+            x.numel() // features,
+            features,
+            eps,
+            *[_pointer(t) for t in parameters],
+            x.shape[-2],
+            features // heads,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+    )
+    return out
+
+
+def add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
+    x, y, gate = x.contiguous(), y.contiguous(), _float(gate)
+    out, features = torch.empty_like(x), x.shape[-1]
+    library.check(
+        library.load().qvgen_add_gated(
+            library.isa(),
+            x.data_ptr(),
+            y.data_ptr(),
+            _pointer(gate),
+            _DTYPES[x.dtype],
+            x.numel() // features,
+            features,
+            _rows_per_group(x, gate),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+    )
+    return out
+
+
+def attention_supported(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    bfloat16 = q.dtype == k.dtype == v.dtype == torch.bfloat16
+    return bfloat16 and k.shape[1] > 0 and bool(library.load().qvgen_attention_supported(q.shape[-1]))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out = torch.empty_like(q)
+    samples, queries, heads, features = q.shape
+    library.check(
+        library.load().qvgen_attention(
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            samples,
+            queries,
+            k.shape[1],
+            heads,
+            features,
+            1 / math.sqrt(features),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+    )
+    return out
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _rows_per_group(x: Tensor, modulation: Tensor | None) -> int:
+    """Consecutive rows of x (n, s, d) that share a row of `modulation` (n, 1, d) or (n, s, d)."""
+    if modulation is None:
+        return 1
+    return max(1, x.numel() // modulation.numel())

@@ -1,0 +1,118 @@
+"""Fused Wan blocks against diffusers' own, both around the same packed layers."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+from qvgen.integrations.fused_wan import PackedWanAttnProcessor, fuse_wan_
+from qvgen.models.wan import WanFamily
+from qvgen.nn.packed_linear import packed_layers
+from qvgen.nn.swap import convert_, prepare_
+from qvgen.quant.scheme import QuantArgs, QuantScheme
+
+# Relative to the output's norm: sums in another order ...
+ROUNDING = 1e-6
+# ... and where that moves an input's code by one, a step of a token's range, at 8 bits 1/255 of it.
+CODE_FLIPS = 2e-3
+# In bfloat16 every model is this far from itself in float32, and which way each value was rounded is chance.
+NO_WORSE = 1.1
+
+CONFIG = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 48,
+    "ffn_dim": 160,
+    "num_layers": 3,
+    "text_dim": 24,
+    "freq_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+}
+
+
+def packed(bits: int, **config: object) -> WanTransformer3DModel:
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(**(CONFIG | config)).eval()
+    for block in model.blocks:  # random tables would leave the gates at nearly nothing
+        block.scale_shift_table.data.mul_(20)
+    scheme = QuantScheme(
+        weights=QuantArgs(num_bits=bits), input_activations=QuantArgs(num_bits=bits, strategy="token"), timestep_groups=4
+    )
+    prepare_(model, scheme, default_targets=WanFamily.default_targets)
+    convert_(model)
+    return model
+
+
+def run(model: WanTransformer3DModel, timestep: torch.Tensor | None = None) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, 4, 3, 8, 10, generator=generator).to(model.dtype)
+    text = torch.randn(2, 9, 24, generator=generator).to(model.dtype)
+    timestep = torch.tensor([100.0, 800.0]) if timestep is None else timestep
+    with torch.no_grad():
+        return model(hidden_states=latents, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0].float()
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_equals_diffusers_in_float32(kernels: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QVGEN_KERNELS", kernels)
+    model = packed(bits)
+    fused = copy.deepcopy(model)
+    assert fuse_wan_(fused) == 3
+    assert relative(run(fused), run(model)) < CODE_FLIPS
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_is_as_near_to_float32_in_bfloat16_as_diffusers(bits: int) -> None:
+    exact = run(packed(bits))
+    model = packed(bits).bfloat16()
+    fused = copy.deepcopy(model)
+    fuse_wan_(fused)
+    assert 0 < relative(run(fused), exact) < NO_WORSE * relative(run(model), exact)
+
+
+@pytest.mark.parametrize("cross_attn_norm", [True, False])
+def test_a_timestep_per_token_and_no_cross_attention_norm(cross_attn_norm: bool) -> None:
+    model = packed(8, cross_attn_norm=cross_attn_norm)
+    fused = copy.deepcopy(model)
+    fuse_wan_(fused)
+    per_token = torch.full((2, 3 * 4 * 5), 500.0)
+    assert relative(run(fused, per_token), run(model, per_token)) < CODE_FLIPS
+
+
+def test_layers_left_in_full_precision_are_called_as_they_are() -> None:
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(**CONFIG).eval()
+    prepare_(model, QuantScheme(timestep_groups=1), default_targets=(r"re:blocks\.\d\.(attn1\.to_q|ffn\.net\.2)",))
+    convert_(model)
+    fused = copy.deepcopy(model)
+    assert fuse_wan_(fused) == 3
+    assert relative(run(fused), run(model)) < ROUNDING
+
+
+def test_a_processor_set_by_the_user_wins() -> None:
+    model = packed(8)
+    fuse_wan_(model)
+    assert all(isinstance(block.attn1.processor, PackedWanAttnProcessor) for block in model.blocks)
+    calls = []
+
+    class Counting(WanAttnProcessor):
+        def __call__(self, *args: object, **kwargs: object) -> torch.Tensor:
+            calls.append(1)
+            return super().__call__(*args, **kwargs)
+
+    model.set_attn_processor(Counting())
+    run(model)
+    assert len(calls) == 6
+
+
+def test_full_precision_blocks_stay_as_they_are() -> None:
+    model = WanTransformer3DModel(**CONFIG)
+    assert fuse_wan_(model) == 0
+    assert not list(packed_layers(model))
