@@ -43,6 +43,9 @@ int qvgen_isa_supported(const char* name);
 // Run parallel regions in this OpenMP runtime's threads (its GOMP_parallel); null: in threads started for each call.
 void qvgen_use_openmp(void* gomp_parallel);
 
+// Strassen's algorithm: 0 never, 1 where it is faster (at the start), 2 wherever it is possible. Results are the same.
+void qvgen_use_strassen(int mode);
+
 int64_t qvgen_panel_bytes(int64_t n, int64_t k, int64_t groups, int weight_bits);
 // words (N, row_bytes), scale, zero_point (null: symmetric, 2^(weight_bits - 1)) and row_sum (N, groups).
 int qvgen_pack_panels(
@@ -52,7 +55,7 @@ int qvgen_unpack_panels(const uint8_t* weight, uint8_t* words, int64_t row_bytes
 
 // `count` layers that read the same input.
 int qvgen_linear(const char* isa, const qvgen_layer* layers, int count, const qvgen_input* input, int threads);
-// layers[1](layers[0](x)); the wide intermediate, rounded to the dtype of x, stays in the cache.
+// layers[1](layers[0](x)); the wide intermediate, rounded to the dtype of x, exists for some hundred tokens at a time.
 int qvgen_feed_forward(const char* isa, const qvgen_layer* layers, const qvgen_input* input, int threads);
 
 // Row operations of a transformer block, (rows, features) of `dtype`, out may be the input. Null: that part is left out.

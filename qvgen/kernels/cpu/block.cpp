@@ -5,8 +5,6 @@
 namespace qvgen {
 namespace {
 
-int max_code(const qvgen_layer& layer) { return (1 << layer.activation_bits) - 1; }
-
 void read_bias(const qvgen_layer& layer, int64_t first, int64_t count, float* bias) {
   memset(bias, 0, PANEL * sizeof(float));
   if (!layer.bias) return;
@@ -64,30 +62,38 @@ void quantize_token(
     for (int64_t g = 0; g < h.groups; g++) sums[g] = isa.code_sum(a + g * padded, size);
 }
 
+PanelTarget::PanelTarget(const qvgen_layer& layer, int64_t p) : layer_(layer), n_(p * PANEL) {
+  const int64_t left = header(layer).n - n_;
+  columns_ = left < PANEL ? left : PANEL;
+  read_bias(layer, n_, columns_, bias_);
+}
+
+Target PanelTarget::at(int64_t m, void* out) const {
+  const int64_t n = layer_.out_features, size = layer_.out_dtype ? 2 : 4;
+  return {columns_, bias_, layer_.gelu != 0, layer_.out_dtype, static_cast<uint8_t*>(out) + (m * n + n_) * size, n};
+}
+
 void panel_outputs(const Isa& isa, const qvgen_layer& layer, int64_t p, const Codes& codes, int64_t count, void* out) {
   const Header& h = header(layer);
-  const int64_t steps = group_steps(h), n = p * PANEL, columns = h.n - n < PANEL ? h.n - n : PANEL;
-  alignas(64) float bias[PANEL];
-  read_bias(layer, n, columns, bias);
+  const int64_t steps = group_steps(h);
+  const PanelTarget target(layer, p);
   alignas(64) int32_t sums[TILE_ROWS * PANEL];
   alignas(64) float values[TILE_ROWS * PANEL];
   for (int64_t m = 0; m < count; m += TILE_ROWS) {
     const int rows = int(count - m < TILE_ROWS ? count - m : TILE_ROWS);
     const Codes here = codes.from(m, h);
-    uint8_t* to = static_cast<uint8_t*>(out) + (m * h.n + n) * (layer.out_dtype ? 2 : 4);
-    const Target target = {columns, bias, layer.gelu != 0, layer.out_dtype, to, h.n};
     for (int64_t g = 0; g < h.groups; g++) {
       const uint8_t* weight = panel(h, p) + g * steps * step_bytes(h);
       const Tile tile = {rows, here.a + g * steps * STEP, here.stride, weight, steps, max_code(layer),
-                         here.sums + g, h.groups, sums};
+                         here.sums + g, h.groups, sums, here.a + TILE_ROWS * here.stride};
       isa.tile(h.lane_bits, h.weight_bits, tile);
       if (h.groups == 1) {
-        isa.finish(panel_grid(h, p, 0), tile, here.grid, h.weight_bits, h.k, target);
+        isa.finish(panel_grid(h, p, 0), tile, here.grid, h.weight_bits, h.k, target.at(m, out));
       } else {
         isa.add_group(panel_grid(h, p, g), tile, here.grid, group_size(h), g == 0, values);
       }
     }
-    if (h.groups > 1) isa.finish_groups(values, rows, here.grid, target);
+    if (h.groups > 1) isa.finish_groups(values, rows, here.grid, target.at(m, out));
   }
 }
 

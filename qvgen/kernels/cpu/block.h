@@ -38,6 +38,8 @@ struct Codes {
   Codes from(int64_t m, const Header& h) const { return {a + m * stride, stride, grid + m, sums + m * h.groups}; }
 };
 
+inline int max_code(const qvgen_layer& layer) { return (1 << layer.activation_bits) - 1; }
+
 struct Range {
   float lower, upper;  // always include 0; NaN if the token holds NaN or Inf
 };
@@ -47,6 +49,19 @@ Range token_range(const Isa& isa, const Tokens& tokens, int64_t m);
 // Quantize token m of `tokens`, whose range is given, into row m of `codes`.
 void quantize_token(
     const Isa& isa, const qvgen_layer& layer, const Tokens& tokens, int64_t m, Range range, const Codes& codes);
+
+// Where the outputs of one panel go, and their bias.
+class PanelTarget {
+ public:
+  PanelTarget(const qvgen_layer& layer, int64_t p);
+  // Rows from token m of `out` (tokens, N).
+  Target at(int64_t m, void* out) const;
+
+ private:
+  const qvgen_layer& layer_;
+  int64_t n_, columns_;
+  alignas(64) float bias_[PANEL];
+};
 
 // Outputs of panel p for `count` tokens, to `out` (count, N).
 void panel_outputs(const Isa& isa, const qvgen_layer& layer, int64_t p, const Codes& codes, int64_t count, void* out);

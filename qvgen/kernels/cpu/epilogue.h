@@ -12,64 +12,74 @@ namespace {
 
 constexpr int64_t EXACT_FLOAT = 1 << 24;
 
-struct Token {
-  int32_t zero_point, centred_sum;  // centred_sum: sum of (a - zero_point)
-};
-
 struct Tokens {
-  Token row[qvgen::TILE_ROWS];
+  int32_t zero_point[qvgen::TILE_ROWS], centred_sum[qvgen::TILE_ROWS];  // centred_sum: sum of (a - zero_point)
+  float float_zero_point[qvgen::TILE_ROWS], float_sum[qvgen::TILE_ROWS];
 
   Tokens(const qvgen::Tile& tile, const qvgen::TokenGrid* grids, int64_t k) {
     for (int i = 0; i < tile.rows; i++) {
-      const int32_t zero_point = grids[i].zero_point;
-      row[i] = {zero_point, tile.a_sum[i * tile.sum_stride] - int32_t(k) * zero_point};
+      zero_point[i] = grids[i].zero_point;
+      centred_sum[i] = tile.a_sum[i * tile.sum_stride] - int32_t(k) * zero_point[i];
+      float_zero_point[i] = float(zero_point[i]), float_sum[i] = float(centred_sum[i]);
     }
   }
 };
 
 // 16 outputs of each token of a tile, without the token's scale: f(row, values).
 template <bool SMALL, class F>
-inline void weighted(
-    const qvgen::PanelGrid& grid, const qvgen::Tile& tile, const Tokens& tokens, int64_t n, const F& f) {
+inline void weighted(const qvgen::PanelGrid& grid, const qvgen::Tile& tile, const Tokens& tokens, int64_t n, const F& f) {
   const u32x16 row_sum = load<u32x16>(grid.row_sum + n), zero = load<u32x16>(grid.zero_whole + n);
   const f32x16 fraction = load<f32x16>(grid.zero_fraction + n), scale = load<f32x16>(grid.scale + n);
   const f32x16 float_sum = __builtin_convertvector((s32x16)row_sum, f32x16);
   const f32x16 float_zero = __builtin_convertvector((s32x16)zero, f32x16) + fraction;
-  for (int row = 0; row < tile.rows; row++) {
-    const u32x16 dots = load<u32x16>(tile.out + row * qvgen::PANEL + n);
-    const Token& token = tokens.row[row];
+  const int32_t* out = tile.out + n;
+  for (int row = 0; row < tile.rows; row++, out += qvgen::PANEL) {
+    const u32x16 dots = load<u32x16>(out);
     f32x16 v;
     if constexpr (SMALL) {
-      v = __builtin_convertvector((s32x16)dots, f32x16) - float_sum * float(token.zero_point);
-      v -= float_zero * float(token.centred_sum);
+      v = __builtin_convertvector((s32x16)dots, f32x16) - float_sum * tokens.float_zero_point[row];
+      v -= float_zero * tokens.float_sum[row];
     } else {
       // Unsigned: a partial result may leave 32 bits, the whole one does not (backend.py limits K).
-      const u32x16 exact = dots - row_sum * uint32_t(token.zero_point) - zero * uint32_t(token.centred_sum);
-      v = __builtin_convertvector((s32x16)exact, f32x16) - fraction * float(token.centred_sum);
+      const u32x16 exact = dots - row_sum * uint32_t(tokens.zero_point[row]) - zero * uint32_t(tokens.centred_sum[row]);
+      v = __builtin_convertvector((s32x16)exact, f32x16) - fraction * tokens.float_sum[row];
     }
     f(row, v * scale);
   }
 }
 
-template <Dtype D>
-inline void output(f32x16 v, float scale, f32x16 bias, int row, int64_t n, const qvgen::Target& t) {
+// `count` of 16 outputs of one token.
+template <Dtype D, bool GELU>
+inline void output(f32x16 v, float scale, f32x16 bias, void* out, int64_t count) {
   v = v * scale + bias;
-  if (t.gelu) v = gelu_tanh(v);
-  if (t.columns - n < LANES) {
-    if (t.columns > n) store_partial<D>(t.out, row * t.stride + n, v, t.columns - n);
+  if constexpr (GELU) v = gelu_tanh(v);
+  if (count < LANES) {
+    if (count > 0) store_partial<D>(out, 0, v, count);
   } else {
-    store_float<D>(t.out, row * t.stride + n, v);
+    store_float<D>(out, 0, v);
   }
 }
 
-template <Dtype D, bool SMALL>
+template <Dtype D, bool GELU, bool SMALL>
 void finish_as(
     const qvgen::PanelGrid& grid, const qvgen::Tile& tile, const qvgen::TokenGrid* grids, const Tokens& tokens,
     const qvgen::Target& t) {
   for (int64_t n = 0; n < qvgen::PANEL; n += LANES) {
     const f32x16 bias = load<f32x16>(t.bias + n);
-    weighted<SMALL>(grid, tile, tokens, n, [&](int row, f32x16 v) { output<D>(v, grids[row].scale, bias, row, n, t); });
+    uint8_t* out = (uint8_t*)t.out + n * dtype_size<D>;
+    const int64_t count = t.columns - n, stride = t.stride * dtype_size<D>;
+    weighted<SMALL>(grid, tile, tokens, n, [&](int row, f32x16 v) {
+      output<D, GELU>(v, grids[row].scale, bias, out, count);
+      out += stride;
+    });
   }
+}
+
+template <Dtype D, bool SMALL>
+inline void finish_gelu(
+    const qvgen::PanelGrid& grid, const qvgen::Tile& tile, const qvgen::TokenGrid* grids, const Tokens& tokens,
+    const qvgen::Target& t) {
+  t.gelu ? finish_as<D, true, SMALL>(grid, tile, grids, tokens, t) : finish_as<D, false, SMALL>(grid, tile, grids, tokens, t);
 }
 
 inline bool small(const qvgen::Tile& tile, int weight_bits, int64_t k) {
@@ -82,10 +92,11 @@ void finish(
   const Tokens tokens(tile, grids, k);
   const bool floats = small(tile, weight_bits, k);
   if (t.dtype == int(Dtype::f32)) {
-    floats ? finish_as<Dtype::f32, true>(grid, tile, grids, tokens, t) : finish_as<Dtype::f32, false>(grid, tile, grids, tokens, t);
+    floats ? finish_gelu<Dtype::f32, true>(grid, tile, grids, tokens, t)
+           : finish_gelu<Dtype::f32, false>(grid, tile, grids, tokens, t);
   } else {
-    floats ? finish_as<Dtype::bf16, true>(grid, tile, grids, tokens, t)
-           : finish_as<Dtype::bf16, false>(grid, tile, grids, tokens, t);
+    floats ? finish_gelu<Dtype::bf16, true>(grid, tile, grids, tokens, t)
+           : finish_gelu<Dtype::bf16, false>(grid, tile, grids, tokens, t);
   }
 }
 
@@ -100,16 +111,23 @@ void add_group(
     });
 }
 
-void finish_groups(const float* values, int rows, const qvgen::TokenGrid* grids, const qvgen::Target& t) {
+template <Dtype D, bool GELU>
+void finish_groups_as(const float* values, int rows, const qvgen::TokenGrid* grids, const qvgen::Target& t) {
   for (int row = 0; row < rows; row++)
     for (int64_t n = 0; n < qvgen::PANEL; n += LANES) {
-      const f32x16 v = load<f32x16>(values + row * qvgen::PANEL + n), bias = load<f32x16>(t.bias + n);
-      if (t.dtype == int(Dtype::f32)) {
-        output<Dtype::f32>(v, grids[row].scale, bias, row, n, t);
-      } else {
-        output<Dtype::bf16>(v, grids[row].scale, bias, row, n, t);
-      }
+      uint8_t* out = (uint8_t*)t.out + (row * t.stride + n) * dtype_size<D>;
+      const f32x16 v = load<f32x16>(values + row * qvgen::PANEL + n);
+      output<D, GELU>(v, grids[row].scale, load<f32x16>(t.bias + n), out, t.columns - n);
     }
+}
+
+void finish_groups(const float* values, int rows, const qvgen::TokenGrid* grids, const qvgen::Target& t) {
+  if (t.dtype == int(Dtype::f32)) {
+    t.gelu ? finish_groups_as<Dtype::f32, true>(values, rows, grids, t) : finish_groups_as<Dtype::f32, false>(values, rows, grids, t);
+  } else {
+    t.gelu ? finish_groups_as<Dtype::bf16, true>(values, rows, grids, t)
+           : finish_groups_as<Dtype::bf16, false>(values, rows, grids, t);
+  }
 }
 
 }  // namespace

@@ -27,6 +27,7 @@ struct Tile {
   const int32_t* a_sum;   // sum of the codes of each token over the group; elements apart: sum_stride
   ptrdiff_t sum_stride;
   int32_t* out;           // (rows, PANEL): sum over k of a (q - offset)
+  const uint8_t* next = nullptr;  // codes that will be wanted next: a line per step may be prefetched from here
 };
 
 // Where a tile's outputs go.
@@ -72,6 +73,11 @@ struct Isa {
   void (*layer_norm)(int dtype, const void* x, const LayerNorm&, int64_t group, void* out);
   void (*rms_norm)(int dtype, const void* x, const RmsNorm&, int64_t position, void* out);
   void (*add_gated)(int dtype, const void* x, const void* y, const float* gate, int64_t features, void* out);
+  // Steps of Strassen's algorithm (strassen_terms.h); null where tiles of 8 lane bits do not take any signed byte as weight.
+  void (*token_terms)(
+      const uint8_t* above, const uint8_t* below, int64_t half, uint8_t* out, int64_t term_stride, uint8_t shift);
+  void (*weight_terms)(int term, const uint8_t* left, const uint8_t* right, int64_t bytes, uint8_t* out);
+  void (*add_product)(const int32_t* product, int sign, const int32_t* start, int32_t* total);
 };
 
 const Isa* isa_avx512vnni();

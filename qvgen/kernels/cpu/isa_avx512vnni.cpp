@@ -2,6 +2,7 @@
 #ifdef __AVX512VNNI__
 
 #include "isa_common.h"
+#include "strassen_terms.h"
 
 namespace {
 
@@ -80,9 +81,11 @@ void tile_rows(const qvgen::Tile& t) {
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) sum[part][row][i] = splat(0);
   const uint8_t *w = t.weight, *a = t.a, *b = t.a + 3 * t.stride;
+  const uint8_t* next = t.next ? t.next : t.a;
   const ptrdiff_t stride = t.stride;
   constexpr int BYTES = 64 * BITS;
   for (int64_t step = t.steps; step; step--) {
+    if constexpr (ROWS > 1) __builtin_prefetch(next), next += 64;
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++) {
       s32x16 f[4];
@@ -138,7 +141,7 @@ bool supported() {
 }  // namespace
 
 const qvgen::Isa* qvgen::isa_avx512vnni() {
-  static const Isa isa = make_isa("avx512vnni", supported, tile);
+  static const Isa isa = with_strassen(make_isa("avx512vnni", supported, tile));
   return &isa;
 }
 

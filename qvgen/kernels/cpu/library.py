@@ -101,6 +101,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "qvgen_cycles_per_second": (c_double, []),
         "qvgen_isas": (POINTER(c_char_p), []),
         "qvgen_isa_supported": (c_int, [c_char_p]),
+        "qvgen_use_strassen": (None, [c_int]),
         "qvgen_use_openmp": (None, [c_void_p]),
         "qvgen_panel_bytes": (c_int64, [c_int64, c_int64, c_int64, c_int]),
         "qvgen_pack_panels": (c_int, [c_void_p, c_int64, *[c_void_p] * 3, c_int64, c_int64, c_int64, c_int, c_void_p, c_int]),

@@ -7,6 +7,7 @@
 
 #include "block.h"
 #include "parallel.h"
+#include "strassen.h"
 #include "workspace.h"
 
 namespace qvgen {
@@ -17,7 +18,7 @@ const Isa* find_isa(const char* name);
 namespace {
 
 constexpr int64_t BLOCK_BYTES = 480 << 10;   // of codes
-constexpr int64_t SMALLEST_BLOCK = 48;       // tokens, where blocks are made smaller so that every thread has some
+constexpr int64_t SMALLEST_BLOCK = 48;       // tokens; with fewer, threads share a block
 constexpr int64_t WORTH_A_THREAD = 1 << 19;  // multiply-adds: what waking one costs
 constexpr int MOST_LAYERS = 8;               // that share an input
 
@@ -33,16 +34,12 @@ bool same_codes(const qvgen_layer& a, const qvgen_layer& b) {
          !memcmp(a.clip_upper, b.clip_upper, a.clips * 4);
 }
 
-// Tokens per block: what the cache holds, but not so many that threads would go without; all blocks of about one size.
+// Tokens per block: what the cache holds, evenly, and every thread the same number of blocks.
 int64_t block_tokens(const Header& h, int64_t tokens, int threads) {
   int64_t most = BLOCK_BYTES / Codes::row_stride(h);
-  if (threads > 1) {
-    const int64_t share = (tokens + 4 * threads - 1) / (4 * threads);
-    const int64_t fair = share > SMALLEST_BLOCK ? share : SMALLEST_BLOCK;
-    most = most < fair ? most : fair;
-  }
-  most = most < TILE_ROWS ? TILE_ROWS : most / TILE_ROWS * TILE_ROWS;
-  const int64_t blocks = (tokens + most - 1) / most;
+  if (most < TILE_ROWS) most = TILE_ROWS;
+  int64_t blocks = round_up((tokens + most - 1) / most, threads);
+  if (blocks < 2 * threads && tokens / (2 * threads) >= SMALLEST_BLOCK) blocks = 2 * threads;  // so that a slow core takes fewer
   return round_up((tokens + blocks - 1) / blocks, TILE_ROWS);
 }
 
@@ -75,7 +72,7 @@ int shared_outputs(const Isa& isa, const qvgen_layer& layer, const Tokens& token
 struct Plan {
   int threads;
   int64_t block, blocks;  // tokens per block
-  bool by_block() const { return threads == 1 || blocks >= 2 * threads; }
+  bool by_block() const { return threads == 1 || block >= SMALLEST_BLOCK; }
 };
 
 Plan plan(const qvgen_layer* layers, int count, int64_t tokens, int threads) {
@@ -98,7 +95,18 @@ int for_blocks(const Plan& plan, int64_t tokens, const F& f) {
   });
 }
 
+bool all_strassen(const Isa& isa, const qvgen_layer* layers, int count, int64_t total, int threads) {
+  for (int i = 0; i < count; i++)
+    if (!strassen_pays(isa, layers[i], total, threads)) return false;
+  return true;
+}
+
 int linear(const Isa& isa, const qvgen_layer* layers, int count, const Tokens& tokens, int64_t total, int threads) {
+  if (all_strassen(isa, layers, count, total, threads)) {
+    for (int i = 0; i < count; i++)
+      if (int status = strassen_outputs(isa, layers[i], tokens, total, output(layers[i], 0), threads)) return status;
+    return QVGEN_OK;
+  }
   const Plan p = plan(layers, count, total, threads);
   if (!p.by_block()) {
     for (int i = 0; i < count; i++)
@@ -112,28 +120,24 @@ int linear(const Isa& isa, const qvgen_layer* layers, int count, const Tokens& t
   });
 }
 
+// The intermediate of so many tokens at a time: few enough for the third-level cache, enough to work in large blocks. (Token blocks
+// that keep it in the second level were tried; their up projection reads its weights too often, 4 % slower: LOG.md.)
+constexpr int64_t HIDDEN_BYTES = 15 << 20;
+
 int feed_forward(const Isa& isa, const qvgen_layer* layers, const Tokens& tokens, int64_t total, int threads) {
-  qvgen_layer up = layers[0];
-  const qvgen_layer& down = layers[1];
+  qvgen_layer up = layers[0], down = layers[1];
+  const int64_t row = up.out_features * (tokens.dtype ? 2 : 4), most = round_up(1 + HIDDEN_BYTES / row, TILE_ROWS);
+  const int64_t chunks = (total + most - 1) / most, size = round_up((total + chunks - 1) / chunks, TILE_ROWS);
+  up.out = hidden_memory.get((size < total ? size : total) * row);
   up.out_dtype = tokens.dtype;
-  const int64_t row = up.out_features * (tokens.dtype ? 2 : 4);
-  Plan p = plan(layers, 2, total, threads);
-  if (!p.by_block()) {
-    uint8_t* hidden = hidden_memory.get(total * row);
-    up.out = hidden;
-    if (int status = shared_outputs(isa, up, tokens, total, p.threads)) return status;
-    return shared_outputs(isa, down, {hidden, tokens.dtype, down.in_features, 0, tokens.input}, total, p.threads);
+  for (int64_t first = 0; first < total; first += size) {
+    const int64_t here = total - first < size ? total - first : size;
+    down.out = output(layers[1], first);
+    if (int status = linear(isa, &up, 1, tokens.from(first), here, threads)) return status;
+    const Tokens hidden = {up.out, tokens.dtype, down.in_features, tokens.first + first, tokens.input};
+    if (int status = linear(isa, &down, 1, hidden, here, threads)) return status;
   }
-  // The blocks of the layer with the longer rows suit both.
-  const int64_t narrow = block_tokens(header(down), total, p.threads);
-  p.block = p.block < narrow ? p.block : narrow;
-  p.blocks = (total + p.block - 1) / p.block;
-  return for_blocks(p, total, [&](int64_t first, int64_t size) {
-    uint8_t* hidden = hidden_memory.get(size * row);
-    block_outputs(isa, &up, 1, tokens.from(first), size, &hidden);
-    uint8_t* out = output(down, first);
-    block_outputs(isa, &down, 1, {hidden, tokens.dtype, down.in_features, first, tokens.input}, size, &out);
-  });
+  return QVGEN_OK;
 }
 
 int check(const qvgen_layer& l, int64_t in_features, const qvgen_input& input) {

@@ -63,7 +63,7 @@ void token_range(int dtype, const void* x, int64_t k, float* lower, float* upper
 
 // Codes are round(x / s) + z, and x times 1 / s rounds differently where x / s is near k + 1/2. So: multiply, note how near
 // the products come to k + 1/2, and divide the few chunks again in which one is within the error of the product.
-constexpr int64_t CHUNK = 512;
+constexpr int64_t CHUNK = 1024;
 
 struct CodeRange {
   float low, high;  // of round(x / s)

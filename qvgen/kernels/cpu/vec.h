@@ -83,10 +83,20 @@ inline f32x16 load_float(const void* source, int64_t index) {
 
 // Round to nearest even, as torch does; NaN stays NaN.
 inline u16x16 to_bf16(f32x16 v) {
-  u32x16 bits = (u32x16)v;
-  u32x16 even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const u32x16 bits = (u32x16)v, even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return __builtin_convertvector(v == v ? even : (u32x16{} + 0x7fc0u), u16x16);
 }
+
+// 1 / v to the last bit or two.
+#ifdef __AVX512F__
+inline f32x16 reciprocal(f32x16 v) {
+  f32x16 r;
+  asm("vrcp14ps %1, %0" : "=v"(r) : "v"(v));
+  return r * (2.0f - v * r);  // one step of Newton's method: from 14 to 28 bits
+}
+#else
+inline f32x16 reciprocal(f32x16 v) { return 1.0f / v; }
+#endif
 
 template <Dtype D>
 inline void store_float(void* target, int64_t index, f32x16 v) {
@@ -135,7 +145,7 @@ inline f32x16 exponential(f32x16 v) {
 // GELU in its tanh form, the activation of Wan's and CogVideoX's feed-forward: v / (1 + e^-2u), u = sqrt(2/pi) (v + .044715 v^3).
 inline f32x16 gelu_tanh(f32x16 v) {
   f32x16 u = v * (1.5957691216f + 0.0713548162726f * v * v);
-  return v / (1.0f + exponential(-u));
+  return v * reciprocal(1.0f + exponential(-u));
 }
 
 }  // namespace
