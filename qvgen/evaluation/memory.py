@@ -1,5 +1,5 @@
 """`python -m qvgen.evaluation.memory FOLDER INPUTS DTYPE THREADS`: load the transformer of a pipeline folder, take one
-step, print the peak memory.
+step, print the peak memory and how long loading took.
 
 Run by `qvgen.evaluation.speed.peak_memory_mb` in a process of its own.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -41,9 +42,11 @@ def main(folder: str, inputs: str, dtype: str, threads: int) -> dict[str, float]
     config = json.loads((transformer / "config.json").read_text())
     model_class = getattr(diffusers, config["_class_name"])  # diffusers imports lazily: now, not while loading
     imports = peak_resident_mb()
+    started = time.perf_counter()
     model = model_class.from_pretrained(transformer, dtype=getattr(torch, dtype), local_files_only=True).eval()
+    load_s, loaded = time.perf_counter() - started, peak_resident_mb()
     family.predict(model, tensors["latents"].to(model.dtype), tensors["timestep"], tensors["text"].to(model.dtype))
-    return {"peak": peak_resident_mb(), "imports": imports}
+    return {"peak": peak_resident_mb(), "imports": imports, "loaded": loaded, "load_s": load_s}
 
 
 if __name__ == "__main__":
