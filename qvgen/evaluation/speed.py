@@ -2,8 +2,8 @@
 
 Latencies are interleaved (A B C A B C ...), so that a machine that slows down or speeds up hits all variants alike, and
 reported as medians with quartiles. The CPU time is taken beside the wall time: it does not count the time in which other
-processes had the core, but it adds up the threads, which wait for each other in busy loops. Peak memory is measured in a fresh process per variant: within one process the first
-variant would leave its high-water mark to the others.
+processes had the core, but it adds up the threads, which wait for each other in busy loops. Peak memory is measured in a
+fresh process per variant: within one process the first variant would leave its high-water mark to the others.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def peak_memory_mb(folder: str | Path, inputs: str | Path, dtype: str, threads: 
 
     `folder`: a diffusers pipeline folder; `inputs`: a safetensors file with `latents`, `timestep`, `text`; `dtype`:
     "float32" or "bfloat16". Returns {"peak", "imports", "loaded", "load_s"}: "imports" is the peak after the imports,
-    before loading, which every variant pays alike; "loaded" that after loading, which took `load_s` seconds. Raises RuntimeError with the process's own words if it fails.
+    before loading, which every variant pays alike; "loaded" that after loading, which took `load_s` seconds. Raises
+    RuntimeError with the process's own words if it fails.
     """
     command = [sys.executable, "-m", "qvgen.evaluation.memory", str(folder), str(inputs), dtype, str(threads or 0)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
