@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 ISA_ENVIRONMENT = "QVGEN_CPU_ISA"
+LIBRARY_ENVIRONMENT = "QVGEN_CPU_LIBRARY"  # path of another build, such as that of `make sanitize`
 _NAME = "libqvgen_cpu.dylib" if sys.platform == "darwin" else "libqvgen_cpu.so"
 _PACKAGE_PATH = "qvgen/kernels/cpu"
 
@@ -71,7 +72,10 @@ class LibraryMissing(RuntimeError):  # noqa: N818  it is the library that is mis
 @cache
 def load() -> ctypes.CDLL:
     """The library, its functions declared. Raises LibraryMissing."""
-    path = next((p for p in _candidates() if p.exists()), None)
+    candidates = _candidates()
+    path = next((p for p in candidates if p.exists()), None)
+    if path is None and os.environ.get(LIBRARY_ENVIRONMENT):
+        raise LibraryMissing(f"{LIBRARY_ENVIRONMENT} names {candidates[0]}, which does not exist; unset it or build it there")
     if path is None:
         raise LibraryMissing(
             "the compiled kernels are not installed: no C++ compiler was found when qvgen was; "
@@ -88,6 +92,9 @@ def load() -> ctypes.CDLL:
 
 
 def _candidates() -> list[Path]:
+    """Where the library may be; with QVGEN_CPU_LIBRARY nowhere else than there."""
+    if path := os.environ.get(LIBRARY_ENVIRONMENT):
+        return [Path(path)]
     paths = [Path(__file__).with_name(_NAME)]
     # An editable install leaves the Python files in the source tree and puts compiled ones into site-packages.
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
