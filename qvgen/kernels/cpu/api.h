@@ -77,6 +77,8 @@ int qvgen_attention(
     int64_t features, float scale, void* out, int threads);
 
 // Clock rate of this thread's core right now, in Hz.
+// Multiply-adds per cycle of one core, of the instruction this path is made of, by measurement; 0: not known.
+double qvgen_peak(const char* isa);
 double qvgen_cycles_per_second();
 
 // For tests: sum over k of a (q - offset of its field), offsets as in layout.h, for a weight with one group. a (m, k) holds codes

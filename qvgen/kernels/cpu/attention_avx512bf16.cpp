@@ -22,19 +22,19 @@ constexpr int64_t MOST_FEATURES = 256;
 constexpr float LOG2_E = 1.44269504f, INFINITE = 3e38f;
 
 // One instruction each, as in isa_avx512vnni.cpp and for the same reason.
-INLINE void dot(f32x16& sum, s32x16 a, s32x16 b) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
-INLINE s32x16 broadcast(const uint16_t* pair) {
-  s32x16 v;
+INLINE void dot(f32v& sum, s32v a, s32v b) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+INLINE s32v broadcast(const uint16_t* pair) {
+  s32v v;
   asm volatile("vpbroadcastd %1, %0" : "=v"(v) : "m"(*(const int32_t*)pair));
   return v;
 }
-INLINE s32x16 load_pairs(const uint32_t* pairs) {
-  s32x16 v;
-  asm volatile("vmovdqu64 %1, %0" : "=v"(v) : "m"(*(const s32x16*)pairs));
+INLINE s32v load_pairs(const uint32_t* pairs) {
+  s32v v;
+  asm volatile("vmovdqu64 %1, %0" : "=v"(v) : "m"(*(const s32v*)pairs));
   return v;
 }
-INLINE void store_rounded(uint16_t* out, f32x16 v) {
-  u16x16 rounded;
+INLINE void store_rounded(uint16_t* out, f32v v) {
+  u16v rounded;
   asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(v));
   store(out, rounded);
 }
@@ -42,19 +42,19 @@ INLINE void store_rounded(uint16_t* out, f32x16 v) {
 // out (ROWS, WIDTH) = a (ROWS, 2 pairs) b (pairs, WIDTH).
 template <int R>
 void tile_rows(const uint16_t* a, int64_t stride, const uint32_t* b, int64_t pairs, float* out) {
-  f32x16 total[R][4];
+  f32v total[R][4];
 #pragma GCC unroll 6
   for (int row = 0; row < R; row++)
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) total[row][i] = splat(0.0f);
   const uint16_t* a3 = a + 3 * stride;
   for (int64_t pair = 0; pair < pairs; pair++, a += 2, a3 += 2, b += WIDTH) {
-    s32x16 column[4];
+    s32v column[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) column[i] = load_pairs(b + i * LANES);
 #pragma GCC unroll 6
     for (int row = 0; row < R; row++) {
-      const s32x16 v = broadcast(row < 3 ? a + row * stride : a3 + (row - 3) * stride);
+      const s32v v = broadcast(row < 3 ? a + row * stride : a3 + (row - 3) * stride);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) dot(total[row][i], v, column[i]);
     }
@@ -77,16 +77,16 @@ void tile(int64_t rows, const uint16_t* a, int64_t stride, const uint32_t* b, in
 }
 
 // 2^v: e^v without its first multiplication.
-INLINE f32x16 power_of_two(f32x16 v) {
+INLINE f32v power_of_two(f32v v) {
   v = maximum(v, splat(-126.0f));
-  const f32x16 raised = v + ROUNDER, r = v - (raised - ROUNDER);
-  f32x16 p = splat(1.3333558e-3f);  // 2^r on [-1/2, 1/2]
+  const f32v raised = v + ROUNDER, r = v - (raised - ROUNDER);
+  f32v p = splat(1.3333558e-3f);  // 2^r on [-1/2, 1/2]
   p = p * r + 9.6181291e-3f;
   p = p * r + 5.5504109e-2f;
   p = p * r + 2.4022651e-1f;
   p = p * r + 6.9314718e-1f;
   p = p * r + 1.0f;
-  return p * (f32x16)(((s32x16)raised - (ROUNDER_BITS - 127)) << 23);
+  return p * (f32v)(((s32v)raised - (ROUNDER_BITS - 127)) << 23);
 }
 
 using Shape = qvgen::AttentionShape;
@@ -125,19 +125,19 @@ struct alignas(64) State {  // of a block of queries
 // Scores of one row over `panels` panels to probabilities; what was there before shrinks to the new maximum.
 void update_softmax(const Shape& s, State& state, int64_t query, int64_t row, int64_t panels, int64_t valid) {
   for (int64_t key = valid; key < panels * WIDTH; key++) state.scores[key / WIDTH][row * WIDTH + key % WIDTH] = -INFINITE;
-  f32x16 high = splat(-INFINITE);
+  f32v high = splat(-INFINITE);
   for (int64_t p = 0; p < panels; p++)
     for (int64_t i = 0; i < WIDTH; i += LANES) {
       float* at = state.scores[p] + row * WIDTH + i;
-      const f32x16 v = load<f32x16>(at) * (s.scale * LOG2_E);
+      const f32v v = load<f32v>(at) * (s.scale * LOG2_E);
       store(at, v);
       high = maximum(v, high);
     }
   const float before = state.most[query], most = largest(maximum(high, splat(before)));
-  f32x16 total = {};
+  f32v total = {};
   for (int64_t p = 0; p < panels; p++)
     for (int64_t i = 0; i < WIDTH; i += LANES) {
-      const f32x16 v = power_of_two(load<f32x16>(state.scores[p] + row * WIDTH + i) - most);
+      const f32v v = power_of_two(load<f32v>(state.scores[p] + row * WIDTH + i) - most);
       total += v;
       store_rounded(state.probabilities[row] + p * WIDTH + i, v);
     }
@@ -146,7 +146,7 @@ void update_softmax(const Shape& s, State& state, int64_t query, int64_t row, in
   state.total[query] = state.total[query] * shrink + sum(total);
   if (shrink != 1)
     for (int64_t f = 0; f < s.features; f += LANES)
-      store(&state.out[query][f], load<f32x16>(&state.out[query][f]) * shrink);
+      store(&state.out[query][f], load<f32v>(&state.out[query][f]) * shrink);
 }
 
 void attend(const Shape& s, const uint16_t* q, int64_t queries, const uint32_t* panels, uint16_t* out, void* memory) {
@@ -172,14 +172,14 @@ void attend(const Shape& s, const uint16_t* q, int64_t queries, const uint32_t* 
           for (int64_t row = 0; row < rows; row++)
             for (int64_t i = 0; i < WIDTH; i += LANES) {
               float* at = &state.out[query + row][f * WIDTH + i];
-              store(at, load<f32x16>(at) + load<f32x16>(state.product + row * WIDTH + i));
+              store(at, load<f32v>(at) + load<f32v>(state.product + row * WIDTH + i));
             }
         }
     }
   }
   for (int64_t i = 0; i < queries; i++)
     for (int64_t f = 0; f < s.features; f += LANES)
-      store_float<Dtype::bf16>(out + i * s.stride(), f, load<f32x16>(&state.out[i][f]) * (1 / state.total[i]));
+      store_float<Dtype::bf16>(out + i * s.stride(), f, load<f32v>(&state.out[i][f]) * (1 / state.total[i]));
 }
 
 bool supported() {

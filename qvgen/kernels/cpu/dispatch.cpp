@@ -8,9 +8,9 @@
 namespace qvgen {
 namespace {
 
-const Isa* const ISAS[] = {
+const Isa* const ISAS[] = {  // null: not in this build
 #if defined(__x86_64__) || defined(_M_X64)
-    isa_avx512vnni(),
+    isa_avx512vnni(), isa_avxvnni(), isa_avx2(),
 #endif
     isa_portable(),
 };
@@ -20,7 +20,7 @@ constexpr int COUNT = sizeof ISAS / sizeof *ISAS;
 
 const Isa* find_isa(const char* name) {
   for (const Isa* isa : ISAS)
-    if (!strcmp(isa->name, name)) return isa->supported() ? isa : nullptr;
+    if (isa && !strcmp(isa->name, name)) return isa->supported() ? isa : nullptr;
   return nullptr;
 }
 
@@ -29,7 +29,9 @@ const Isa* find_isa(const char* name) {
 const char* const* qvgen_isas() {
   static const char* names[qvgen::COUNT + 1] = {};
   static const bool filled = [] {
-    for (int i = 0; i < qvgen::COUNT; i++) names[i] = qvgen::ISAS[i]->name;
+    int count = 0;
+    for (const qvgen::Isa* isa : qvgen::ISAS)
+      if (isa) names[count++] = isa->name;
     return true;
   }();
   (void)filled;

@@ -25,32 +25,32 @@ struct Tokens {
   }
 };
 
-// 16 outputs of each token of a tile, without the token's scale: f(row, values).
+// One vector of outputs of each token of a tile, without the token's scale: f(row, values).
 template <bool SMALL, class F>
 inline void weighted(const qvgen::PanelGrid& grid, const qvgen::Tile& tile, const Tokens& tokens, int64_t n, const F& f) {
-  const u32x16 row_sum = load<u32x16>(grid.row_sum + n), zero = load<u32x16>(grid.zero_whole + n);
-  const f32x16 fraction = load<f32x16>(grid.zero_fraction + n), scale = load<f32x16>(grid.scale + n);
-  const f32x16 float_sum = __builtin_convertvector((s32x16)row_sum, f32x16);
-  const f32x16 float_zero = __builtin_convertvector((s32x16)zero, f32x16) + fraction;
+  const u32v row_sum = load<u32v>(grid.row_sum + n), zero = load<u32v>(grid.zero_whole + n);
+  const f32v fraction = load<f32v>(grid.zero_fraction + n), scale = load<f32v>(grid.scale + n);
+  const f32v float_sum = __builtin_convertvector((s32v)row_sum, f32v);
+  const f32v float_zero = __builtin_convertvector((s32v)zero, f32v) + fraction;
   const int32_t* out = tile.out + n;
   for (int row = 0; row < tile.rows; row++, out += qvgen::PANEL) {
-    const u32x16 dots = load<u32x16>(out);
-    f32x16 v;
+    const u32v dots = load<u32v>(out);
+    f32v v;
     if constexpr (SMALL) {
-      v = __builtin_convertvector((s32x16)dots, f32x16) - float_sum * tokens.float_zero_point[row];
+      v = __builtin_convertvector((s32v)dots, f32v) - float_sum * tokens.float_zero_point[row];
       v -= float_zero * tokens.float_sum[row];
     } else {
       // Unsigned: a partial result may leave 32 bits, the whole one does not (backend.py limits K).
-      const u32x16 exact = dots - row_sum * uint32_t(tokens.zero_point[row]) - zero * uint32_t(tokens.centred_sum[row]);
-      v = __builtin_convertvector((s32x16)exact, f32x16) - fraction * tokens.float_sum[row];
+      const u32v exact = dots - row_sum * uint32_t(tokens.zero_point[row]) - zero * uint32_t(tokens.centred_sum[row]);
+      v = __builtin_convertvector((s32v)exact, f32v) - fraction * tokens.float_sum[row];
     }
     f(row, v * scale);
   }
 }
 
-// `count` of 16 outputs of one token.
+// `count` outputs of one token, at most one vector.
 template <Dtype D, bool GELU>
-inline void output(f32x16 v, float scale, f32x16 bias, void* out, int64_t count) {
+inline void output(f32v v, float scale, f32v bias, void* out, int64_t count) {
   v = v * scale + bias;
   if constexpr (GELU) v = gelu_tanh(v);
   if (count < LANES) {
@@ -65,10 +65,10 @@ void finish_as(
     const qvgen::PanelGrid& grid, const qvgen::Tile& tile, const qvgen::TokenGrid* grids, const Tokens& tokens,
     const qvgen::Target& t) {
   for (int64_t n = 0; n < qvgen::PANEL; n += LANES) {
-    const f32x16 bias = load<f32x16>(t.bias + n);
+    const f32v bias = load<f32v>(t.bias + n);
     uint8_t* out = (uint8_t*)t.out + n * dtype_size<D>;
     const int64_t count = t.columns - n, stride = t.stride * dtype_size<D>;
-    weighted<SMALL>(grid, tile, tokens, n, [&](int row, f32x16 v) {
+    weighted<SMALL>(grid, tile, tokens, n, [&](int row, f32v v) {
       output<D, GELU>(v, grids[row].scale, bias, out, count);
       out += stride;
     });
@@ -105,9 +105,9 @@ void add_group(
     float* values) {
   const Tokens tokens(tile, grids, group_size);
   for (int64_t n = 0; n < qvgen::PANEL; n += LANES)
-    weighted<false>(grid, tile, tokens, n, [&](int row, f32x16 v) {
+    weighted<false>(grid, tile, tokens, n, [&](int row, f32v v) {
       float* value = values + row * qvgen::PANEL + n;
-      store(value, first ? v : load<f32x16>(value) + v);
+      store(value, first ? v : load<f32v>(value) + v);
     });
 }
 
@@ -116,8 +116,8 @@ void finish_groups_as(const float* values, int rows, const qvgen::TokenGrid* gri
   for (int row = 0; row < rows; row++)
     for (int64_t n = 0; n < qvgen::PANEL; n += LANES) {
       uint8_t* out = (uint8_t*)t.out + (row * t.stride + n) * dtype_size<D>;
-      const f32x16 v = load<f32x16>(values + row * qvgen::PANEL + n);
-      output<D, GELU>(v, grids[row].scale, load<f32x16>(t.bias + n), out, t.columns - n);
+      const f32v v = load<f32v>(values + row * qvgen::PANEL + n);
+      output<D, GELU>(v, grids[row].scale, load<f32v>(t.bias + n), out, t.columns - n);
     }
 }
 

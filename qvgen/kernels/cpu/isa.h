@@ -78,6 +78,8 @@ struct Isa {
       const uint8_t* above, const uint8_t* below, int64_t half, uint8_t* out, int64_t term_stride, uint8_t shift);
   void (*weight_terms)(int term, const uint8_t* left, const uint8_t* right, int64_t bytes, uint8_t* out);
   void (*add_product)(const int32_t* product, int sign, const int32_t* start, int32_t* total);
+  // As many of the instructions that tiles are made of as can run at a time, and nothing else; returns the multiply-adds.
+  int64_t (*burst)(int64_t rounds);
 };
 
 const Isa* isa_avx512vnni();
@@ -86,6 +88,9 @@ const Isa* isa_avx2();
 const Isa* isa_neon_dotprod();
 const Isa* isa_neon();
 const Isa* isa_portable();
+
+// Multiply-adds per cycle of the instruction that tiles of `isa` are made of, measured (a third of a millisecond); 0: unknown.
+double peak(const Isa& isa);
 
 TokenGrid token_grid(float lower, float upper, float clip_lower, float clip_upper, int bits, bool symmetric);
 

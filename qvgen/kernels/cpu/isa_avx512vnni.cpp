@@ -10,31 +10,31 @@ namespace {
 // 48 instead of 126 multiply-adds per cycle (measured on Zen 5, LOG.md). `volatile` keeps loads where they are written:
 // moved ahead they would need more registers than there are.
 #define INLINE inline __attribute__((always_inline))
-typedef uint16_t u16x32 __attribute__((vector_size(64)));
+typedef uint16_t u16w __attribute__((vector_size(64)));
 
-INLINE void dot(s32x16& sum, s32x16 a, s32x16 w) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(w)); }
-INLINE s32x16 broadcast(const uint8_t* a) {
-  s32x16 v;
+INLINE void dot(s32v& sum, s32v a, s32v w) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(w)); }
+INLINE s32v broadcast(const uint8_t* a) {
+  s32v v;
   asm volatile("vpbroadcastd %1, %0" : "=v"(v) : "m"(*(const int32_t*)a));
   return v;
 }
-INLINE s32x16 load_weight(const uint8_t* w) {
-  s32x16 v;
-  asm volatile("vmovdqu64 %1, %0" : "=v"(v) : "m"(*(const s32x16*)w));
+INLINE s32v load_weight(const uint8_t* w) {
+  s32v v;
+  asm volatile("vmovdqu64 %1, %0" : "=v"(v) : "m"(*(const s32v*)w));
   return v;
 }
-INLINE s32x16 repeated(int byte) { return splat(int32_t(byte * 0x01010101)); }
-INLINE s32x16 low(s32x16 v, int mask) {
-  s32x16 field;
+INLINE s32v repeated(int byte) { return splat(int32_t(byte * 0x01010101)); }
+INLINE s32v low(s32v v, int mask) {
+  s32v field;
   asm volatile("vpandd %2, %1, %0" : "=v"(field) : "v"(v), "v"(repeated(mask)));
   return field;
 }
-INLINE s32x16 shifted(s32x16 v, int bits) { return (s32x16)((u16x32)v >> bits); }  // crosses bytes: mask it
-INLINE s32x16 select(int mask, s32x16 a, s32x16 b) { return (a & repeated(mask)) | (b & ~repeated(mask)); }
+INLINE s32v shifted(s32v v, int bits) { return (s32v)((u16w)v >> bits); }  // crosses bytes: mask it
+INLINE s32v select(int mask, s32v a, s32v b) { return (a & repeated(mask)) | (b & ~repeated(mask)); }
 
 // The four operands of one half step: nested fields, see layout.h. `half` is known when compiled.
 template <int BITS>
-INLINE void unpack(const uint8_t* w, int half, s32x16 (&f)[4]) {
+INLINE void unpack(const uint8_t* w, int half, s32v (&f)[4]) {
   if constexpr (BITS == 8) {
     for (int i = 0; i < 4; i++) f[i] = load_weight(w + half * 256 + i * 64);
   } else if constexpr (BITS == 4) {
@@ -48,7 +48,7 @@ INLINE void unpack(const uint8_t* w, int half, s32x16 (&f)[4]) {
     f[0] = low(f[1], 7), f[1] = low(f[1], 63);
     f[2] = low(f[3], 7), f[3] = low(f[3], 63);
   } else {
-    const s32x16 b = load_weight(w + 128);
+    const s32v b = load_weight(w + 128);
     f[0] = low(b, 7), f[1] = low(b, 63);
     // Field 2 has two bits in the first vector and its third in bit 6 of b; field 3 likewise, second vector and bit 7.
     f[2] = low(select(3, shifted(load_weight(w), 6), shifted(b, 4)), 7);
@@ -58,7 +58,7 @@ INLINE void unpack(const uint8_t* w, int half, s32x16 (&f)[4]) {
 
 // Dot products with nested operands, back to dot products with fields.
 template <int BITS>
-INLINE void separate(s32x16 (&sum)[4]) {
+INLINE void separate(s32v (&sum)[4]) {
   if constexpr (BITS == 2) {
     sum[3] = (sum[3] - sum[2]) >> 6;
     sum[2] = (sum[2] - sum[1]) >> 4;
@@ -73,7 +73,7 @@ template <int BITS, int ROWS>
 void tile_rows(const qvgen::Tile& t) {
   // With few rows the sums of the two half steps are kept apart: otherwise each would wait for the last.
   constexpr int PARTS = ROWS <= 2 ? 2 : 1;
-  s32x16 sum[PARTS][ROWS][4];
+  s32v sum[PARTS][ROWS][4];
 #pragma GCC unroll 6
   for (int part = 0; part < PARTS; part++)
 #pragma GCC unroll 6
@@ -88,13 +88,13 @@ void tile_rows(const qvgen::Tile& t) {
     if constexpr (ROWS > 1) __builtin_prefetch(next), next += 64;
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++) {
-      s32x16 f[4];
+      s32v f[4];
       unpack<BITS>(w, half, f);
       if constexpr (ROWS > 1)
         for (int line = 0; line < BYTES / 2; line += 64) __builtin_prefetch(w + half * BYTES / 2 + line + 2048);
 #pragma GCC unroll 6
       for (int row = 0; row < ROWS; row++) {
-        s32x16 v = broadcast((row < 3 ? a + row * stride : b + (row - 3) * stride) + half * 4);
+        s32v v = broadcast((row < 3 ? a + row * stride : b + (row - 3) * stride) + half * 4);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) dot(sum[half % PARTS][row][i], v, f[i]);
       }
@@ -133,6 +133,10 @@ void tile(int lane_bits, int, const qvgen::Tile& t) {
   }
 }
 
+int64_t products(int64_t rounds) {
+  return burst<s32v>(rounds, [](s32v& sum, u32v a, u32v w) { dot(sum, (s32v)a, (s32v)w); });
+}
+
 bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
@@ -141,7 +145,7 @@ bool supported() {
 }  // namespace
 
 const qvgen::Isa* qvgen::isa_avx512vnni() {
-  static const Isa isa = with_strassen(make_isa("avx512vnni", supported, tile));
+  static const Isa isa = with_strassen(make_isa("avx512vnni", supported, tile, products));
   return &isa;
 }
 

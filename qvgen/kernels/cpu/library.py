@@ -106,6 +106,7 @@ def _declare(library: ctypes.CDLL) -> None:
     layers, source = POINTER(Layer), POINTER(Input)
     signatures = {
         "qvgen_cycles_per_second": (c_double, []),
+        "qvgen_peak": (c_double, [c_char_p]),
         "qvgen_isas": (POINTER(c_char_p), []),
         "qvgen_isa_supported": (c_int, [c_char_p]),
         "qvgen_use_strassen": (None, [c_int]),

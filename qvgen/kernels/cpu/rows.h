@@ -7,23 +7,23 @@
 
 namespace {
 
-// f(i, number of elements) for each 16 elements of a row.
+// f(i, number of elements) for each vector of a row.
 template <class F>
 inline void each_vector(int64_t count, const F& f) {
   for (int64_t i = 0; i < count; i += LANES) f(i, count - i < LANES ? count - i : LANES);
 }
 
 template <Dtype D>
-inline f32x16 load_some(const void* x, int64_t i, int64_t count) {
+inline f32v load_some(const void* x, int64_t i, int64_t count) {
   return count == LANES ? load_float<D>(x, i) : load_partial<D>(x, i, count);
 }
 
 template <Dtype D>
-inline void store_some(void* x, int64_t i, f32x16 v, int64_t count) {
+inline void store_some(void* x, int64_t i, f32v v, int64_t count) {
   count == LANES ? store_float<D>(x, i, v) : store_partial<D>(x, i, v, count);
 }
 
-inline f32x16 first_lanes(f32x16 v, int64_t count) {
+inline f32v first_lanes(f32v v, int64_t count) {
   for (int64_t i = count; i < LANES; i++) v[i] = 0;
   return v;
 }
@@ -33,18 +33,18 @@ inline float inverse_root(float v) { return 1 / __builtin_sqrtf(v); }
 template <Dtype D>
 void layer_norm_row(const void* x, const qvgen::LayerNorm& norm, int64_t group, void* out) {
   constexpr Dtype F32 = Dtype::f32;
-  f32x16 total = {}, squares = {};
+  f32v total = {}, squares = {};
   each_vector(norm.features, [&](int64_t i, int64_t count) { total += load_some<D>(x, i, count); });
   const float mean = sum(total) / float(norm.features);
   each_vector(norm.features, [&](int64_t i, int64_t count) {
-    f32x16 centred = load_some<D>(x, i, count) - mean;
+    f32v centred = load_some<D>(x, i, count) - mean;
     if (count < LANES) centred = first_lanes(centred, count);
     squares += centred * centred;
   });
   const float scale = inverse_root(sum(squares) / float(norm.features) + norm.eps);
   const int64_t modulation = group * norm.features;
   each_vector(norm.features, [&](int64_t i, int64_t count) {
-    f32x16 v = (load_some<D>(x, i, count) - mean) * scale;
+    f32v v = (load_some<D>(x, i, count) - mean) * scale;
     if (norm.weight) v *= load_some<F32>(norm.weight, i, count);
     if (norm.bias) v += load_some<F32>(norm.bias, i, count);
     if (norm.scale) v *= 1.0f + load_some<F32>(norm.scale, modulation + i, count);
@@ -54,28 +54,27 @@ void layer_norm_row(const void* x, const qvgen::LayerNorm& norm, int64_t group, 
 }
 
 // Rotate pairs (x0, x1) to (x0 cos - x1 sin, x0 sin + x1 cos), the cosine of a pair in its even, the sine in its odd place.
-inline f32x16 rotated(f32x16 x, f32x16 cosine, f32x16 sine) {
-  const f32x16 swapped = __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-  const f32x16 cosines = __builtin_shufflevector(cosine, cosine, 0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14);
-  const f32x16 sines = __builtin_shufflevector(sine, sine, 1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11, 13, 13, 15, 15);
-  const f32x16 signs = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
-  return x * cosines + swapped * (sines * signs);
+inline f32v rotated(f32v x, f32v cosine, f32v sine) {
+  const u64v pairs = (u64v)x, c = (u64v)cosine & 0xffffffffu, s = (u64v)sine >> 32;
+  const f32v swapped = (f32v)(pairs << 32 | pairs >> 32);
+  const f32v cosines = (f32v)(c | c << 32), sines = (f32v)(s << 32 | (s ^ 0x80000000u));
+  return x * cosines + swapped * sines;
 }
 
 template <Dtype D>
 void rms_norm_row(const void* x, const qvgen::RmsNorm& norm, int64_t position, void* out) {
-  f32x16 squares = {};
+  f32v squares = {};
   each_vector(norm.features, [&](int64_t i, int64_t count) {
-    const f32x16 v = load_some<D>(x, i, count);
+    const f32v v = load_some<D>(x, i, count);
     squares += v * v;
   });
   const float scale = inverse_root(sum(squares) / float(norm.features) + norm.eps);
   each_vector(norm.features, [&](int64_t i, int64_t count) {
-    f32x16 v = load_some<D>(x, i, count) * scale;
+    f32v v = load_some<D>(x, i, count) * scale;
     if (norm.weight) v *= load_some<Dtype::f32>(norm.weight, i, count);
     if (norm.cosine) {  // whole vectors only: heads have a multiple of 16 features
       const int64_t at = position * norm.head_features + i % norm.head_features;
-      v = rotated(v, load<f32x16>(norm.cosine + at), load<f32x16>(norm.sine + at));
+      v = rotated(v, load<f32v>(norm.cosine + at), load<f32v>(norm.sine + at));
     }
     store_some<D>(out, i, v, count);
   });
@@ -84,7 +83,7 @@ void rms_norm_row(const void* x, const qvgen::RmsNorm& norm, int64_t position, v
 template <Dtype D>
 void add_gated_row(const void* x, const void* y, const float* gate, int64_t features, void* out) {
   each_vector(features, [&](int64_t i, int64_t count) {
-    f32x16 v = load_some<D>(y, i, count);
+    f32v v = load_some<D>(y, i, count);
     if (gate) v *= load_some<Dtype::f32>(gate, i, count);
     store_some<D>(out, i, load_some<D>(x, i, count) + v, count);
   });

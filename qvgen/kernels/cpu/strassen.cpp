@@ -12,8 +12,18 @@ namespace qvgen {
 namespace {
 
 constexpr int64_t MOST_TOKENS = 66 * STRASSEN_TOKENS;  // in a block
-// Below these the additions cost more than the product saved (measured, LOG.md).
+// Below these the additions cost more than the product saved. The slower products are beside additions, the sooner it pays: with
+// 128 multiply-adds per cycle (Zen 5) only for long rows, with 64 (Zen 4) for most (measured, LOG.md).
+constexpr double FAST_PRODUCTS = 96;
 constexpr int64_t LEAST_K = 4096, LEAST_TOKENS = 256;
+constexpr int64_t LEAST_K_SLOW = 1536, LEAST_TOKENS_SLOW = 512;
+
+bool fast_products(const Isa& isa) {
+  thread_local const Isa* known = nullptr;
+  thread_local bool fast;
+  if (known != &isa) known = &isa, fast = peak(isa) > FAST_PRODUCTS;
+  return fast;
+}
 
 enum Mode { STRASSEN_NEVER = 0, STRASSEN_AUTO = 1, STRASSEN_ALWAYS = 2 };
 std::atomic<int> mode{STRASSEN_AUTO};
@@ -127,7 +137,8 @@ bool strassen_pays(const Isa& isa, const qvgen_layer& layer, int64_t tokens, int
   if (!isa.token_terms || h.lane_bits != 4 || layer.activation_bits > 4 || h.groups != 1) return false;
   if (group_steps(h) % 2 || panels(h) % 2) return false;
   if (wanted != STRASSEN_AUTO) return wanted == STRASSEN_ALWAYS;
-  return h.k >= LEAST_K && tokens >= LEAST_TOKENS && panels(h) / 2 >= 4 * threads;
+  if (panels(h) / 2 < 4 * threads || tokens < LEAST_TOKENS || h.k < LEAST_K_SLOW) return false;
+  return h.k >= LEAST_K || (tokens >= LEAST_TOKENS_SLOW && !fast_products(isa));
 }
 
 int strassen_outputs(

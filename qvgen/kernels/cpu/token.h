@@ -6,30 +6,30 @@
 
 namespace {
 
-// 32 elements at a time. Of bfloat16, one vector takes the even and one the odd elements, which are the halves of 32-bit words:
+// Two vectors at a time. Of bfloat16, one vector takes the even and one the odd elements, which are the halves of 32-bit words:
 // two operations instead of two widening conversions.
 constexpr int64_t PAIR = 2 * LANES;
 
 template <Dtype D>
-inline void load_pair(const void* x, int64_t i, f32x16 (&v)[2]) {
+inline void load_pair(const void* x, int64_t i, f32v (&v)[2]) {
   if constexpr (D == Dtype::f32) {
-    v[0] = load<f32x16>((const float*)x + i), v[1] = load<f32x16>((const float*)x + i + LANES);
+    v[0] = load<f32v>((const float*)x + i), v[1] = load<f32v>((const float*)x + i + LANES);
   } else {
-    u32x16 words = load<u32x16>((const uint16_t*)x + i);
-    v[0] = (f32x16)(words << 16), v[1] = (f32x16)(words & 0xffff0000u);
+    u32v words = load<u32v>((const uint16_t*)x + i);
+    v[0] = (f32v)(words << 16), v[1] = (f32v)(words & 0xffff0000u);
   }
 }
 
 template <Dtype D>
-inline void store_pair(uint8_t* codes, const s32x16 (&q)[2]) {
+inline void store_pair(uint8_t* codes, const s32v (&q)[2]) {
   if constexpr (D == Dtype::f32) {
-    store(codes, __builtin_convertvector(q[0], u8x16)), store(codes + LANES, __builtin_convertvector(q[1], u8x16));
+    store(codes, __builtin_convertvector(q[0], u8v)), store(codes + LANES, __builtin_convertvector(q[1], u8v));
   } else {
-    store(codes, __builtin_convertvector(q[0] | q[1] << 8, u16x16));
+    store(codes, __builtin_convertvector(q[0] | q[1] << 8, u16v));
   }
 }
 
-// f(x, i, number of elements) for each 32 elements; the last, incomplete ones from a copy that ends with zeros.
+// f(x, i, number of elements) for each pair of vectors; the last, incomplete ones from a copy that ends with zeros.
 template <Dtype D, class F>
 inline void each_pair(const void* x, int64_t first, int64_t end, F f) {
   int64_t i = first;
@@ -42,9 +42,9 @@ inline void each_pair(const void* x, int64_t first, int64_t end, F f) {
 
 template <Dtype D>
 void token_range_of(const void* x, int64_t k, float* lower, float* upper) {
-  f32x16 low[2] = {}, high[2] = {}, bad[2] = {};
+  f32v low[2] = {}, high[2] = {}, bad[2] = {};
   each_pair<D>(x, 0, k, [&](const uint8_t* from, int64_t, int64_t) {
-    f32x16 v[2];
+    f32v v[2];
     load_pair<D>(from, 0, v);
     for (int u = 0; u < 2; u++) {
       low[u] = minimum(v[u], low[u]), high[u] = maximum(v[u], high[u]);
@@ -73,22 +73,22 @@ struct CodeRange {
 // Codes of elements [first, end); returns the largest distance of a quotient from an integer.
 template <Dtype D, bool DIVIDE>
 inline float chunk_codes(
-    const void* x, int64_t first, int64_t end, float scale, const CodeRange& range, uint8_t* codes, s32x16& total) {
+    const void* x, int64_t first, int64_t end, float scale, const CodeRange& range, uint8_t* codes, s32v& total) {
   const float inverse = 1 / scale;
   // The input is clamped, not the quotient: before it could overflow, and so that product and sum become one operation.
-  const f32x16 low = splat(range.low * scale), high = splat(range.high * scale);
-  u32x16 farthest = {};
+  const f32v low = splat(range.low * scale), high = splat(range.high * scale);
+  u32v farthest = {};
   each_pair<D>(x, first, end, [&](const uint8_t* from, int64_t i, int64_t count) {
-    f32x16 v[2];
-    s32x16 q[2];
+    f32v v[2];
+    s32v q[2];
     load_pair<D>(from, 0, v);
     for (int u = 0; u < 2; u++) {
       v[u] = minimum(maximum(v[u], low), high);
-      const f32x16 raised = DIVIDE ? v[u] / scale + ROUNDER : v[u] * inverse + ROUNDER;
+      const f32v raised = DIVIDE ? v[u] / scale + ROUNDER : v[u] * inverse + ROUNDER;
       // As integers, positive floats are ordered as they are as floats.
-      const u32x16 distance = (u32x16)absolute(v[u] * inverse - (raised - ROUNDER));
+      const u32v distance = (u32v)absolute(v[u] * inverse - (raised - ROUNDER));
       farthest = distance > farthest ? distance : farthest;
-      q[u] = (s32x16)raised - (ROUNDER_BITS - range.zero_point);
+      q[u] = (s32v)raised - (ROUNDER_BITS - range.zero_point);
       total += q[u];
     }
     if (count == PAIR) {
@@ -100,7 +100,7 @@ inline float chunk_codes(
       total[0] -= int32_t(PAIR - count) * range.zero_point;  // of the zeros
     }
   });
-  return largest((f32x16)farthest);
+  return largest((f32v)farthest);
 }
 
 template <Dtype D>
@@ -109,10 +109,10 @@ int32_t token_codes_of(const void* x, int64_t k, const qvgen::TokenGrid& grid, i
   // |product - quotient| <= 1.5 * 2^-23 |quotient|, which is at most max_code + 1/2 where it matters.
   const float undecided = 0.5f - float(max_code + 1) * 0x1p-22f;
   const bool invertible = grid.scale > 0x1p-100f && grid.scale < 0x1p100f;
-  s32x16 total = {};
+  s32v total = {};
   for (int64_t i = 0; i < k; i += CHUNK) {
     const int64_t end = k - i < CHUNK ? k : i + CHUNK;
-    const s32x16 before = total;
+    const s32v before = total;
     if (invertible && chunk_codes<D, false>(x, i, end, grid.scale, range, codes, total) < undecided) continue;
     total = before;
     chunk_codes<D, true>(x, i, end, grid.scale, range, codes, total);
