@@ -1,7 +1,5 @@
 """The ops between linear layers: compiled kernels against the PyTorch expressions that define them."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,14 +14,6 @@ FLOAT32 = 2e-5
 BFLOAT16_SPACING = 2**-7
 
 pytestmark = pytest.mark.skipif(not block_functions.available(), reason="the compiled kernels are not installed")
-
-
-@pytest.fixture(params=library.supported_isas() if block_functions.available() else [])
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv(library.ISA_ENVIRONMENT, request.param)
-    library.isa.cache_clear()
-    yield request.param
-    library.isa.cache_clear()
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

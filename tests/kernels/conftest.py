@@ -1,0 +1,25 @@
+"""What tests of compiled kernels share."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from qvgen.kernels.cpu import library
+
+
+def _isas() -> list[str]:
+    try:
+        return library.supported_isas()
+    except library.LibraryMissing as error:
+        return [f"none: {error}"]
+
+
+@pytest.fixture(params=_isas())
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The cpu backend in each instruction set that this machine can run; its name."""
+    if request.param.startswith("none"):
+        pytest.skip(request.param)
+    monkeypatch.setenv(library.ISA_ENVIRONMENT, request.param)
+    library.isa.cache_clear()
+    yield request.param
+    library.isa.cache_clear()
