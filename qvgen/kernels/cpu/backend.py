@@ -78,10 +78,9 @@ class CpuBackend:
         gelu: bool,
     ) -> None:
         x, targets = _computable(x), [y if y.dtype in _DTYPES else torch.empty_like(y, dtype=torch.float32) for y in outputs]
-        described = (library.Layer * len(layers))(
-            *[_layer(tensors, arguments, y, x.shape[-1], gelu) for tensors, y in zip(layers, targets, strict=True)]
-        )
-        source = _input(x, arguments)
+        # Named, because they keep alive what they point to and the array's copies do not.
+        parts = [_layer(tensors, arguments, y, x.shape[-1], gelu) for tensors, y in zip(layers, targets, strict=True)]
+        described, source = (library.Layer * len(parts))(*parts), _input(x, arguments)
         library.check(
             library.load().qvgen_linear(library.isa(), described, len(layers), ctypes.byref(source), torch.get_num_threads())
         )
@@ -95,10 +94,8 @@ class CpuBackend:
         x = _computable(x)
         target = output if output.dtype in _DTYPES else torch.empty_like(output, dtype=torch.float32)
         hidden = up.weight_scale.shape[0]
-        described = (library.Layer * 2)(
-            _layer(up, arguments, None, x.shape[-1], True), _layer(down, arguments, target, hidden, False)
-        )
-        source = _input(x, arguments)
+        parts = _layer(up, arguments, None, x.shape[-1], True), _layer(down, arguments, target, hidden, False)
+        described, source = (library.Layer * 2)(*parts), _input(x, arguments)
         library.check(
             library.load().qvgen_feed_forward(library.isa(), described, ctypes.byref(source), torch.get_num_threads())
         )
@@ -155,6 +152,8 @@ def _input(x: torch.Tensor, arguments: Arguments) -> library.Input:
     assert group is not None
     group = group.contiguous()
     samples = x.shape[0] if x.ndim > 1 else 1
+    if len(group) not in (1, samples):
+        raise ValueError(f"{len(group)} timestep groups were given for an input of {samples} samples")
     rows = x.shape[:-1].numel()
     source = library.Input(
         x=x.data_ptr(),
