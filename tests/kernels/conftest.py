@@ -1,6 +1,6 @@
 """What tests of compiled kernels share."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -23,3 +23,10 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     library.isa.cache_clear()
     yield request.param
     library.isa.cache_clear()
+
+
+@pytest.fixture
+def strassen() -> Iterator[Callable[[int], None]]:
+    """Sets the mode of Strassen's algorithm: 0 never, 1 where it is faster, 2 wherever it is possible."""
+    yield library.load().qvgen_use_strassen
+    library.load().qvgen_use_strassen(1)

@@ -1,6 +1,6 @@
 """The integer part of the cpu kernels: equal to numpy's int64 product, with and without Strassen's algorithm."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from itertools import product
 
 import numpy as np
@@ -82,12 +82,6 @@ def test_long_sums_aliased_rows_and_single_outputs(isa: str, shape: tuple[int, i
         check_product(isa, a, some_codes(generator, (n, k), weight_bits, kind), weight_bits, activation_bits)
 
 
-@pytest.fixture
-def strassen() -> Iterator[object]:
-    yield library.load().qvgen_use_strassen
-    library.load().qvgen_use_strassen(AUTO)
-
-
 def four_bit_layer(n: int, k: int, weight: QuantArgs, symmetric: bool) -> PackedLinear:
     layer, _ = build(scheme_of(weight, 4, 4, symmetric), n, k)
     layer.prepare_backend(KernelPreference.CPU)
@@ -98,18 +92,20 @@ def four_bit_layer(n: int, k: int, weight: QuantArgs, symmetric: bool) -> Packed
 # M per sample (of two), N, K: one block of 12 tokens and less, more than one, an incomplete last one, more than 66 of them.
 @pytest.mark.parametrize("shape", [(1, 128, 16), (6, 128, 48), (7, 256, 32), (30, 100, 48), (397, 128, 80), (1000, 128, 16)])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_strassen_changes_nothing(isa: str, strassen: object, shape: tuple[int, int, int], symmetric: bool) -> None:
+def test_strassen_changes_nothing(
+    isa: str, strassen: Callable[[int], None], shape: tuple[int, int, int], symmetric: bool
+) -> None:
     m, n, k = shape
     for weight in (QuantArgs(zero_point_domain="float"), QuantArgs(symmetric=True)):
         layer, x = four_bit_layer(n, k, weight, symmetric), inputs(2, m, k)
-        strassen(NEVER)  # type: ignore[operator]
+        strassen(NEVER)
         expected = layer(x)
-        strassen(ALWAYS)  # type: ignore[operator]
+        strassen(ALWAYS)
         assert torch.equal(layer(x), expected)
 
 
 @pytest.mark.parametrize("ends", ["random", "quarters"])
-def test_strassen_of_extreme_codes(isa: str, strassen: object, ends: str) -> None:
+def test_strassen_of_extreme_codes(isa: str, strassen: Callable[[int], None], ends: str) -> None:
     # Sums of quarters reach the ends of a signed byte where the quarters are all 0 or all 15.
     generator, half = torch.Generator().manual_seed(0), torch.cat((torch.zeros(1, 32), torch.ones(1, 32)), 1)
     clips, scheme = torch.ones(GROUPS), scheme_of(QuantArgs(), 4, 4, symmetric=False)
@@ -125,20 +121,20 @@ def test_strassen_of_extreme_codes(isa: str, strassen: object, ends: str) -> Non
         layer.prepare_backend(KernelPreference.CPU)
         layer.timestep.set(torch.tensor([0.0]))
         for mode in (NEVER, ALWAYS):
-            strassen(mode)  # type: ignore[operator]
+            strassen(mode)
             # A token of 0s and 1s has the scale 1/15: the sums of 225s come out as 15 times their number.
             counts = 15.0 * (x.float() @ q.float().T)
             torch.testing.assert_close(layer(x.float()[None])[0], counts, rtol=1e-6, atol=0)
 
 
-def test_strassen_where_it_is_chosen(isa: str, strassen: object) -> None:
+def test_strassen_where_it_is_chosen(isa: str, strassen: Callable[[int], None]) -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)  # with more, fewer panels are left for each and it is not chosen
         layer, x = four_bit_layer(512, 4096, QuantArgs(), symmetric=False), inputs(2, 130, 4096)
-        strassen(NEVER)  # type: ignore[operator]
+        strassen(NEVER)
         expected = layer(x)
-        strassen(AUTO)  # type: ignore[operator]
+        strassen(AUTO)
         assert torch.equal(layer(x), expected)
     finally:
         torch.set_num_threads(threads)
