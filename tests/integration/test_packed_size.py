@@ -9,7 +9,6 @@ from safetensors import safe_open
 
 from qvgen.checkpoint.packed import export_pipeline
 from qvgen.models.family import load_family, load_pipeline
-from qvgen.models.tiny import tiny_pipeline
 from qvgen.nn.packed_linear import packed_layers
 from qvgen.nn.swap import convert_, prepare_
 from qvgen.quant.scheme import QuantArgs, QuantScheme
@@ -17,6 +16,7 @@ from qvgen.quant.scheme import QuantArgs, QuantScheme
 pytestmark = pytest.mark.integration
 
 BYTES = {"I64": 8, "I32": 4, "F32": 4, "BF16": 2}
+SOURCE = Path(__file__).parents[2] / "assets/tiny-wan"
 GROUPS = 4  # of timesteps
 # Per output: scale, zero point, row sum. Per timestep group: two clips. And the shape.
 PER_OUTPUT, PER_TIMESTEP_GROUP, SHAPE = 3 * 4, 2 * 4, 2 * 8
@@ -24,13 +24,12 @@ PER_OUTPUT, PER_TIMESTEP_GROUP, SHAPE = 3 * 4, 2 * 4, 2 * 8
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_bits_per_weight(bits: int, tmp_path: Path) -> None:
-    source = tiny_pipeline("wan", tmp_path / "source")
     scheme = QuantScheme(weights=QuantArgs(num_bits=bits, zero_point_domain="float"), timestep_groups=GROUPS)
-    transformer = load_pipeline(source).transformer
-    prepare_(transformer, scheme, default_targets=load_family(source).default_targets)
+    transformer = load_pipeline(SOURCE).transformer
+    prepare_(transformer, scheme, default_targets=load_family(SOURCE).default_targets)
     convert_(transformer)
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in packed_layers(transformer)}
-    export_pipeline(source, transformer, scheme, tmp_path / "packed", torch.bfloat16)
+    export_pipeline(SOURCE, transformer, scheme, tmp_path / "packed", torch.bfloat16)
 
     with safe_open(tmp_path / "packed/transformer/diffusion_pytorch_model.safetensors", "pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a dict
