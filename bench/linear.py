@@ -10,7 +10,7 @@ CPU time would add up threads that wait for the slowest in a busy loop, and coun
 At M = 1 a layer is read once per call, from memory when a model runs it, because the other layers came in between. There
 every variant rotates over as many copies of its layer as together are twice the last-level cache.
 
-peak_fraction: multiply-accumulates M K N per cycle and core, over those of the instruction set (bench/machine.py, or
+peak_fraction: multiply-accumulates M K N per cycle and core, over what the instruction in use can do, which is measured (or
 --peak). It counts what the layer's definition asks for, whatever algorithm computes it, and all of its time, quantization
 of the inputs included.
 """

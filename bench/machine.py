@@ -6,16 +6,13 @@ from pathlib import Path
 
 from qvgen.kernels.cpu import library
 
-# Multiply-accumulates per cycle and core. vpdpbusd on 512 bits does 64: 128 holds for two such units (Intel server processors,
-# Zen 5), and it is 64 on Zen 4, which takes two cycles for it. On 256 bits it does 32, in two units.
-_PEAK = {"avx512vnni": 128.0, "avxvnni": 64.0}
 _DEFAULT_CACHE = 32 * 2**20
 
 
 def peak_macs_per_cycle(isa: str) -> float | None:
-    """Of one core: measured where the library can, else from the table; None if neither knows the instruction set."""
-    measure = getattr(library, "peak_macs_per_cycle", None)
-    return (measure(isa) if measure is not None else None) or _PEAK.get(isa)
+    """Multiply-accumulates of one core, by measurement of the instruction that the kernels of `isa` are made of. Processors
+    differ: 512-bit vpdpbusd is 64 at a time, two times per cycle on Zen 5, once on Zen 4. None if the library cannot tell."""
+    return library.load().qvgen_peak(isa.encode()) or None
 
 
 def cycles_per_second() -> float:
