@@ -78,6 +78,20 @@ def results(
         show(root)
 
 
+@app.command()
+def kernels(
+    as_json: Annotated[bool, typer.Option("--json", help="The same, for programs")] = False,
+) -> None:
+    """What runs packed layers here, and why. The environment variable QVGEN_KERNELS (auto, cpu, reference) chooses."""
+    from pipelines.kernels import show
+
+    try:
+        show(as_json)
+    except ValueError as error:
+        print(f"qvgen: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
 def project_root() -> Path:
     """The nearest folder, from here upwards, that holds dvc.yaml. Raises ValueError if there is none."""
     here = Path.cwd()

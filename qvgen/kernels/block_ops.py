@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qvgen.kernels.cpu import block_functions as compiled
-from qvgen.kernels.registry import KernelPreference, preference
+from qvgen.kernels.registry import KernelPreference, KernelRow, preference
 
 OPS = ("layer_norm_modulate", "rms_norm_rotary", "add_gated", "attention")
 
@@ -72,6 +72,18 @@ def _compiled(x: Tensor) -> bool:
         and preference() != KernelPreference.REFERENCE
         and compiled.available()
     )
+
+
+def explain(device: torch.device | str = "cpu") -> list[KernelRow]:
+    """Each of OPS, compiled and in PyTorch, and which one tensors on `device` get (unless dtype or shape rule it out)."""
+    device, forced = torch.device(device), preference() == KernelPreference.REFERENCE
+    rows = []
+    for op in OPS:
+        missing = compiled.refusal(op)
+        reason = missing or ("" if device.type == "cpu" else f"runs on cpu only, not on {device.type}")
+        used = not reason and not forced
+        rows += [KernelRow(op, "cpu", not missing, reason, used), KernelRow(op, "reference", True, "", not used)]
+    return rows
 
 
 _library = torch.library.Library("qvgen", "FRAGMENT")

@@ -125,13 +125,13 @@ class NotBuilt:
     def prepare(self, layer: PackedWeight) -> PreparedWeight:
         raise RuntimeError(f"backend {self.name} is not available: {self.reason}")
 
-    def stored_words(self, *_: Any) -> torch.Tensor:
+    def stored_words(self, *_: Any, **__: Any) -> torch.Tensor:
         raise RuntimeError(f"backend {self.name} is not available: {self.reason}")
 
-    def linear(self, *_: Any) -> None:
+    def linear(self, *_: Any, **__: Any) -> None:
         raise RuntimeError(f"backend {self.name} is not available: {self.reason}")
 
-    def feed_forward(self, *_: Any) -> None:
+    def feed_forward(self, *_: Any, **__: Any) -> None:
         raise RuntimeError(f"backend {self.name} is not available: {self.reason}")
 
 
@@ -205,7 +205,8 @@ def choose(layer: PackedWeight, wanted: KernelPreference | None = None) -> Backe
 
 
 def explain(device: torch.device | str = "cpu") -> list[KernelRow]:
-    """Every op and backend, and which one layers on `device` get (unless a layer's own shape or bits rule it out)."""
+    """Every backend of the packed layers, and which one layers on `device` get (unless a layer's own shape or bits rule it
+    out). The same for what lies between them: block_ops.explain."""
     device, wanted = torch.device(device), preference()
     refusals = {name: _refusal(backend, device) for name, backend in _backends.items()}
     candidates = [wanted.value] if wanted is not KernelPreference.AUTO else list(_backends)

@@ -14,11 +14,24 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def available() -> bool:
+    return not _library_refusal()
+
+
+def refusal(op: str) -> str:
+    """Why this machine cannot run the compiled `op`, worded for a user; empty if it can."""
+    if reason := _library_refusal():
+        return reason
+    if op == "attention" and not library.load().qvgen_attention_supported(VECTOR):
+        return "its instructions, AVX512_BF16, are not in this machine or not in this build"
+    return ""
+
+
+def _library_refusal() -> str:
     try:
         library.isa()
-    except (library.LibraryMissing, ValueError):
-        return False
-    return True
+    except (library.LibraryMissing, ValueError) as error:
+        return str(error)
+    return ""
 
 
 def layer_norm_modulate(
