@@ -8,7 +8,8 @@ With one thread that time is CPU time, which leaves out when other processes had
 CPU time would add up threads that wait for the slowest in a busy loop, and count as a loss what is none.
 
 At M = 1 a layer is read once per call, from memory when a model runs it, because the other layers came in between. There
-every variant rotates over as many copies of its layer as together are twice the last-level cache.
+every variant rotates over as many copies of its layer as together are twice the last-level cache (but no more than 1024,
+so layers of a few kilobytes stay in it).
 
 peak_fraction: multiply-accumulates M K N per cycle and core, over what the instruction in use can do, which is measured (or
 --peak). It counts what the layer's definition asks for, whatever algorithm computes it, and all of its time, quantization
@@ -37,6 +38,7 @@ from qvgen.kernels.cpu import library
 
 LEAST_SECONDS = 2e-3
 COLD_CACHE = 2  # times the last-level cache
+MOST_COPIES = 1024
 
 Shape = tuple[int, int]
 
@@ -141,7 +143,8 @@ def build(name: str, problem: Problem, threads: int) -> Callable[[], object] | N
     if len(problem.x) > 1:
         return make()
     size = problem.weight.numel() * (bits or problem.weight_bits) / 8
-    copies = cycle([make() for _ in range(math.ceil(COLD_CACHE * last_level_cache(threads) / size))])
+    count = min(MOST_COPIES, math.ceil(COLD_CACHE * last_level_cache(threads) / size))
+    copies = cycle([make() for _ in range(count)])
     return lambda: next(copies)()
 
 
