@@ -4,6 +4,10 @@
 
 #include "isa_common.h"
 
+#ifdef __aarch64__
+#include <arm_neon.h>
+#endif
+
 #define INLINE inline __attribute__((always_inline))
 
 namespace {
@@ -61,7 +65,11 @@ INLINE u32v flipped(u32v v) {
 }
 #else
 INLINE u32v load_weight(const uint8_t* w) { return load<u32v>(w); }
+#ifdef __aarch64__
+INLINE u32v broadcast(const uint8_t* a) { return (u32v)vld1q_dup_u32((const uint32_t*)a); }  // GCC would go by a general register
+#else
 INLINE u32v broadcast(const uint8_t* a) { return u32v{} + load<uint32_t>(a); }
+#endif
 template <uint32_t BYTE>
 INLINE u32v masked(u32v v) {
   return v & BYTE * 0x01010101;
