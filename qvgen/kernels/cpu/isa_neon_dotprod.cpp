@@ -39,15 +39,13 @@ struct Pass {
     s32v sum[ROWS][2] = {};
     const uint8_t *w = t.weight, *a = t.a;
     for (int64_t step = t.steps; step; step--, a += qvgen::STEP, w += 64 * BITS) {
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; half++) {
-        u32v f[2];
-        operands<BITS, PASS>(w, half, f);
+      u32v f[2][2];
+      operands<BITS, PASS>(w, 0, f[0]), operands<BITS, PASS>(w, 1, f[1]);
 #pragma GCC unroll 6
-        for (int row = 0; row < ROWS; row++) {
-          const u32v v = broadcast(a + row * t.stride + half * 4);
-          dot(sum[row][0], v, f[0]), dot(sum[row][1], v, f[1]);
-        }
+      for (int row = 0; row < ROWS; row++) {
+        const uint8x8_t codes = vld1_u8(a + row * t.stride);  // UDOT can repeat either half of it by itself
+        for (int i = 0; i < 2; i++) sum[row][i] = (s32v)vdotq_lane_u32((uint32x4_t)sum[row][i], (uint8x16_t)f[0][i], codes, 0);
+        for (int i = 0; i < 2; i++) sum[row][i] = (s32v)vdotq_lane_u32((uint32x4_t)sum[row][i], (uint8x16_t)f[1][i], codes, 1);
       }
     }
     for (int row = 0; row < ROWS; row++)
