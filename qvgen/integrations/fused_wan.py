@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.activations import GELU
@@ -33,7 +33,7 @@ def fuse_wan_(model: nn.Module) -> int:
         block.forward = types.MethodType(_block_forward, block)
         for attn in (block.attn1, block.attn2):
             if type(attn.processor) is WanAttnProcessor and attn.add_k_proj is None:
-                attn.set_processor(PackedWanAttnProcessor())
+                attn.set_processor(cast(Any, PackedWanAttnProcessor()))  # declared as a union of diffusers' own
     return len(blocks)
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qvgen.kernels.cpu import block_functions as compiled
-from qvgen.kernels.registry import KernelPreference, KernelRow, preference
+from qvgen.kernels.registry import ENVIRONMENT, KernelPreference, KernelRow, preference
 
 OPS = ("layer_norm_modulate", "rms_norm_rotary", "add_gated", "attention")
 
@@ -66,12 +66,14 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _compiled(x: Tensor) -> bool:
-    return (
-        x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and preference() != KernelPreference.REFERENCE
-        and compiled.available()
-    )
+    wanted = preference()
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or wanted == KernelPreference.REFERENCE:
+        return False
+    if compiled.available():
+        return True
+    if wanted == KernelPreference.CPU:
+        raise RuntimeError(f"{ENVIRONMENT}=cpu asks for compiled kernels, which cannot run: {compiled.refusal(OPS[0])}")
+    return False
 
 
 def explain(device: torch.device | str = "cpu") -> list[KernelRow]:

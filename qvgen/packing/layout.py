@@ -26,6 +26,7 @@ from qvgen.quant.scheme import QuantArgs, QuantScheme
 
 PACKED, SCALE, ZERO_POINT, ROW_SUM = "weight_packed", "weight_scale", "weight_zero_point", "weight_row_sum"
 SHAPE, CLIP_LOWER, CLIP_UPPER, BIAS = "weight_shape", "input_clip_lower", "input_clip_upper", "bias"
+_UNPACKED = 2**20  # codes that a check unpacks at a time
 PACKED_NAMES = (PACKED, SCALE, ZERO_POINT, ROW_SUM, SHAPE, CLIP_LOWER, CLIP_UPPER)  # never cast; the bias may be
 
 
@@ -126,8 +127,10 @@ def validate_layer(
         if name in tensors and not ((tensors[name] >= 0) & (tensors[name] <= 1)).all():
             raise ValueError(f"{layer}.{name}: clips must lie in [0, 1]; the checkpoint is damaged, export it again")
     if check_codes:
-        codes = unpack(tensors[PACKED], scheme.weights.num_bits, in_features)
-        if not torch.equal(row_sums(codes, weight_groups(in_features, scheme.weights)), tensors[ROW_SUM]):
+        # Some rows at a time: unpacked, a large layer would need many times the memory of the packed one.
+        rows, groups = max(1, _UNPACKED // in_features), weight_groups(in_features, scheme.weights)
+        parts = zip(tensors[PACKED].split(rows), tensors[ROW_SUM].split(rows), strict=True)
+        if not all(torch.equal(row_sums(unpack(p, scheme.weights.num_bits, in_features), groups), sums) for p, sums in parts):
             raise ValueError(
                 f"{layer}.{PACKED}: the codes do not add up to {ROW_SUM}; the checkpoint is damaged, export it again"
             )

@@ -117,3 +117,12 @@ def test_opcheck() -> None:
         (block_ops.attention, (heads.bfloat16(),) * 3),
     ]:
         torch.library.opcheck(op, arguments)
+
+
+def test_compiled_kernels_that_were_asked_for_and_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_functions, "_library_refusal", lambda: "no compiler")
+    x = rand(1, 2, 16)
+    assert torch.equal(block_ops.add_gated(x, x, None), 2 * x)  # in PyTorch
+    monkeypatch.setenv("QVGEN_KERNELS", "cpu")
+    with pytest.raises(RuntimeError, match="asks for compiled kernels, which cannot run: no compiler"):
+        block_ops.add_gated(x, x, None)
