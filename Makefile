@@ -1,4 +1,4 @@
-# make repro | test | check | ui | clean. Each creates .venv on first use; PYTHON=python3.12 chooses another interpreter.
+# make repro | test | check | sanitize | ui | clean. Each creates .venv on first use; PYTHON=python3.12 chooses another interpreter.
 PYTHON ?= python3
 PORT ?= 5000
 BIN := .venv/bin
@@ -11,13 +11,14 @@ $(foreach line,$(shell grep '^[A-Z]' .env.defaults),$(eval export $(subst =, ?= 
 # Tests run in several processes; threads inside them would only compete.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 -q
 
-.PHONY: help repro test check ui clean
+.PHONY: help repro test check sanitize ui clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make repro   full precision -> packed 4-bit model, measured'
 	@echo 'make test    all tests'
 	@echo 'make check   lint, types, import contracts, fast tests: before each commit'
+	@echo 'make sanitize   tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer (GCC): 2 minutes'
 	@echo 'make ui      the recorded runs in a browser, http://127.0.0.1:$(PORT)'
 	@echo 'make clean   remove caches (results and .venv stay)'
 
@@ -33,6 +34,19 @@ check: $(KERNELS)
 	@$(BIN)/pyright
 	@$(BIN)/lint-imports
 	@$(TEST) -m 'not slow'
+
+# Python is not built with the sanitizers, so their runtimes are loaded before it. Leaks are not looked for: Python's own
+# would drown any others. Reports go to files, because pytest would keep them to itself.
+SANITIZE := build/sanitize
+REPORT := log_path=$(CURDIR)/$(SANITIZE)/report
+sanitize: $(INSTALLED)
+	@mkdir -p $(SANITIZE) && rm -f $(SANITIZE)/report.*
+	@{ PATH="$$PATH:$(CURDIR)/$(BIN)" cmake -S . -B $(SANITIZE) -DQVGEN_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(CXX) && \
+		PATH="$$PATH:$(CURDIR)/$(BIN)" cmake --build $(SANITIZE) -j; } > $(SANITIZE)/log 2>&1 || { tail -n 20 $(SANITIZE)/log; exit 1; }
+	@QVGEN_CPU_LIBRARY=$(CURDIR)/$(SANITIZE)/libqvgen_cpu.so \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0:$(REPORT) UBSAN_OPTIONS=print_stacktrace=1:$(REPORT) \
+		$(TEST) -m 'not slow' tests/kernels || { head -n 50 $(SANITIZE)/report.* 2> /dev/null; exit 1; }
 
 ui: $(KERNELS)
 	@test -f mlflow.db || { echo 'No runs are recorded yet: run `make repro` first.' >&2; exit 1; }
