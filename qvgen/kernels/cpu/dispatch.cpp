@@ -10,7 +10,7 @@ namespace {
 
 const Isa* const ISAS[] = {  // null: not in this build
 #if defined(__x86_64__) || defined(_M_X64)
-    isa_avx512vnni(), isa_avxvnni(), isa_avx2(),
+    isa_avx512bf16(), isa_avx512vnni(), isa_avxvnni(), isa_avx2(),
 #elif defined(__aarch64__)
     isa_neon_dotprod(), isa_neon(),
 #endif

@@ -82,6 +82,7 @@ struct Isa {
   int64_t (*burst)(int64_t rounds);
 };
 
+const Isa* isa_avx512bf16();
 const Isa* isa_avx512vnni();
 const Isa* isa_avxvnni();
 const Isa* isa_avx2();

@@ -1,4 +1,5 @@
-// AVX-512 with VNNI: 4 multiply-adds of bytes per 32-bit lane and instruction, 64 per instruction.
+// AVX-512 with VNNI: 4 multiply-adds of bytes per 32-bit lane and instruction, 64 per instruction. Also isa_avx512bf16.cpp, for
+// processors that round to bfloat16 in one instruction (Zen 4 and after, Sapphire Rapids).
 #ifdef __AVX512VNNI__
 
 #include "isa_common.h"
@@ -139,14 +140,25 @@ int64_t products(int64_t rounds) {
 
 bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")
+#ifdef __AVX512BF16__
+         && __builtin_cpu_supports("avx512bf16")
+#endif
+      ;
 }
 
 }  // namespace
 
+#ifdef __AVX512BF16__
+const qvgen::Isa* qvgen::isa_avx512bf16() {
+  static const Isa isa = with_strassen(make_isa("avx512bf16", supported, tile, products));
+  return &isa;
+}
+#else
 const qvgen::Isa* qvgen::isa_avx512vnni() {
   static const Isa isa = with_strassen(make_isa("avx512vnni", supported, tile, products));
   return &isa;
 }
+#endif
 
 #endif

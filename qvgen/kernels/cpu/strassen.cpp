@@ -92,6 +92,10 @@ void pair_outputs(
   int32_t* totals = reinterpret_cast<int32_t*>(ones + round_up(sizes.half, 64));  // (pairs, 2, 2, TILE)
   memset(ones, 1, size_t(sizes.half));
   alignas(64) int32_t product[TILE];
+  const PanelTarget targets[2] = {{layer, 2 * q}, {layer, 2 * q + 1}};
+  int updates_left[2][2] = {};
+  for (const Updates& updates : UPDATES)
+    for (int u = 0; u < updates.count; u++) updates_left[updates.update[u].row][updates.update[u].column]++;
   bool begun[2][2] = {};
   for (int term : ORDER) {
     isa.weight_terms(term, panel(h, 2 * q), panel(h, 2 * q + 1), bytes, factor);
@@ -102,30 +106,28 @@ void pair_outputs(
       for (int64_t n = 0; n < PANEL; n++) start[n] = -STRASSEN_SHIFT * product[n];
     }
     const Updates& updates = UPDATES[term];
-    tile.rows = TILE_ROWS, tile.stride = sizes.stride;
+    for (int u = 0; u < updates.count; u++) updates_left[updates.update[u].row][updates.update[u].column]--;
+    tile.stride = sizes.stride;
     for (int64_t pair = 0; pair < sizes.pairs; pair++) {
+      tile.rows = TILE_ROWS, tile.out = product;
       tile.a = factors + pair * sizes.pair() + term * sizes.term();
       tile.next = pair + 1 < sizes.pairs ? tile.a + sizes.pair() : nullptr;
       isa.tile(8, 8, tile);
       for (int u = 0; u < updates.count; u++) {
         const Update& to = updates.update[u];
-        const int32_t* from = begun[to.row][to.column] ? nullptr : start;
-        isa.add_product(product, to.sign, from, totals + (pair * 4 + to.row * 2 + to.column) * TILE);
+        const int64_t index = pair * 2 + to.row, m = index * TILE_ROWS;
+        int32_t* total = totals + (index * 2 + to.column) * TILE;
+        isa.add_product(product, to.sign, begun[to.row][to.column] ? nullptr : start, total);
+        if (updates_left[to.row][to.column] || m >= count) continue;
+        // Whole, and still in the nearest cache.
+        Tile whole = {};
+        whole.rows = int(count - m < TILE_ROWS ? count - m : TILE_ROWS);
+        whole.max_code = max_code(layer), whole.a_sum = codes.sums + m, whole.sum_stride = 1, whole.out = total;
+        isa.finish(
+            panel_grid(h, 2 * q + to.column, 0), whole, codes.grid + m, h.weight_bits, h.k, targets[to.column].at(m, out));
       }
     }
     for (int u = 0; u < updates.count; u++) begun[updates.update[u].row][updates.update[u].column] = true;
-  }
-  for (int column = 0; column < 2; column++) {
-    const int64_t p = 2 * q + column;
-    const PanelTarget target(layer, p);
-    for (int64_t m = 0; m < count; m += TILE_ROWS) {
-      Tile tile = {};
-      tile.rows = int(count - m < TILE_ROWS ? count - m : TILE_ROWS);
-      tile.max_code = max_code(layer);
-      tile.a_sum = codes.sums + m, tile.sum_stride = 1;
-      tile.out = totals + (m / TILE_ROWS * 2 + column) * TILE;
-      isa.finish(panel_grid(h, p, 0), tile, codes.grid + m, h.weight_bits, h.k, target.at(m, out));
-    }
   }
 }
 
