@@ -30,7 +30,7 @@ uint64_t random_bits() {
 float random_float() { return float(random_bits() % 20001) / 10000 - 1; }
 
 struct Weight {
-  int64_t n, k, groups, row_bytes;
+  int64_t n, k, groups, row_bytes, bytes;
   int bits;
   std::vector<int> codes;
   std::vector<uint8_t> words, storage;
@@ -47,7 +47,8 @@ struct Weight {
         codes[i * k + j] = code, row_sum[i * groups + j / (k / groups)] += code;
         for (int b = 0; b < bits; b++) words[i * row_bytes + (j * bits + b) / 8] |= (code >> b & 1) << ((j * bits + b) % 8);
       }
-    storage.resize(qvgen_panel_bytes(n, k, groups, bits) + 64);
+    bytes = qvgen_panel_bytes(n, k, groups, bits);
+    storage.resize(bytes + 64);
     panels = storage.data() + (64 - uintptr_t(storage.data()) % 64) % 64;
     const int status = qvgen_pack_panels(
         words.data(), row_bytes, scale.data(), zero.data(), row_sum.data(), n, k, groups, bits, panels, 1);
@@ -65,7 +66,7 @@ void integer_part(const std::string& isa, int64_t m, int64_t n, int64_t k, int w
   std::vector<uint8_t> a(m * k);
   for (uint8_t& v : a) v = uint8_t(kind == 0 ? random_bits() % (1 << bits) : kind == 1 ? 0 : (1 << bits) - 1);
   std::vector<int32_t> out(m * n);
-  int status = qvgen_integer_part(isa.c_str(), w.panels, a.data(), m, (1 << bits) - 1, out.data());
+  int status = qvgen_integer_part(isa.c_str(), w.panels, w.bytes, a.data(), m, (1 << bits) - 1, out.data());
   for (int64_t i = 0; i < m; i++)
     for (int64_t j = 0; j < n; j++) {
       int64_t sum = 0;
@@ -102,7 +103,7 @@ std::vector<float> linear(
   }
   const int64_t group = 1;
   qvgen_layer layer = {};
-  layer.weight = w.panels, layer.clip_lower = lower.data(), layer.clip_upper = upper.data(), layer.bias = bias.data();
+  layer.weight = w.panels, layer.weight_bytes = w.bytes, layer.clip_lower = lower.data(), layer.clip_upper = upper.data(), layer.bias = bias.data();
   layer.out = dtype ? static_cast<void*>(narrow_out.data()) : out.data();
   layer.in_features = w.k, layer.out_features = w.n, layer.groups = w.groups, layer.clips = 2;
   layer.activation_bits = bits, layer.activation_symmetric = symmetric, layer.out_dtype = dtype, layer.gelu = gelu;
@@ -154,7 +155,7 @@ void round_trips() {
     for (int64_t k : {1, 31, 64, 257}) {
       const Weight w(67, k, 1, bits, 0);
       std::vector<uint8_t> words(w.words.size());
-      const int status = qvgen_unpack_panels(w.panels, words.data(), w.row_bytes, 1);
+      const int status = qvgen_unpack_panels(w.panels, w.bytes, words.data(), w.n, w.row_bytes, 1);
       expect(status == 0 && words == w.words, "round trip", "", bits, k, 0, 0);
     }
 }

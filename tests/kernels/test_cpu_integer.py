@@ -33,7 +33,7 @@ def check_product(isa: str, a: np.ndarray, q: np.ndarray, weight_bits: int, acti
     a_bytes, out = np.ascontiguousarray(a, dtype=np.uint8), np.full((len(a), len(q)), -1, dtype=np.int32)
     weight = prepared_weight(q, weight_bits).weight
     status = library.load().qvgen_integer_part(
-        isa.encode(), weight.data_ptr(), a_bytes.ctypes.data, len(a), 2**activation_bits - 1, out.ctypes.data
+        isa.encode(), weight.data_ptr(), weight.numel(), a_bytes.ctypes.data, len(a), 2**activation_bits - 1, out.ctypes.data
     )
     assert status == 0
     expected = a.astype(np.int64) @ (q - field_offsets(weight_bits, len(q))[:, None]).T

@@ -38,6 +38,7 @@ def quantized(
     weight = prepared_weight(np.zeros((1, k)), 4).weight
     layer = library.Layer(
         weight=weight.data_ptr(),
+        weight_bytes=weight.numel(),
         clip_lower=clips[0].data_ptr(),
         clip_upper=clips[1].data_ptr(),
         in_features=k,
@@ -177,23 +178,35 @@ def test_one_sided_tokens(isa: str, sign: int, dtype: torch.dtype) -> None:
         check_tokens(isa, x, bits, symmetric=True)
 
 
-@pytest.mark.parametrize("poison", [torch.nan, -torch.nan, torch.inf, -torch.inf])
+# The NaN with all bits set would round to -0.0 in bfloat16.
+NOT_FINITE = {
+    "inf": 0x7F800000,
+    "-inf": 0xFF800000,
+    "nan": 0x7FC00000,
+    "nan-all-bits": 0x7FFFFFFF,
+    "-nan-all-bits": 0xFFFFFFFF,
+}
+
+
+@pytest.mark.parametrize("bits", NOT_FINITE.values(), ids=NOT_FINITE)
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_what_is_not_finite_makes_its_token_nan_and_no_other(
-    isa: str, symmetric: bool, dtype: torch.dtype, poison: float
+    isa: str, symmetric: bool, dtype: torch.dtype, out_dtype: torch.dtype, bits: int
 ) -> None:
+    poison = torch.tensor([bits]).to(torch.uint32).view(torch.float32)
     weights = [QuantArgs(zero_point_domain="float"), QuantArgs(strategy="group", group_size=50)]
-    for weight, bits in [(weights[0], 4), (weights[1], 4), (weights[0], 8)]:
-        layer, _ = build(scheme_of(weight, bits, bits, symmetric), 70, 350)
+    for weight, width in [(weights[0], 4), (weights[1], 4), (weights[0], 8)]:
+        layer, _ = build(scheme_of(weight, width, width, symmetric), 70, 350)
         layer.prepare_backend(KernelPreference.CPU)
         layer.timestep.set(torch.tensor([500.0]))
         clean = inputs(2, 7, 350).to(dtype)
         for at in [(0, 0, 0), (0, 6, 349), (1, 3, 320), (1, 5, 31)]:
             dirty = clean.clone()
-            dirty[at] = poison
+            dirty[at] = poison.to(dtype)[0]
             for gelu in (False, True):
-                y, expected = (torch.empty(2, 7, 70, dtype=dtype) for _ in range(2))
+                y, expected = (torch.empty(2, 7, 70, dtype=out_dtype) for _ in range(2))
                 layer.forward_into(dirty, y, gelu)
                 layer.forward_into(clean, expected, gelu)
                 assert y[at[:2]].isnan().all()

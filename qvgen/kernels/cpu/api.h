@@ -18,6 +18,7 @@ enum qvgen_status : int {
 // One linear layer and where its outputs go. Matrices are row-major and contiguous.
 struct qvgen_layer {
   const uint8_t* weight;      // as qvgen_pack_panels makes it
+  int64_t weight_bytes;       // what its header says is checked against this
   const float* clip_lower;    // (clips,)
   const float* clip_upper;
   const void* bias;           // (N,) or null
@@ -51,7 +52,8 @@ int64_t qvgen_panel_bytes(int64_t n, int64_t k, int64_t groups, int weight_bits)
 int qvgen_pack_panels(
     const uint8_t* words, int64_t row_bytes, const float* scale, const float* zero_point, const int32_t* row_sum, int64_t n,
     int64_t k, int64_t groups, int weight_bits, uint8_t* out, int threads);
-int qvgen_unpack_panels(const uint8_t* weight, uint8_t* words, int64_t row_bytes, int threads);
+int qvgen_unpack_panels(
+    const uint8_t* weight, int64_t weight_bytes, uint8_t* words, int64_t n, int64_t row_bytes, int threads);
 
 // `count` layers that read the same input.
 int qvgen_linear(const char* isa, const qvgen_layer* layers, int count, const qvgen_input* input, int threads);
@@ -84,7 +86,7 @@ double qvgen_cycles_per_second();
 // For tests: sum over k of a (q - offset of its field), offsets as in layout.h, for a weight with one group. a (m, k) holds codes
 // up to max_code; out (m, n).
 int qvgen_integer_part(
-    const char* isa, const uint8_t* weight, const uint8_t* a, int64_t m, int max_code, int32_t* out);
+    const char* isa, const uint8_t* weight, int64_t weight_bytes, const uint8_t* a, int64_t m, int max_code, int32_t* out);
 // For tests: codes (tokens, K), scale, zero point and sum of codes (tokens,) of each token, by the clips of layer.
 int qvgen_quantize_tokens(
     const char* isa, const qvgen_layer* layer, const qvgen_input* input, uint8_t* codes, float* scale, int32_t* zero_point,

@@ -64,7 +64,12 @@ class CpuBackend:
         words = torch.empty((len(prepared.scale), packed_words(in_features, num_bits)), dtype=torch.int32)
         library.check(
             library.load().qvgen_unpack_panels(
-                prepared.weight.data_ptr(), words.data_ptr(), words.shape[1] * words.element_size(), torch.get_num_threads()
+                prepared.weight.data_ptr(),
+                prepared.weight.numel(),
+                words.data_ptr(),
+                len(words),
+                words.shape[1] * words.element_size(),
+                torch.get_num_threads(),
             )
         )
         return words
@@ -129,6 +134,7 @@ def _layer(
     assert tensors.clip_lower is not None
     layer = library.Layer(
         weight=tensors.weight.data_ptr(),
+        weight_bytes=tensors.weight.numel(),
         clip_lower=tensors.clip_lower.data_ptr(),
         clip_upper=_pointer(tensors.clip_upper),
         bias=_pointer(bias),

@@ -134,7 +134,15 @@ Header make_header(int64_t n, int64_t k, int64_t groups, int weight_bits) {
 
 }  // namespace
 
-bool valid(const Header& h) { return memcmp(h.magic, MAGIC, sizeof MAGIC) == 0; }
+const Header* find_header(const uint8_t* weight, int64_t bytes) {
+  if (bytes < int64_t(sizeof(Header))) return nullptr;
+  const Header& h = *reinterpret_cast<const Header*>(weight);
+  constexpr int64_t MOST = INT32_MAX;  // so that no size below overflows
+  const bool sound = !memcmp(h.magic, MAGIC, sizeof MAGIC) && h.weight_bits >= 2 && h.weight_bits <= 8 &&
+                     h.lane_bits == lane_bits(h.weight_bits) && h.n > 0 && h.n < MOST && h.k > 0 && h.k < MOST &&
+                     h.groups > 0 && h.groups <= h.k && h.k % h.groups == 0;
+  return sound && qvgen_panel_bytes(h.n, h.k, h.groups, h.weight_bits) == bytes ? &h : nullptr;
+}
 
 }  // namespace qvgen
 
@@ -167,9 +175,11 @@ int qvgen_pack_panels(
   });
 }
 
-int qvgen_unpack_panels(const uint8_t* weight, uint8_t* words, int64_t row_bytes, int threads) {
-  const Header& h = *reinterpret_cast<const Header*>(weight);
-  if (!valid(h)) return QVGEN_NOT_A_WEIGHT;
+int qvgen_unpack_panels(
+    const uint8_t* weight, int64_t weight_bytes, uint8_t* words, int64_t n, int64_t row_bytes, int threads) {
+  const Header* found = find_header(weight, weight_bytes);
+  if (!found || found->n != n || (found->k * found->weight_bits + 31) / 32 * 4 != row_bytes) return QVGEN_NOT_A_WEIGHT;
+  const Header& h = *found;
   return parallel_for(threads, panels(h), [&](int64_t p) {
     std::unique_ptr<uint8_t[]> codes(new uint8_t[PANEL * h.k]());
     const uint8_t* source = panel(h, p);

@@ -36,6 +36,7 @@ class Layer(ctypes.Structure):
 
     _fields_ = [
         ("weight", c_void_p),
+        ("weight_bytes", c_int64),
         ("clip_lower", c_void_p),
         ("clip_upper", c_void_p),
         ("bias", c_void_p),
@@ -113,7 +114,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "qvgen_use_openmp": (None, [c_void_p]),
         "qvgen_panel_bytes": (c_int64, [c_int64, c_int64, c_int64, c_int]),
         "qvgen_pack_panels": (c_int, [c_void_p, c_int64, *[c_void_p] * 3, c_int64, c_int64, c_int64, c_int, c_void_p, c_int]),
-        "qvgen_unpack_panels": (c_int, [c_void_p, c_void_p, c_int64, c_int]),
+        "qvgen_unpack_panels": (c_int, [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int]),
         "qvgen_linear": (c_int, [c_char_p, layers, c_int, source, c_int]),
         "qvgen_feed_forward": (c_int, [c_char_p, layers, source, c_int]),
         "qvgen_layer_norm": (
@@ -127,7 +128,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "qvgen_add_gated": (c_int, [c_char_p, *[c_void_p] * 3, c_int, c_int64, c_int64, c_int64, c_void_p, c_int]),
         "qvgen_attention_supported": (c_int, [c_int64]),
         "qvgen_attention": (c_int, [c_void_p, c_void_p, c_void_p, *[c_int64] * 5, c_float, c_void_p, c_int]),
-        "qvgen_integer_part": (c_int, [c_char_p, c_void_p, c_void_p, c_int64, c_int, c_void_p]),
+        "qvgen_integer_part": (c_int, [c_char_p, c_void_p, c_int64, c_void_p, c_int64, c_int, c_void_p]),
         "qvgen_quantize_tokens": (c_int, [c_char_p, layers, source, c_void_p, c_void_p, c_void_p, c_void_p]),
     }
     for name, (result, arguments) in signatures.items():

@@ -12,7 +12,7 @@
 
 namespace qvgen {
 
-bool valid(const Header& h);
+const Header* find_header(const uint8_t* weight, int64_t bytes);
 const Isa* find_isa(const char* name);
 
 namespace {
@@ -141,8 +141,10 @@ int feed_forward(const Isa& isa, const qvgen_layer* layers, const Tokens& tokens
 }
 
 int check(const qvgen_layer& l, int64_t in_features, const qvgen_input& input) {
-  const Header& h = header(l);
-  if (!valid(h) || h.k != in_features || h.k != l.in_features || h.n != l.out_features || h.groups != l.groups)
+  const Header* found = find_header(l.weight, l.weight_bytes);
+  if (!found) return QVGEN_NOT_A_WEIGHT;
+  const Header& h = *found;
+  if (h.k != in_features || h.k != l.in_features || h.n != l.out_features || h.groups != l.groups)
     return QVGEN_NOT_A_WEIGHT;
   for (int64_t i = 0; i < input.timestep_groups; i++)
     if (input.timestep_group[i] < 0 || input.timestep_group[i] >= l.clips) return QVGEN_TIMESTEP_GROUP;
@@ -184,11 +186,13 @@ int qvgen_feed_forward(const char* isa, const qvgen_layer* layers, const qvgen_i
   });
 }
 
-int qvgen_integer_part(const char* isa_name, const uint8_t* weight, const uint8_t* a, int64_t m, int max_code, int32_t* out) {
+int qvgen_integer_part(
+    const char* isa_name, const uint8_t* weight, int64_t weight_bytes, const uint8_t* a, int64_t m, int max_code, int32_t* out) {
   const Isa* isa = find_isa(isa_name);
   if (!isa) return QVGEN_UNSUPPORTED_ISA;
-  const Header& h = *reinterpret_cast<const Header*>(weight);
-  if (!valid(h) || h.groups != 1) return QVGEN_NOT_A_WEIGHT;
+  const Header* found = find_header(weight, weight_bytes);
+  if (!found || found->groups != 1) return QVGEN_NOT_A_WEIGHT;
+  const Header& h = *found;
   const int64_t stride = Codes::row_stride(h);
   uint8_t* padded = code_memory.get(m * stride);
   memset(padded, 0, size_t(m * stride));
