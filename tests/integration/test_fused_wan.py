@@ -116,3 +116,12 @@ def test_full_precision_blocks_stay_as_they_are() -> None:
     model = WanTransformer3DModel(**CONFIG)
     assert fuse_wan_(model) == 0
     assert not list(packed_layers(model))
+
+
+def test_the_whole_model_compiles_without_a_graph_break() -> None:
+    model = packed(4)
+    fuse_wan_(model)
+    expected = run(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")  # what Inductor does with the ops: test_ops.py
+    assert torch.equal(run(compiled), expected)
