@@ -16,7 +16,10 @@ from qvgen.quant.scheme import QuantArgs, QuantScheme
 from tests.numerics.packed_reference import GROUPS, WEIGHTS, build, inputs, reference, scheme_of
 
 TIMESTEPS = torch.tensor([0.0, 450.0, 999.0])  # of three samples, in different groups
-PER_TEST = settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# The same examples each time, until the test below that is expected to fail does not: others find the same.
+PER_TEST = settings(
+    deadline=None, max_examples=120, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 # GELU changes by at most 1.13 times as much as its argument; float32 rounds its polynomial and exponential.
 GELU_SLOPE, GELU_RELATIVE, GELU_ABSOLUTE = 1.13, 2e-6, 1e-6
 BFLOAT16_ULP = 2**-8  # half a spacing, relative
@@ -57,6 +60,13 @@ def check_layer(layer: PackedLinear, x: torch.Tensor, out_dtype: torch.dtype, wi
     out = torch.full_like(y, torch.nan)
     layer.forward_into(x, out, with_gelu)
     assert torch.equal(out, y)
+
+
+@pytest.mark.xfail(strict=True, reason="epilogue.h, SMALL: a zero point's fraction is rounded together with its offset")
+def test_the_fraction_of_a_zero_point_is_not_rounded_away(isa: str) -> None:
+    # Outputs 16 to 31 have the offset 8, beside which a zero point near 0 loses bits.
+    layer = cpu_layer(scheme_of(QuantArgs(zero_point_domain="float"), 4, 3, symmetric=False), 53, 2, 10, bias=False)
+    check_layer(layer, inputs(3, 3, 2, 11), torch.float32, False)
 
 
 @PER_TEST
@@ -101,11 +111,11 @@ def test_larger_layers(isa: str, shape: tuple[int, int, int], bits: tuple[int, i
 
 
 @pytest.mark.parametrize("k", [256, 1031, 4096, 8192, 16384])
-@pytest.mark.parametrize("kind", ["any", "largest"])
-def test_the_longest_sums_are_exact(isa: str, k: int, kind: str) -> None:
+@pytest.mark.parametrize("lowest", [0, 200, 255])
+def test_the_longest_sums_are_exact(isa: str, k: int, lowest: int) -> None:
     # Scales of 1 and zero points of 0: the output is the sum itself, up to 255 * 255 * 16384, near 2^30.
     generator = torch.Generator().manual_seed(k)
-    x, q = (torch.randint(255 if kind == "largest" else 0, 256, (rows, k), generator=generator) for rows in (7, 66))
+    x, q = (torch.randint(lowest, 256, (rows, k), generator=generator) for rows in (7, 66))
     x[:, 0], x[:, -1] = 255, 255  # makes the token's scale 1
     ones, clips = torch.ones(66, 1), torch.ones(GROUPS)
     scheme = scheme_of(QuantArgs(), 8, 8, symmetric=False)
