@@ -31,14 +31,15 @@ inline void weighted(const qvgen::PanelGrid& grid, const qvgen::Tile& tile, cons
   const u32v row_sum = load<u32v>(grid.row_sum + n), zero = load<u32v>(grid.zero_whole + n);
   const f32v fraction = load<f32v>(grid.zero_fraction + n), scale = load<f32v>(grid.scale + n);
   const f32v float_sum = __builtin_convertvector((s32v)row_sum, f32v);
-  const f32v float_zero = __builtin_convertvector((s32v)zero, f32v) + fraction;
+  const f32v float_zero = __builtin_convertvector((s32v)zero, f32v);
   const int32_t* out = tile.out + n;
   for (int row = 0; row < tile.rows; row++, out += qvgen::PANEL) {
     const u32v dots = load<u32v>(out);
     f32v v;
     if constexpr (SMALL) {
       v = __builtin_convertvector((s32v)dots, f32v) - float_sum * tokens.float_zero_point[row];
-      v -= float_zero * tokens.float_sum[row];
+      v -= float_zero * tokens.float_sum[row];  // exact so far: all are whole numbers below 2^24
+      v -= fraction * tokens.float_sum[row];
     } else {
       // Unsigned: a partial result may leave 32 bits, the whole one does not (backend.py limits K).
       const u32v exact = dots - row_sum * uint32_t(tokens.zero_point[row]) - zero * uint32_t(tokens.centred_sum[row]);
