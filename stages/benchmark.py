@@ -137,10 +137,12 @@ def clip_size(stage: Stage) -> Any:
 
 
 def kernel_name(transformer: Any) -> str:
-    """The backend that the packed layers ran in (several, joined by "+", where layers differ)."""
+    """The backend that the packed layers ran in (several, joined by "+", where layers differ), with its instruction set."""
+    from qvgen.kernels.cpu import library
     from qvgen.nn.packed_linear import packed_layers
 
-    return "+".join(sorted({str(layer.backend) for _, layer in packed_layers(transformer)}))
+    names = sorted({str(layer.backend) for _, layer in packed_layers(transformer)})
+    return "+".join(f"cpu ({library.isa().decode()})" if name == "cpu" else name for name in names)
 
 
 def packed_ratio(stage: Stage) -> float | None:
