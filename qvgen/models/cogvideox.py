@@ -25,8 +25,14 @@ class CogVideoXFamily:
         """Uniform over the 1,000 discrete levels."""
         return torch.randint(NUM_TRAIN_TIMESTEPS, (n,), generator=generator).float()
 
+    uniform_timesteps = sample_timesteps
+
     def add_noise(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         return self._scheduler.add_noise(clean, noise, timestep.long())
+
+    def target(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """v = sqrt(ᾱ) noise - sqrt(1 - ᾱ) clean."""
+        return self._scheduler.get_velocity(clean, noise, timestep.long())
 
     def predict(self, model: nn.Module, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         return model(

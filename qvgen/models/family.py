@@ -34,12 +34,20 @@ class Family(Protocol):
         """Training timesteps (n,) float32 in [0, 1000], distributed as the family trains."""
         ...
 
+    def uniform_timesteps(self, n: int, generator: torch.Generator) -> torch.Tensor:
+        """Timesteps (n,) float32, every noise level equally likely."""
+        ...
+
     def add_noise(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """Noisy latents at `timestep` (n,), shaped like `clean` (n, ...)."""
         ...
 
     def predict(self, model: nn.Module, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """The transformer's own prediction (velocity), shaped like `latents`; `timestep` (n,), `text` (n, l, d)."""
+        ...
+
+    def target(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """What the transformer was trained to predict for `add_noise(clean, noise, timestep)`."""
         ...
 
     def encode_text(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> torch.Tensor:

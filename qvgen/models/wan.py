@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qvgen.models.family import NUM_TRAIN_TIMESTEPS
+from qvgen.models.folding import FoldableInput, affine_fold, shift_fold, value_fold
 
 
 class WanFamily:
@@ -23,12 +24,38 @@ class WanFamily:
         u = torch.rand(n, generator=generator)
         return NUM_TRAIN_TIMESTEPS * self.shift * u / (1 + (self.shift - 1) * u)
 
+    def uniform_timesteps(self, n: int, generator: torch.Generator) -> torch.Tensor:
+        return NUM_TRAIN_TIMESTEPS * torch.rand(n, generator=generator)
+
     def add_noise(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         sigma = (timestep / NUM_TRAIN_TIMESTEPS).to(clean.dtype).view(-1, *[1] * (clean.ndim - 1))
         return (1 - sigma) * clean + sigma * noise
 
+    def target(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """The velocity of the straight path from data to noise."""
+        return noise - clean
+
     def predict(self, model: nn.Module, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         return model(hidden_states=latents, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0]
+
+    def foldable_inputs(self, model: nn.Module) -> list[FoldableInput]:
+        """Per block: what q, k and v read and what the feed-forward reads (both modulated, so only shifted, in the block's
+        table), what the output projections read, and what the cross-attention's query reads (its norm is affine)."""
+        found = []
+        for i, block in enumerate(model.get_submodule("blocks").children()):
+            prefix = f"blocks.{i}"
+            parts: Any = block
+            table = parts.scale_shift_table[0]  # rows: shift, scale, gate of self-attention, then of the feed-forward
+            attention = tuple(f"{prefix}.attn1.to_{x}" for x in "qkv")
+            found.append(FoldableInput(attention, shift_fold(table[0]), scales=False))
+            found.append(FoldableInput((f"{prefix}.ffn.net.0.proj",), shift_fold(table[3]), scales=False))
+            for name in ("attn1", "attn2"):
+                value = parts.get_submodule(name).to_v
+                found.append(FoldableInput((f"{prefix}.{name}.to_out.0",), value_fold(value), scales=True))
+            if getattr(parts.norm2, "weight", None) is not None:
+                fold = affine_fold(parts.norm2.weight, parts.norm2.bias)
+                found.append(FoldableInput((f"{prefix}.attn2.to_q",), fold, scales=True))
+        return found
 
     def encode_text(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> torch.Tensor:
         text, _ = pipeline.encode_prompt(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import nn
 
 from qvgen.nn.packed_linear import PackedLinear
@@ -61,6 +62,8 @@ def convert_(model: nn.Module) -> list[str]:
         raise ValueError(
             f"Φ is still active in {len(active)} layers, such as {active[0]}: finish rank decay (rank 0) before packing"
         )
+    if unmerged := [name for name, layer in layers if layer.adapter is not None]:
+        raise ValueError(f"{len(unmerged)} layers have adapters, such as {unmerged[0]}: call merge_adapters_ before packing")
     for name, layer in layers:
         scale, zero_point = layer.weight_quantizer.export()
         clips = (None, None) if layer.input_quantizer is None else layer.input_quantizer.export()
@@ -77,13 +80,36 @@ def convert_(model: nn.Module) -> list[str]:
     return [name for name, _ in layers]
 
 
-def add_phi_(model: nn.Module, rank: int) -> None:
-    """Attach Φ of `rank` to every QATLinear, from its weight error."""
+def add_phi_(model: nn.Module, rank: int, zero: torch.Generator | None = None) -> None:
+    """Attach Φ of `rank` to every QATLinear, from its weight error, or at zero if there is a generator."""
     for _, layer in qat_layers(model):
-        layer.add_phi(rank)
+        layer.add_phi(rank, zero)
 
 
-def set_phi_(model: nn.Module, state: RankState) -> dict[nn.Parameter, nn.Parameter | None]:
+def add_adapters_(model: nn.Module, generator: torch.Generator) -> None:
+    """Attach a low-rank adapter to every QATLinear, and freeze all of the model but adapters and quantizers."""
+    model.requires_grad_(False)
+    for _, layer in qat_layers(model):
+        layer.add_adapter(generator)
+        for part in (layer.adapter, layer.weight_quantizer, layer.input_quantizer):
+            if part is not None:
+                part.requires_grad_(True)
+
+
+def merge_adapters_(model: nn.Module) -> None:
+    """Merge every adapter into its weight."""
+    for _, layer in qat_layers(model):
+        layer.merge_adapter()
+
+
+def freeze_zero_points_(model: nn.Module) -> None:
+    """Leave the weights' zero points where they are: only steps are learned."""
+    for _, layer in qat_layers(model):
+        if layer.weight_quantizer.zero_point is not None:
+            layer.weight_quantizer.zero_point.requires_grad_(False)
+
+
+def set_phi_(model: nn.Module, state: RankState, redecompose: bool = True) -> dict[nn.Parameter, nn.Parameter | None]:
     """Bring every Φ to the rank and γ of a schedule's state. Returns the factors that were replaced, with the new ones."""
     replaced: dict[nn.Parameter, nn.Parameter | None] = {}
     for _, layer in qat_layers(model):
@@ -91,7 +117,7 @@ def set_phi_(model: nn.Module, state: RankState) -> dict[nn.Parameter, nn.Parame
         if phi is None:
             continue
         if phi.rank > state.rank:
-            replaced |= phi.truncate(state.rank)
+            replaced |= phi.truncate(state.rank, redecompose)
         phi.gamma.copy_(phi.gamma.new_tensor(state.gamma[: phi.rank]))
         if state.rank == 0:
             layer.phi = None

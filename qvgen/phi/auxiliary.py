@@ -6,7 +6,7 @@ follow (QVGen, section 3.2). At the end of training its rank is 0 and nothing of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -34,6 +34,12 @@ class AuxiliaryModule(nn.Module):
         root = s[:rank].sqrt()
         return cls(u[:, :rank] * root, root[:, None] * vt[:rank])
 
+    @classmethod
+    def from_zero(cls, shape: tuple[int, int], rank: int, generator: torch.Generator) -> AuxiliaryModule:
+        """Φ = 0 for a weight (N, K): L = 0, and R random with rows of length 1, as adapters usually start."""
+        down = torch.randn(rank, shape[1], generator=generator) / shape[1] ** 0.5
+        return cls(torch.zeros(shape[0], rank), down)
+
     @property
     def rank(self) -> int:
         return self.phi_up.shape[1]
@@ -43,8 +49,16 @@ class AuxiliaryModule(nn.Module):
         return (self.phi_up * self.gamma) @ self.phi_down
 
     @torch.no_grad()
-    def truncate(self, rank: int) -> dict[nn.Parameter, nn.Parameter | None]:
+    def singular_values(self) -> torch.Tensor:
+        """Of L diag(γ) R, (R,) in falling order."""
+        core = torch.linalg.qr(self.phi_up * self.gamma).R @ torch.linalg.qr(self.phi_down.T).R.T
+        return torch.linalg.svdvals(core)
+
+    @torch.no_grad()
+    def truncate(self, rank: int, redecompose: bool = True) -> dict[nn.Parameter, nn.Parameter | None]:
         """Keep the first `rank` columns, and decompose the rest anew: columns ordered by singular value again.
+
+        Without `redecompose` the columns stay as they are, which is what the public code's fault (below) amounts to.
 
         QR of L and R^T and the SVD of an R x R core give the factors of the full SVD at a fraction of its time. Returns
         the old factors with the new ones (None at rank 0), for `replace_parameters`: an optimizer that goes on with the
@@ -53,7 +67,7 @@ class AuxiliaryModule(nn.Module):
         if not 0 <= rank <= self.rank:
             raise ValueError(f"cannot grow Φ from rank {self.rank} to {rank}")
         up, down = self.phi_up[:, :rank], self.phi_down[:rank]
-        if rank:
+        if rank and redecompose:
             q_up, r_up = torch.linalg.qr(up)
             q_down, r_down = torch.linalg.qr(down.T)
             u, s, vt = torch.linalg.svd(r_up @ r_down.T)
@@ -70,10 +84,13 @@ class AuxiliaryModule(nn.Module):
         return dict(zip(old, new, strict=True))
 
 
-def replace_parameters(optimizer: torch.optim.Optimizer, replaced: Mapping[nn.Parameter, nn.Parameter | None]) -> None:
-    """Let the optimizer step the new parameters, with fresh moments, in place of the old ones (None: of none)."""
-    for group in optimizer.param_groups:
-        swapped = [replaced.get(p, p) for p in group["params"]]
-        group["params"] = [p for p in swapped if p is not None]
-    for old in replaced:
-        optimizer.state.pop(old, None)
+def replace_parameters(
+    optimizers: Sequence[torch.optim.Optimizer], replaced: Mapping[nn.Parameter, nn.Parameter | None]
+) -> None:
+    """Let the optimizers step the new parameters, with fresh moments, in place of the old ones (None: of none)."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            swapped = [replaced.get(p, p) for p in group["params"]]
+            group["params"] = [p for p in swapped if p is not None]
+        for old in replaced:
+            optimizer.state.pop(old, None)

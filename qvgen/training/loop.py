@@ -14,13 +14,15 @@ import torch
 from torch import nn
 
 from qvgen.data.precompute import LatentDataset
-from qvgen.models.family import Family
-from qvgen.nn.swap import set_phi_
+from qvgen.methods.method import Method
+from qvgen.models.family import NUM_TRAIN_TIMESTEPS, Family
+from qvgen.nn.swap import merge_adapters_, set_phi_
 from qvgen.phi.auxiliary import replace_parameters
 from qvgen.phi.rank_decay import RankDecaySchedule
+from qvgen.training.loss import LOSSES
 from qvgen.training.optim import (
     OptimizerSettings,
-    build_optimizer,
+    build_optimizers,
     learning_rate_factor,
     set_learning_rate,
 )
@@ -34,6 +36,7 @@ class LoopSettings:
     caption_dropout: float
     ema_decay: float | None
     optimizer: OptimizerSettings
+    redecompose: bool = True  # decompose Φ anew after each phase
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class StepRecord:
 
 
 class Trainer:
-    """Student, optimizer and step of one run. `student` must come from `prepare_`, with Φ attached if the method has it."""
+    """Student, optimizers and step of one run. `student` must come from `prepare_`, with Φ or adapters attached if the method
+    has them; a method that trains in full precision takes the plain model."""
 
     def __init__(
         self,
@@ -63,12 +67,13 @@ class Trainer:
         data: LatentDataset,
         schedule: RankDecaySchedule,
         settings: LoopSettings,
+        method: Method,
     ) -> None:
         self.student, self.teacher = student, teacher.eval().requires_grad_(False)
         self.family, self.data = family, data
-        self.schedule, self.settings = schedule, settings
+        self.schedule, self.settings, self.method = schedule, settings, method
         self.step = 0
-        self.optimizer = build_optimizer(student, settings.optimizer)
+        self.optimizers = build_optimizers(student, settings.optimizer, method.optimizer)
         self.average: dict[str, torch.Tensor] | None = None
         if settings.ema_decay is not None:
             self.average = {n: p.detach().clone() for n, p in self._averaged()}
@@ -80,17 +85,18 @@ class Trainer:
         for step in range(self.step, until):
             started = time.perf_counter()
             phi = self.schedule.at(step)
-            replace_parameters(self.optimizer, set_phi_(self.student, phi))
+            replace_parameters(self.optimizers, set_phi_(self.student, phi, self.settings.redecompose))
             factor = learning_rate_factor(step, self.schedule.total_steps, self.settings.optimizer)
-            set_learning_rate(self.optimizer, factor)
+            set_learning_rate(self.optimizers, factor)
 
             loss = self._loss(step)
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"loss is {loss.item()} at step {step}; lower qat.learning_rate or check the data")
             loss.backward()
             norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.settings.max_grad_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             self._update_average()
             self.step = step + 1
             if on_step is not None:
@@ -99,7 +105,8 @@ class Trainer:
                 on_step(self, StepRecord(step, loss.item(), norm.item(), phi.rank, phi.u, rate, seconds))
 
     def finish(self) -> nn.Module:
-        """The trained student, without Φ, with averaged weights if there are any. Raises ValueError before the end."""
+        """The trained student, without Φ, adapters merged, with averaged weights if there are any. Raises ValueError before
+        the end."""
         if self.step < self.schedule.decay_end:
             raise ValueError(f"Φ decays until step {self.schedule.decay_end}, the run is at step {self.step}")
         set_phi_(self.student, self.schedule.at(self.step))
@@ -107,21 +114,28 @@ class Trainer:
             with torch.no_grad():
                 for name, parameter in self._averaged():
                     parameter.copy_(self.average[name])
+        merge_adapters_(self.student)
         return self.student.eval()
 
     def _loss(self, step: int) -> torch.Tensor:
-        """Mean squared difference between student and teacher on the same noise, timestep and prompt."""
+        """The method's loss on clips, noise, timesteps and captions that depend on the seed and the step alone."""
         generator = torch.Generator().manual_seed(_step_seed(self.settings.seed, step))
         index = torch.randint(len(self.data), (self.settings.batch_size,), generator=generator)
         clean, text = self.data.batch(index, self.settings.caption_dropout, generator)
         timestep = self.family.sample_timesteps(len(index), generator)
         noise = torch.randn(clean.shape, generator=generator)
+        if self.method.uniform_share:
+            uniform = self.family.uniform_timesteps(len(index), generator)
+            chosen = torch.rand(len(index), generator=generator) < self.method.uniform_share
+            timestep = torch.where(chosen, uniform, timestep)
         device = next(self.student.parameters()).device
         clean, text, timestep, noise = (x.to(device) for x in (clean, text, timestep, noise))
         noisy = self.family.add_noise(clean, noise, timestep)
+        target = self.family.target(clean, noise, timestep)
         with torch.no_grad():
-            wanted = self.family.predict(self.teacher, noisy, timestep, text)
-        return (self.family.predict(self.student, noisy, timestep, text) - wanted).square().mean()
+            wanted = target if self.method.loss == "target" else self.family.predict(self.teacher, noisy, timestep, text)
+        predicted = self.family.predict(self.student, noisy, timestep, text)
+        return LOSSES[self.method.loss](predicted, wanted, target, 1 - timestep / NUM_TRAIN_TIMESTEPS)
 
     def _averaged(self) -> Iterator[tuple[str, nn.Parameter]]:
         # Φ changes shape and is not deployed: it has no average.
