@@ -1,4 +1,4 @@
-"""Calibrated grids on disk: one safetensors file, tensors named `<layer>.<scale|zero_point|clip_lower|clip_upper>`."""
+"""Calibrated grids on disk: one safetensors file, tensors named `<layer>.<field of LayerGrid>`."""
 
 from __future__ import annotations
 

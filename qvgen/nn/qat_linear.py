@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qvgen.nn.input_transform import InputTransform
 from qvgen.nn.timestep import TimestepState
 from qvgen.phi.auxiliary import AuxiliaryModule
 from qvgen.quant.fake_quantizer import ActivationQuantizer, WeightQuantizer
@@ -14,7 +15,11 @@ from qvgen.quant.scheme import QuantScheme
 
 class QATLinear(nn.Linear):
     """nn.Linear that computes Y = (Q(W) + Φ) Q(X) + b. `weight` and `bias` keep their names, so full-precision
-    checkpoints load unchanged."""
+    checkpoints load unchanged.
+
+    With an `input_transform` X is the transformed input, `weight` what that leaves to be packed, and a branch may be added
+    (nn/input_transform.py).
+    """
 
     def __init__(
         self,
@@ -31,6 +36,7 @@ class QATLinear(nn.Linear):
         self.weight_quantizer = weight_quantizer
         self.input_quantizer = input_quantizer
         self.phi: AuxiliaryModule | None = None
+        self.input_transform: InputTransform | None = None
 
     def add_phi(self, rank: int) -> None:
         """Attach Φ, initialised from this layer's weight error; `rank` is cut to what the layer's shape allows."""
@@ -41,6 +47,8 @@ class QATLinear(nn.Linear):
         weight = self.weight_quantizer(self.weight)
         if self.phi is not None:
             weight = weight + self.phi.delta()
-        if self.input_quantizer is not None:
-            x = self.input_quantizer(x, self.timestep.of(x))
-        return F.linear(x, weight, self.bias)
+        if self.input_transform is not None:
+            x = self.input_transform(x)
+        quantized = x if self.input_quantizer is None else self.input_quantizer(x, self.timestep.of(x))
+        y = F.linear(quantized, weight, self.bias)
+        return y if self.input_transform is None else self.input_transform.add_branch(y, x)
