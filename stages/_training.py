@@ -34,7 +34,7 @@ def build_trainer(stage: Stage) -> Trainer:
     family = load_family(source)
     teacher, student = (load_pipeline(source).transformer.float() for _ in range(2))
     grids = load_grids(stage.root / "artifacts/calibration/grids.safetensors") if params.chosen.searched else None
-    prepare_(student, params.scheme, default_targets=family.default_targets, grids=grids)
+    prepare_(student, params.effective_scheme, default_targets=family.default_targets, grids=grids)
     if params.chosen.phi:
         add_phi_(student, params.decay.initial_rank)
     qat = params.qat

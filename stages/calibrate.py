@@ -1,7 +1,8 @@
 """Stage calibrate: search weight grids and activation clips; tell which layers quantization hurts most.
 
 Reads artifacts/model and artifacts/data/calibration; writes artifacts/calibration/grids.safetensors, the error of every
-layer with and without the search in metrics/calibrate.csv, and its summary in metrics/calibrate.json.
+layer with and without the search in metrics/calibrate.csv, and its summary in metrics/calibrate.json. If the method has a
+calibration of its own, the plain search is written too, as mse.safetensors, for stage baselines.
 """
 
 from __future__ import annotations
@@ -17,11 +18,17 @@ AT_RISK = 5  # layers named in the summary
 def run(stage: Stage) -> None:
     from qvgen.checkpoint.grids import save_grids
     from qvgen.data.precompute import LatentDataset
+    from qvgen.methods.registry import METHODS
     from qvgen.models.family import load_family, load_pipeline
     from qvgen.nn.targets import match_linears
-    from qvgen.quant.calibrate import LayerGrid, calibrate_layer, layer_error
+    from qvgen.quant.calibrate import LayerGrid, layer_error
 
-    scheme, settings = stage.params.scheme, stage.params.calibrate
+    method, scheme, plain = stage.params.chosen, stage.params.effective_scheme, stage.params.scheme_of("mse")
+    settings = stage.params.calibrate.model_dump(include={"weight_candidates", "mse_exponent", "clip_candidates"})
+    # A method with min/max grids is calibrated for the baselines' sake, and to know which layers are at risk.
+    searches = {"grids": (method.calibrate, scheme)}
+    if method.calibrate is not METHODS["mse"].calibrate:
+        searches["mse"] = (METHODS["mse"].calibrate, plain)
     source = stage.root / "artifacts/model"
     transformer, family = load_pipeline(source).transformer.float(), load_family(source)
     names = match_linears(transformer, scheme.targets, scheme.ignore, family.default_targets)
@@ -29,20 +36,15 @@ def run(stage: Stage) -> None:
     data = LatentDataset.open(stage.root / "artifacts/data/calibration")
     recorder = record_inputs(stage, transformer, layers, family, data)
 
-    grids, rows = {}, []
+    grids, rows = {file: {} for file in searches}, []
     with stage.progress(len(layers), "layers", unit="layer") as progress:
         for name, layer in layers.items():
             inputs = [recorder.inputs(name, group) for group in range(scheme.timestep_groups)]
-            grids[name] = grid = calibrate_layer(
-                layer,
-                inputs,
-                scheme,
-                weight_candidates=settings.weight_candidates,
-                mse_exponent=settings.mse_exponent,
-                clip_candidates=settings.clip_candidates,
-            )
+            for file, (calibrate, used) in searches.items():
+                grids[file][name] = calibrate(layer, inputs, used, **settings)
+            grid = grids["grids"][name]
             error = layer_error(layer, grid, inputs, scheme)
-            min_max = layer_error(layer, LayerGrid.min_max(layer.weight, scheme), inputs, scheme)
+            min_max = layer_error(layer, LayerGrid.min_max(layer.weight, plain), inputs, plain)
             rows.append(
                 {
                     "layer": name,
@@ -63,7 +65,8 @@ def run(stage: Stage) -> None:
         "most_at_risk": {row["layer"]: row["output_error"] for row in rows[:AT_RISK]},
     }
     with stage.outputs("artifacts/calibration") as folder:
-        save_grids(folder / "grids.safetensors", grids)
+        for file, layer_grids in grids.items():
+            save_grids(folder / f"{file}.safetensors", layer_grids)
     with stage.outputs("metrics/calibrate.csv") as path, path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()

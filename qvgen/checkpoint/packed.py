@@ -41,9 +41,9 @@ def export_pipeline(
 
     `transformer` is the converted model of the pipeline in `source_folder`. Its tensors outside the packed layers, and the
     biases and low-rank factors of these, are stored in `dtype`; packed tensors as they are. config.json names every packed
-    layer, so that loading matches no patterns. The source's manifest stays behind: it records the hash of another transformer. Same
-    input, same bytes. Raises ValueError if the transformer has no packed layers or they
-    have another scheme.
+    layer, so that loading matches no patterns. The source's manifest stays behind: it records the hash of another
+    transformer. Same input, same bytes. Raises ValueError if the transformer has no packed layers or they have another
+    scheme.
     """
     source, out = Path(source_folder), Path(out_folder)
     names = _packed_names(transformer, scheme)

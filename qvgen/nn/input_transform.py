@@ -45,7 +45,6 @@ class InputTransform(nn.Module):
             return y
         return y + low_rank_output(x, self.low_rank_up, self.low_rank_down)
 
-    def export(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """input_scale (K,), low_rank_up (N, R) and low_rank_down (R, K) as the packed layer stores them; None: it has none."""
-        factors = (None if factor is None else factor.detach() for factor in (self.low_rank_up, self.low_rank_down))
-        return self.input_scale, *factors
+    def export(self) -> dict[str, torch.Tensor | None]:
+        """input_scale (K,), low_rank_up (N, R) and low_rank_down (R, K) for the packed layer; None: it has none."""
+        return {"input_scale": self.input_scale, "low_rank_up": self.low_rank_up, "low_rank_down": self.low_rank_down}

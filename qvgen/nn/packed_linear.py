@@ -101,16 +101,14 @@ class PackedLinear(nn.Module):
         bias: torch.Tensor | None,
         scheme: QuantScheme,
         timestep: TimestepState,
-        input_scale: torch.Tensor | None = None,
-        low_rank_up: torch.Tensor | None = None,
-        low_rank_down: torch.Tensor | None = None,
+        **extras: torch.Tensor | None,
     ) -> Self:
         """A layer from what training exports.
 
         codes (N, K) uint8; scale and zero_point (rows, G) float32, where rows is N, or 1 for strategy tensor, and
         zero_point is None if symmetric; clips (timestep groups,) float32 in [0, 1], None if inputs are not quantized; bias
-        (N,) of any float dtype; input_scale (K,) float32, low_rank_up (N, R) and low_rank_down (R, K) of any float dtype where
-        the scheme has them. Raises ValueError if they do not fit each other or the scheme.
+        (N,) of any float dtype; `extras` are input_scale (K,) float32, and low_rank_up (N, R) and low_rank_down (R, K) of any
+        float dtype. Raises ValueError if they do not fit each other or the scheme.
         """
         n, k = codes.shape
         packed = cls(k, n, bias is not None, scheme, timestep)
@@ -123,9 +121,7 @@ class PackedLinear(nn.Module):
             layout.CLIP_LOWER: clip_lower,
             layout.CLIP_UPPER: clip_upper,
             layout.BIAS: bias,
-            layout.INPUT_SCALE: input_scale,
-            layout.LOW_RANK_UP: low_rank_up,
-            layout.LOW_RANK_DOWN: low_rank_down,
+            **extras,
         }
         given = {name: value.detach().contiguous() for name, value in tensors.items() if value is not None}
         validate_layer("(new)", given, k, n, scheme, bias is not None, check_codes=False)

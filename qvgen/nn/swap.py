@@ -80,7 +80,7 @@ def convert_(model: nn.Module) -> list[str]:
             None if layer.bias is None else layer.bias.detach(),
             layer.scheme,
             layer.timestep,
-            *(() if layer.input_transform is None else layer.input_transform.export()),
+            **({} if layer.input_transform is None else layer.input_transform.export()),
         )
         replace_module(model, name, packed)
     return [name for name, _ in layers]
