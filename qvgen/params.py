@@ -100,6 +100,8 @@ class Decay(_Section):
     initial_rank: int = Field(ge=0, description="0: no Φ")
     decay_ratio: float = Field(gt=0, le=1, description="λ, the share of the rank that one phase removes")
     annealing: Annealing
+    initialization: Literal["weight_error", "zero"] = Field(default="weight_error", description="what Φ starts as")
+    redecompose: bool = Field(default=True, description="decompose Φ anew after each phase; false is the public code's fault")
     phase_steps: int = Field(ge=1)
     final_steps: int = Field(ge=0, description="steps after Φ is gone")
 
@@ -150,9 +152,25 @@ class Params(_Section):
             faults.append(
                 f"evaluate.videos = {self.evaluate.videos} but only evaluate.prompts = {self.evaluate.prompts} are generated"
             )
+        for name, value in self.scheme.extras.items():
+            if name not in METHODS[self.method].scheme_changes:
+                users = [method for method, entry in METHODS.items() if name in entry.scheme_changes]
+                faults.append(f"scheme.{name} = {value}, which method {self.method} does not use; {', '.join(users)} do")
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    @property
+    def effective_scheme(self) -> QuantScheme:
+        """`scheme` as the chosen method uses it: what every stage quantizes with."""
+        return self.scheme_of(self.method)
+
+    def scheme_of(self, method: str) -> QuantScheme:
+        """`scheme` with what `method` adds to each layer, as given in params.yaml or else the method's default, and without
+        what only others add."""
+        changes = METHODS[method].scheme_changes
+        given = {name: value for name, value in self.scheme.extras.items() if name in changes}
+        return QuantScheme.model_validate(dict(self.scheme.without_extras()) | changes | given)
 
     @property
     def chosen(self) -> Method:

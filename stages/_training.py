@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from qvgen.params import Params
 from stages._run import Stage
 
 if TYPE_CHECKING:
@@ -21,28 +23,37 @@ COLUMNS: tuple[str, ...] = ("step", "loss", "gradient_norm", "rank", "u", "lr", 
 LAST = 50  # steps averaged into the final loss
 
 
-def build_trainer(stage: Stage) -> Trainer:
-    """Trainer at step 0: a prepared student with Φ if the method has it, and the full-precision teacher."""
-    from qvgen.checkpoint.grids import load_grids
+@dataclass(frozen=True)
+class Sources:
+    """What training reads: a pipeline folder, the folder of calibrated grids, the folder of prepared data."""
+
+    model: Path
+    calibration: Path
+    data: Path
+
+    @classmethod
+    def of(cls, root: Path) -> Sources:
+        artifacts = root / "artifacts"
+        return cls(artifacts / "model", artifacts / "calibration", artifacts / "data")
+
+
+def build_trainer(params: Params, sources: Sources) -> Trainer:
+    """Trainer at step 0: the student as the method starts it, and the full-precision teacher."""
     from qvgen.data.precompute import LatentDataset
     from qvgen.models.family import load_family, load_pipeline
-    from qvgen.nn.swap import add_phi_, prepare_
     from qvgen.training.loop import LoopSettings, Trainer
     from qvgen.training.optim import OptimizerSettings
 
-    params, source = stage.params, stage.root / "artifacts/model"
-    family = load_family(source)
-    teacher, student = (load_pipeline(source).transformer.float() for _ in range(2))
-    grids = load_grids(stage.root / "artifacts/calibration/grids.safetensors") if params.chosen.searched else None
-    prepare_(student, params.scheme, default_targets=family.default_targets, grids=grids)
-    if params.chosen.phi:
-        add_phi_(student, params.decay.initial_rank)
+    family = load_family(sources.model)
+    teacher, student = (load_pipeline(sources.model).transformer.float() for _ in range(2))
+    if params.chosen.quantized:
+        prepare_student_(student, params, sources)
     qat = params.qat
     return Trainer(
         student,
         teacher,
         family,
-        LatentDataset.open(stage.root / "artifacts/data/train"),
+        LatentDataset.open(sources.data / "train"),
         params.schedule,
         LoopSettings(
             seed=params.seed,
@@ -59,8 +70,52 @@ def build_trainer(stage: Stage) -> Trainer:
                 warmup_fraction=qat.warmup_fraction,
                 final_learning_rate=qat.final_learning_rate,
             ),
+            redecompose=params.decay.redecompose,
         ),
+        params.chosen,
     )
+
+
+def prepare_student_(student: Any, params: Params, sources: Sources) -> None:
+    """Quantizers, folded inputs, Φ and adapters, as the method has them."""
+    import torch
+
+    from qvgen.checkpoint.grids import load_folds, load_grids
+    from qvgen.models.family import load_family
+    from qvgen.nn.swap import add_adapters_, add_phi_, freeze_zero_points_, prepare_
+    from qvgen.training.calibration import apply_folds_
+
+    method, family = params.chosen, load_family(sources.model)
+    grids = load_grids(sources.calibration / "grids.safetensors") if method.searched else None
+    apply_folds_(student, family, load_folds(sources.calibration / "folds.safetensors"))
+    prepare_(student, params.effective_scheme, default_targets=family.default_targets, grids=grids)
+    generator = torch.Generator().manual_seed(params.seed)
+    if method.phi:
+        zero = generator if params.decay.initialization == "zero" else None
+        add_phi_(student, params.decay.initial_rank, zero)
+    if method.adapter:
+        add_adapters_(student, generator)
+    if not method.zero_points:
+        freeze_zero_points_(student)
+
+
+def finish(trainer: Trainer, params: Params, sources: Sources) -> Any:
+    """The trained student, ready for `convert_`. One that trained in full precision is calibrated and quantized now."""
+    student = trainer.finish()
+    if params.chosen.quantized:
+        return student
+    from qvgen.data.precompute import LatentDataset
+    from qvgen.nn.swap import prepare_
+    from qvgen.nn.targets import match_linears
+    from qvgen.training.calibration import record_inputs, search_grids
+
+    scheme, family = params.effective_scheme, trainer.family
+    names = match_linears(student, scheme.targets, scheme.ignore, family.default_targets)
+    data = LatentDataset.open(sources.data / "calibration")
+    inputs = record_inputs(student, family, data, names, scheme.timestep_groups, params.calibrate, params.seed)
+    grids = search_grids(student, inputs, params.chosen, scheme, params.calibrate)
+    prepare_(student, scheme, default_targets=family.default_targets, grids=grids)
+    return student
 
 
 def train(stage: Stage, trainer: Trainer, until: int) -> list[dict[str, float]]:
@@ -70,7 +125,7 @@ def train(stage: Stage, trainer: Trainer, until: int) -> list[dict[str, float]]:
     first, checkpoint = trainer.step, stage.checkpoint_dir / STATE
     rows: list[dict[str, float]] = []
     if checkpoint.exists():
-        trainer.step = load_training_state(checkpoint, trainer.student, trainer.optimizer, trainer.average)
+        trainer.step = load_training_state(checkpoint, trainer.student, trainer.optimizers, trainer.average)
         rows = _read_rows(checkpoint.with_suffix(".csv"))[: trainer.step - first]
         print(f"{stage.name}: continues at step {trainer.step} of {until}")
 
@@ -93,7 +148,7 @@ def train(stage: Stage, trainer: Trainer, until: int) -> list[dict[str, float]]:
 def save_state(path: Path, trainer: Trainer) -> None:
     from qvgen.checkpoint.training import save_training_state
 
-    save_training_state(path, trainer.student, trainer.optimizer, trainer.average, trainer.step)
+    save_training_state(path, trainer.student, trainer.optimizers, trainer.average, trainer.step)
 
 
 def write_rows(path: Path, rows: list[dict[str, float]]) -> None:

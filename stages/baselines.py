@@ -24,14 +24,16 @@ def run(stage: Stage) -> None:
     params, source = stage.params, stage.root / "artifacts/model"
     family = load_family(source)
     trial = Trial.from_params(params, LatentDataset.open(stage.root / "artifacts/data/held_out"))
-    grids = load_grids(stage.root / "artifacts/calibration/grids.safetensors")
+    calibration = stage.root / "artifacts/calibration"
+    own = calibration / "mse.safetensors"  # where the pipeline's method calibrates in another way
+    grids = load_grids(own if own.exists() else calibration / "grids.safetensors")
     scores = {}
     with stage.progress((1 + len(METHODS_WITHOUT_TRAINING)) * trial.items, unit="item") as progress:
         reference = observe(load_pipeline(source), family, trial, on_batch=progress.update)
         for method in METHODS_WITHOUT_TRAINING:
             pipeline = load_pipeline(source)
             searched = grids if METHODS[method].searched else None
-            prepare_(pipeline.transformer, params.scheme, default_targets=family.default_targets, grids=searched)
+            prepare_(pipeline.transformer, params.scheme_of(method), default_targets=family.default_targets, grids=searched)
             convert_(pipeline.transformer)
             scores[method] = compare(reference, observe(pipeline, family, trial, on_batch=progress.update), trial)
     with stage.outputs("metrics/baselines.json") as path:

@@ -151,7 +151,7 @@ def packed_ratio(stage: Stage) -> float | None:
     from qvgen.models.wan import WanFamily
 
     try:
-        return wan_packed_ratio(stage.params.scheme, WanFamily.default_targets)
+        return wan_packed_ratio(stage.params.effective_scheme, WanFamily.default_targets)
     except ValueError:
         return None
 

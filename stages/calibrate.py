@@ -1,7 +1,8 @@
 """Stage calibrate: search weight grids and activation clips; tell which layers quantization hurts most.
 
 Reads artifacts/model and artifacts/data/calibration; writes artifacts/calibration/grids.safetensors, the error of every
-layer with and without the search in metrics/calibrate.csv, and its summary in metrics/calibrate.json.
+layer with and without the search in metrics/calibrate.csv, and its summary in metrics/calibrate.json. If the method has a
+calibration of its own, the plain search is written too, as mse.safetensors, for stage baselines.
 """
 
 from __future__ import annotations
@@ -15,46 +16,50 @@ AT_RISK = 5  # layers named in the summary
 
 
 def run(stage: Stage) -> None:
-    from qvgen.checkpoint.grids import save_grids
+    from qvgen.checkpoint.grids import save_folds, save_grids
     from qvgen.data.precompute import LatentDataset
+    from qvgen.methods.registry import METHODS
     from qvgen.models.family import load_family, load_pipeline
     from qvgen.nn.targets import match_linears
-    from qvgen.quant.calibrate import LayerGrid, calibrate_layer, layer_error
+    from qvgen.quant.calibrate import LayerGrid, layer_error
+    from qvgen.training.calibration import fold_inputs_, record_inputs, search_grids
 
-    scheme, settings = stage.params.scheme, stage.params.calibrate
+    params, method, plain = stage.params, stage.params.chosen, METHODS["mse"]
+    scheme, settings = params.effective_scheme, params.calibrate
     source = stage.root / "artifacts/model"
     transformer, family = load_pipeline(source).transformer.float(), load_family(source)
     names = match_linears(transformer, scheme.targets, scheme.ignore, family.default_targets)
-    layers = {name: transformer.get_submodule(name) for name in names}
     data = LatentDataset.open(stage.root / "artifacts/data/calibration")
-    recorder = record_inputs(stage, transformer, layers, family, data)
+    with stage.progress(len(data), "inputs", unit="clip") as progress:
+        groups, seed = scheme.timestep_groups, params.seed
+        inputs = record_inputs(transformer, family, data, names, groups, settings, seed, progress.update)
 
-    grids, rows = {}, []
-    with stage.progress(len(layers), "layers", unit="layer") as progress:
-        for name, layer in layers.items():
-            inputs = [recorder.inputs(name, group) for group in range(scheme.timestep_groups)]
-            grids[name] = grid = calibrate_layer(
-                layer,
-                inputs,
-                scheme,
-                weight_candidates=settings.weight_candidates,
-                mse_exponent=settings.mse_exponent,
-                clip_candidates=settings.clip_candidates,
-            )
-            error = layer_error(layer, grid, inputs, scheme)
-            min_max = layer_error(layer, LayerGrid.min_max(layer.weight, scheme), inputs, scheme)
-            rows.append(
-                {
-                    "layer": name,
-                    "weight_error": error.weight,
-                    "activation_error": error.activation,
-                    "output_error": error.output,
-                    "output_error_min_max": min_max.output,
-                    "clip_lower": "" if grid.clip_lower is None else float(grid.clip_lower.mean()),
-                    "clip_upper": "" if grid.clip_upper is None else float(grid.clip_upper.mean()),
-                }
-            )
-            progress.update()
+    # A method that starts elsewhere leaves the plain search to the stage baselines.
+    own = method.folded or method.calibration != plain.calibration
+    with stage.progress(len(names) * (1 + own), "layers", unit="layer") as progress:
+        files = {}
+        if own:
+            files["mse"] = search_grids(transformer, inputs, plain, params.scheme_of("mse"), settings, progress.update)
+        folds = fold_inputs_(transformer, family, inputs) if method.folded else {}
+        files["grids"] = search_grids(transformer, inputs, method, scheme, settings, progress.update)
+
+    rows = []
+    for name, grid in files["grids"].items():
+        layer = transformer.get_submodule(name)
+        error = layer_error(layer, grid, inputs[name], scheme)
+        whole = params.scheme_of("rtn")
+        min_max = layer_error(layer, LayerGrid.min_max(layer.weight, whole), inputs[name], whole)
+        rows.append(
+            {
+                "layer": name,
+                "weight_error": error.weight,
+                "activation_error": error.activation,
+                "output_error": error.output,
+                "output_error_min_max": min_max.output,
+                "clip_lower": "" if grid.clip_lower is None else float(grid.clip_lower.mean()),
+                "clip_upper": "" if grid.clip_upper is None else float(grid.clip_upper.mean()),
+            }
+        )
     rows.sort(key=lambda row: -row["output_error"])
     summary = {
         "layers": len(rows),
@@ -63,7 +68,9 @@ def run(stage: Stage) -> None:
         "most_at_risk": {row["layer"]: row["output_error"] for row in rows[:AT_RISK]},
     }
     with stage.outputs("artifacts/calibration") as folder:
-        save_grids(folder / "grids.safetensors", grids)
+        for file, grids in files.items():
+            save_grids(folder / f"{file}.safetensors", grids)
+        save_folds(folder / "folds.safetensors", folds)
     with stage.outputs("metrics/calibrate.csv") as path, path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -73,35 +80,6 @@ def run(stage: Stage) -> None:
     stage.log_metrics({k: v for k, v in summary.items() if not isinstance(v, dict)})
     stage.log_artifact("metrics/calibrate.csv")
     print(f"layers most at risk ({scheme.name}): " + ", ".join(f"{k} {v:.3f}" for k, v in summary["most_at_risk"].items()))
-
-
-def record_inputs(stage, transformer, layers, family, data):
-    """Run the full-precision model over the calibration clips, sample i at a random timestep of group i mod G."""
-    import torch
-
-    from qvgen.models.family import NUM_TRAIN_TIMESTEPS
-    from qvgen.quant.calibrate import InputRecorder
-    from qvgen.quant.primitives import timestep_group
-
-    groups = stage.params.scheme.timestep_groups
-    settings, seed = stage.params.calibrate, stage.params.seed
-    generator = torch.Generator().manual_seed(seed)
-    recorder = InputRecorder(groups, settings.tokens_per_group, seed)
-    with (
-        torch.no_grad(),
-        recorder.attached(layers),
-        stage.progress(len(data), "inputs", unit="clip") as progress,
-    ):
-        for index in torch.arange(len(data)).split(settings.batch_size):
-            clean, text = data.batch(index, 0.0, generator)
-            within = torch.rand(len(index), generator=generator)
-            # Whole timesteps: families with discrete noise levels have no others.
-            timestep = torch.floor((index % groups + within) * NUM_TRAIN_TIMESTEPS / groups)
-            noisy = family.add_noise(clean, torch.randn(clean.shape, generator=generator), timestep)
-            recorder.group = timestep_group(timestep, groups, NUM_TRAIN_TIMESTEPS)
-            family.predict(transformer, noisy, timestep, text)
-            progress.update(len(index))
-    return recorder
 
 
 if __name__ == "__main__":

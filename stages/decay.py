@@ -7,7 +7,7 @@ row per step in metrics/decay.csv.
 from __future__ import annotations
 
 from stages._run import Stage, stage_main
-from stages._training import STATE, build_trainer, train, write_metrics
+from stages._training import STATE, Sources, build_trainer, finish, train, write_metrics
 
 
 def run(stage: Stage) -> None:
@@ -15,11 +15,12 @@ def run(stage: Stage) -> None:
 
     from qvgen.checkpoint.training import load_training_state
 
-    trainer = build_trainer(stage)
+    sources = Sources.of(stage.root)
+    trainer = build_trainer(stage.params, sources)
     start = stage.root / "artifacts/qat" / STATE
-    trainer.step = load_training_state(start, trainer.student, trainer.optimizer, trainer.average)
+    trainer.step = load_training_state(start, trainer.student, trainer.optimizers, trainer.average)
     rows = train(stage, trainer, stage.params.schedule.total_steps)
-    student = trainer.finish()
+    student = finish(trainer, stage.params, sources)
     with stage.outputs("artifacts/decay") as folder:
         save_file({k: v.contiguous() for k, v in student.state_dict().items()}, folder / "student.safetensors")
     write_metrics(stage, rows)

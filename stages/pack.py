@@ -19,12 +19,13 @@ def run(stage: Stage) -> None:
     from qvgen.nn.swap import convert_, prepare_
 
     params, source = stage.params, stage.root / "artifacts/model"
+    scheme = params.effective_scheme
     family, student = load_family(source), load_pipeline(source).transformer.float()
-    prepare_(student, params.scheme, default_targets=family.default_targets)
+    prepare_(student, scheme, default_targets=family.default_targets)
     student.load_state_dict(load_file(stage.root / "artifacts/decay/student.safetensors"))
     names = convert_(student)
     with stage.outputs("artifacts/packed") as folder:
-        export_pipeline(source, student, params.scheme, folder, getattr(torch, params.pack.dtype), params.method)
+        export_pipeline(source, student, scheme, folder, getattr(torch, params.pack.dtype), params.method)
     packed = _bytes(stage.root / "artifacts/packed/transformer")
     summary = {
         "layers": len(names),
@@ -34,7 +35,7 @@ def run(stage: Stage) -> None:
     with stage.outputs("metrics/pack.json") as path:
         path.write_text(json.dumps(summary, indent=2) + "\n")
     stage.log_metrics(summary)
-    stage.log_tags({"quantization": params.scheme.name, "method": params.method})
+    stage.log_tags({"quantization": scheme.name, "method": params.method})
 
 
 def _bytes(folder) -> int:

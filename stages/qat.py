@@ -7,11 +7,11 @@ Reads artifacts/model, artifacts/calibration, artifacts/data/train; writes the t
 from __future__ import annotations
 
 from stages._run import Stage, stage_main
-from stages._training import STATE, build_trainer, save_state, train, write_metrics
+from stages._training import STATE, Sources, build_trainer, save_state, train, write_metrics
 
 
 def run(stage: Stage) -> None:
-    trainer = build_trainer(stage)
+    trainer = build_trainer(stage.params, Sources.of(stage.root))
     rows = train(stage, trainer, stage.params.schedule.hold_steps)
     with stage.outputs("artifacts/qat") as folder:
         save_state(folder / STATE, trainer)

@@ -1,4 +1,4 @@
-"""Calibrated grids on disk: one safetensors file, tensors named `<layer>.<scale|zero_point|clip_lower|clip_upper>`."""
+"""Calibration on disk: safetensors files, tensors named `<layer>.<field of LayerGrid or ChannelGrid>`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from qvgen.models.folding import ChannelGrid
 from qvgen.quant.calibrate import LayerGrid
 
 
@@ -18,6 +19,20 @@ def save_grids(path: str | Path, grids: Mapping[str, LayerGrid]) -> None:
 
 def load_grids(path: str | Path) -> dict[str, LayerGrid]:
     """Grids by layer name. Raises ValueError for a damaged file."""
+    return {name: LayerGrid.from_tensors(parts) for name, parts in _by_layer(path).items()}
+
+
+def save_folds(path: str | Path, folds: Mapping[str, ChannelGrid]) -> None:
+    """Folded inputs, tensors named `<first layer>.<shift or scale>`; an empty file where nothing is folded."""
+    save_file({f"{name}.{k}": v.contiguous() for name, fold in folds.items() for k, v in fold._asdict().items()}, path)
+
+
+def load_folds(path: str | Path) -> dict[str, ChannelGrid]:
+    """Folds by the name of the first layer that reads the input. Raises ValueError for a damaged file."""
+    return {name: ChannelGrid(**parts) for name, parts in _by_layer(path).items()}
+
+
+def _by_layer(path: str | Path) -> dict[str, dict[str, torch.Tensor]]:
     try:
         tensors = load_file(path)
     except SafetensorError as error:
@@ -26,4 +41,4 @@ def load_grids(path: str | Path) -> dict[str, LayerGrid]:
     for key, value in tensors.items():
         name, _, leaf = key.rpartition(".")
         layers.setdefault(name, {})[leaf] = value
-    return {name: LayerGrid.from_tensors(parts) for name, parts in layers.items()}
+    return layers

@@ -22,8 +22,8 @@ from torch import nn
 import qvgen.integrations.diffusers  # noqa: F401  (lets diffusers load packed transformers)
 from qvgen.models.source import MANIFEST
 from qvgen.nn.packed_linear import packed_layers
-from qvgen.packing.layout import PACKED_NAMES
-from qvgen.quant.scheme import QuantScheme
+from qvgen.packing.layout import EXACT_NAMES
+from qvgen.quant.scheme import EXTRAS, QuantScheme
 
 _TRANSFORMER, _CARD = "transformer", "README.md"
 _MAX_SHARD_SIZE = "10GB"  # diffusers' own
@@ -40,10 +40,10 @@ def export_pipeline(
     """Write a packed pipeline to `out_folder`, which must be empty or absent.
 
     `transformer` is the converted model of the pipeline in `source_folder`. Its tensors outside the packed layers, and the
-    biases of these, are stored in `dtype`; packed tensors as they are. config.json names every packed layer, so that
-    loading matches no patterns. The source's manifest stays behind: it records the hash of another transformer. Same
-    input, same bytes. Raises ValueError if the transformer has no packed layers or they
-    have another scheme.
+    biases and low-rank factors of these, are stored in `dtype`; packed tensors as they are. config.json names every packed
+    layer, so that loading matches no patterns. The source's manifest stays behind: it records the hash of another
+    transformer. Same input, same bytes. Raises ValueError if the transformer has no packed layers or they have another
+    scheme.
     """
     source, out = Path(source_folder), Path(out_folder)
     names = _packed_names(transformer, scheme)
@@ -93,7 +93,7 @@ def _packed_names(transformer: nn.Module, scheme: QuantScheme) -> list[str]:
     layers = dict(packed_layers(transformer))
     if not layers:
         raise ValueError("the transformer has no packed layers: call convert_ first")
-    what = ("weights", "input_activations", "timestep_groups")
+    what = ("weights", "input_activations", "timestep_groups", *EXTRAS)
     for name, layer in layers.items():
         if any(getattr(layer.scheme, field) != getattr(scheme, field) for field in what):
             raise ValueError(f"layer {name} was packed with another scheme ({layer.scheme.name}) than the one given")
@@ -108,7 +108,7 @@ def _write_transformer(transformer: Any, scheme: QuantScheme, names: list[str], 
     config["quantization_config"] = resolved.to_config(len(names))
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    packed = {f"{layer}.{tensor}" for layer in names for tensor in PACKED_NAMES}
+    packed = {f"{layer}.{tensor}" for layer in names for tensor in EXACT_NAMES}
     state = {}
     for name, tensor in transformer.state_dict().items():
         cast = tensor.is_floating_point() and name not in packed
@@ -150,6 +150,16 @@ def _check_files(folder: Path) -> None:
             raise ValueError(f"{file} is truncated or damaged ({error}); export it again") from None
 
 
+def _extra_rows(scheme: QuantScheme) -> str:
+    """Rows of the card that say what a packed layer of this scheme costs besides its packed weight; empty for a plain one."""
+    rows = {
+        "input_scaling": "divided by a stored vector first, in a pass of their own",
+        "input_rotation": f"rotated by Hadamard blocks of {scheme.input_rotation} first, in a pass of their own",
+        "low_rank": f"also read by a 16-bit branch, of rank {scheme.low_rank}, at most 1/16 of the layer's smaller side",
+    }
+    return "".join(f"| and | {rows[name]} |\n" for name in scheme.extras)
+
+
 def _model_card(source: Path, scheme: QuantScheme, layers: int, method: str) -> str:
     given = ModelCard.load(source / _CARD, ignore_metadata_errors=True) if (source / _CARD).is_file() else None
     facts = given.data if given is not None else ModelCardData()
@@ -183,7 +193,7 @@ Base model: {base}. {layers} linear layers of its transformer are packed; every 
 | scheme | {scheme.name} |
 | weights | {weights.num_bits} bits per {weights.strategy}, {kind} |
 | inputs of packed layers | {inputs} |
-| method | {method} |
+{_extra_rows(scheme)}| method | {method} |
 | licence | {facts.get("license") or "that of the base model"} |
 
 ```python

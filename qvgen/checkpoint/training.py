@@ -1,7 +1,7 @@
 """Training state on disk: one safetensors file, enough to continue bit for bit.
 
-Holds the student's tensors (Φ at its current rank included), the optimizers' moments, the averaged weights and the step. Random
-numbers need no state: the loop draws them from (seed, step).
+Holds the student's tensors (Φ at its current rank included), the optimizers' moments, the averaged weights and the step.
+Random numbers need no state: the loop draws them from (seed, step).
 """
 
 from __future__ import annotations
@@ -97,9 +97,7 @@ def _device(moment: str, parameter: nn.Parameter) -> torch.device:
     return torch.device("cpu") if moment == "step" else parameter.device
 
 
-def _shape_phi_(
-    student: nn.Module, optimizers: Sequence[torch.optim.Optimizer], saved: dict[str, torch.Tensor]
-) -> None:
+def _shape_phi_(student: nn.Module, optimizers: Sequence[torch.optim.Optimizer], saved: dict[str, torch.Tensor]) -> None:
     """Give every Φ the rank it has in the saved state."""
     for name, layer in qat_layers(student):
         up = saved.get(f"{name}.phi.phi_up")

@@ -29,7 +29,7 @@ from qvgen.integrations.fused_wan import fuse_wan_
 from qvgen.nn.packed_linear import PackedLinear, packed_layers
 from qvgen.nn.targets import match_linears, replace_module
 from qvgen.nn.timestep import track_timestep
-from qvgen.packing.layout import PACKED_NAMES
+from qvgen.packing.layout import EXACT_NAMES
 from qvgen.quant.scheme import QuantScheme
 
 METHOD = "qvgen"
@@ -114,7 +114,7 @@ class QVGenQuantizer(DiffusersQuantizer):
         self, model: nn.Module, param_value: Any, param_name: str, state_dict: dict[str, Any], **_: Any
     ) -> bool:
         owner, _dot, name = param_name.rpartition(".")
-        return name in PACKED_NAMES and isinstance(model.get_submodule(owner), PackedLinear)
+        return name in EXACT_NAMES and isinstance(model.get_submodule(owner), PackedLinear)
 
     def check_quantized_param_shape(self, param_name: str, current_param: torch.Tensor, new_param: torch.Tensor) -> bool:
         raise ValueError(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-WHOLE_RANGES = None  # no search: grids cover minimum to maximum
-SEARCH = "qvgen.quant.calibrate"
+if TYPE_CHECKING:
+    from qvgen.quant.calibrate import LayerGrid
 
 
 @dataclass(frozen=True)
@@ -16,21 +15,24 @@ class Method:
     """A method, as params.yaml names it. Defaults are those of `kd`, plain training towards the teacher."""
 
     name: str
-    calibration: str | None = SEARCH  # module whose `calibrate_layer` makes the grids, or WHOLE_RANGES
-    scheme_changes: Mapping[str, Any] = field(default_factory=dict)  # on top of params.yaml's scheme
+    searched: bool = True  # grids come from calibration, else they cover whole ranges
+    calibration: str = "qvgen.quant.calibrate"  # module whose `calibrate_layer` searches a layer's grids
+    scheme_changes: dict[str, Any] = field(default_factory=dict)  # extras of QuantScheme, unless params.yaml has them
     trained: bool = True
     phi: bool = False  # auxiliary modules and rank decay
     adapter: bool = False  # trains low-rank adapters inside the weight quantizers, and no weights
     quantized: bool = True  # False: trains in full precision and is quantized afterwards
     zero_points: bool = True  # weight zero points are learned too
     loss: Literal["teacher", "target", "dual"] = "teacher"  # qvgen/training/loss.py
+    folded: bool = False  # channels' shifts and scales are folded into the steps before, where that is free
     uniform_share: float = 0.0  # share of timesteps drawn uniformly instead of as the model was trained
     optimizer: Literal["adamw", "muon"] = "adamw"
     guidance_stop: float = 1.0  # cleanness (1 - t / 1000) from which sampling goes on without guidance
 
-    def calibrate_layer(self) -> Callable[..., Any] | None:
-        """The function that searches a layer's grids (signature of qvgen.quant.calibrate.calibrate_layer), or None."""
-        return None if self.calibration is None else import_module(self.calibration).calibrate_layer
+    def calibrate(self, *args: Any, **settings: Any) -> LayerGrid:
+        """Search the grids of one layer; the signature is that of qvgen.quant.calibrate.calibrate_layer."""
+        # Imported when it is called: PyTorch takes seconds, and params.py needs the names only.
+        return import_module(self.calibration).calibrate_layer(*args, **settings)
 
     @property
     def zero_inference_cost(self) -> bool:

@@ -4,6 +4,6 @@ Weights: one grid per output channel over [min, max]; q = clamp(round(w / s + z)
 run time, the whole range. Nothing is searched and nothing is trained: what any toolkit gives without calibration data.
 """
 
-from qvgen.methods.method import WHOLE_RANGES, Method
+from qvgen.methods.method import Method
 
-METHOD = Method(name="rtn", calibration=WHOLE_RANGES, trained=False)
+METHOD = Method(name="rtn", searched=False, trained=False)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qvgen.models.family import NUM_TRAIN_TIMESTEPS
+from qvgen.models.folding import FoldableInput, modulation_fold, value_fold
 
 
 class CogVideoXFamily:
@@ -43,6 +44,26 @@ class CogVideoXFamily:
             return_dict=False,
         )[0]
 
+    def foldable_inputs(self, model: nn.Module) -> list[FoldableInput]:
+        """Per block: what q, k and v read and what the feed-forward reads (both modulated by a linear layer of the block's
+        own), and what the output projection reads."""
+        found = []
+        for i, block in enumerate(model.get_submodule("transformer_blocks").children()):
+            parts: Any = block
+            prefix, width = f"transformer_blocks.{i}", parts.norm1.norm.normalized_shape[0]
+            # The modulation of video, then that of text: shift, scale and gate of each.
+            shift, scale, _, text_shift, text_scale, _ = (slice(j * width, (j + 1) * width) for j in range(6))
+            rows = [(shift, scale), (text_shift, text_scale)]
+            attention = tuple(f"{prefix}.attn1.to_{x}" for x in "qkv")
+            candidates = [
+                FoldableInput(attention, modulation_fold(parts.norm1.linear, rows), scales=True),
+                FoldableInput((f"{prefix}.ff.net.0.proj",), modulation_fold(parts.norm2.linear, rows), scales=True),
+                FoldableInput((f"{prefix}.attn1.to_out.0",), value_fold(parts.attn1.to_v), scales=True),
+            ]
+            # Biases are options of this model; a shift needs them.
+            found += [c for c in candidates if parts.attn1.to_v.bias is not None and _have_bias(model, c.layers)]
+        return found
+
     def encode_text(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> torch.Tensor:
         text, _ = pipeline.encode_prompt(
             list(prompts), do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
@@ -61,6 +82,10 @@ class CogVideoXFamily:
 
     def decode_latents(self, pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
         return pipeline.decode_latents(latents.to(pipeline.vae.dtype)).float().clamp(-1, 1)
+
+
+def _have_bias(model: nn.Module, layers: Sequence[str]) -> bool:
+    return all(model.get_submodule(name).bias is not None for name in layers)
 
 
 def _rotary_embedding(model: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from qvgen.models.folding import FoldableInput
+
 NUM_TRAIN_TIMESTEPS = 1000  # both families number noise levels 0 (clean) to 1000 (noise)
 
 
@@ -48,6 +50,10 @@ class Family(Protocol):
 
     def target(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """What the transformer was trained to predict for `add_noise(clean, noise, timestep)`."""
+        ...
+
+    def foldable_inputs(self, model: nn.Module) -> list[FoldableInput]:
+        """Inputs of the transformer's linear layers that can be shifted or scaled per channel for nothing."""
         ...
 
     def encode_text(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> torch.Tensor:

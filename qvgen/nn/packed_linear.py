@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from qvgen.kernels.ops import quantized_feed_forward, quantized_linear, quantized_linear_out, quantized_linears
@@ -18,6 +19,7 @@ from qvgen.kernels.registry import (
     choose,
     get,
 )
+from qvgen.nn.input_transform import low_rank_output
 from qvgen.nn.timestep import TimestepState
 from qvgen.packing import layout
 from qvgen.packing.bits import pack, unpack
@@ -25,14 +27,16 @@ from qvgen.packing.layout import layer_layout, row_sums, validate_layer, weight_
 from qvgen.quant.fake_quantizer import grouped_weight
 from qvgen.quant.primitives import dequantize
 from qvgen.quant.scheme import QuantScheme
+from qvgen.quant.smoothing import transform_input
 
 
 class PackedLinear(nn.Module):
     """Y = Q(W) Q(X) + b in integer arithmetic (kernels/ops.py), for inference only.
 
     The buffers are the tensors of the packed format (packing/layout.py). They keep their dtypes whatever the module is cast
-    to; only `bias` follows. On first use, or by `prepare_backend`, the weight is repacked as the kernel backend reads it.
-    From then on there is no other copy: `weight_packed`, and with it the state dict, is made from it when asked for.
+    to; only its parameters, `bias` and low-rank factors, follow. On first use, or by `prepare_backend`, the weight is
+    repacked as the kernel backend reads it. From then on there is no other copy: `weight_packed`, and with it the state dict,
+    is made from it when asked for. What a scheme adds to a layer (nn/input_transform.py) runs in PyTorch around the op.
     """
 
     weight_scale: torch.Tensor
@@ -41,7 +45,10 @@ class PackedLinear(nn.Module):
     weight_shape: torch.Tensor
     input_clip_lower: torch.Tensor | None
     input_clip_upper: torch.Tensor | None
+    input_scale: torch.Tensor | None
     bias: nn.Parameter | None
+    low_rank_up: nn.Parameter | None
+    low_rank_down: nn.Parameter | None
 
     def __init__(
         self,
@@ -53,24 +60,26 @@ class PackedLinear(nn.Module):
         device: torch.device | str | None = "meta",
         dtype: torch.dtype | None = None,
     ) -> None:
-        """An empty layer, for loading into; `dtype` is that of the bias."""
+        """An empty layer, for loading into; `dtype` is that of the bias and the low-rank factors."""
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.scheme = scheme
         self.timestep = timestep
+        self.has_extras = bool(scheme.extras)
         dtype = dtype or torch.get_default_dtype()
         for name, spec in layer_layout(in_features, out_features, scheme, bias, dtype).items():
             empty = torch.empty(spec.shape, dtype=spec.dtype, device=device)
-            if name == layout.BIAS:
-                # A parameter, because models ask their layers' parameters for the dtype to compute in.
-                self.bias = nn.Parameter(empty, requires_grad=False)
+            if name in layout.CAST_NAMES:
+                # Parameters, because models ask their layers' parameters for the dtype to compute in.
+                self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
             else:
                 self.register_buffer(name, empty)
-        for name in (layout.ZERO_POINT, layout.CLIP_LOWER, layout.CLIP_UPPER):
+        for name in (layout.ZERO_POINT, layout.CLIP_LOWER, layout.CLIP_UPPER, layout.INPUT_SCALE):
             if name not in self._buffers:
                 self.register_buffer(name, None)
-        if not bias:
-            self.register_parameter("bias", None)
+        for name in layout.CAST_NAMES:
+            if name not in self._parameters:
+                self.register_parameter(name, None)
         self._prepared: PreparedWeight | None = None
 
     @property
@@ -92,12 +101,14 @@ class PackedLinear(nn.Module):
         bias: torch.Tensor | None,
         scheme: QuantScheme,
         timestep: TimestepState,
+        **extras: torch.Tensor | None,
     ) -> Self:
         """A layer from what training exports.
 
         codes (N, K) uint8; scale and zero_point (rows, G) float32, where rows is N, or 1 for strategy tensor, and
         zero_point is None if symmetric; clips (timestep groups,) float32 in [0, 1], None if inputs are not quantized; bias
-        (N,) of any float dtype. Raises ValueError if they do not fit each other or the scheme.
+        (N,) of any float dtype; `extras` are input_scale (K,) float32, and low_rank_up (N, R) and low_rank_down (R, K) of any
+        float dtype. Raises ValueError if they do not fit each other or the scheme.
         """
         n, k = codes.shape
         packed = cls(k, n, bias is not None, scheme, timestep)
@@ -110,6 +121,7 @@ class PackedLinear(nn.Module):
             layout.CLIP_LOWER: clip_lower,
             layout.CLIP_UPPER: clip_upper,
             layout.BIAS: bias,
+            **extras,
         }
         given = {name: value.detach().contiguous() for name, value in tensors.items() if value is not None}
         validate_layer("(new)", given, k, n, scheme, bias is not None, check_codes=False)
@@ -119,12 +131,26 @@ class PackedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (n, ..., K) in any float dtype to (n, ..., N) in the same."""
         self._check_input(x)
+        if self.has_extras:
+            return self._with_extras(x).to(x.dtype)
         return quantized_linear(x, *self._tensors(), *self._arguments(x), False, None)
 
     def forward_into(self, x: torch.Tensor, out: torch.Tensor, gelu: bool = False) -> None:
         """Write the output, after a GELU if asked for, to `out` (n, ..., N): contiguous, float32 or bfloat16."""
         self._check_input(x)
-        quantized_linear_out(x, *self._tensors(), *self._arguments(x), out, gelu)
+        if self.has_extras:
+            y = self._with_extras(x)
+            out.copy_(F.gelu(y, approximate="tanh") if gelu else y)
+        else:
+            quantized_linear_out(x, *self._tensors(), *self._arguments(x), out, gelu)
+
+    def _with_extras(self, x: torch.Tensor) -> torch.Tensor:
+        """(n, ..., N) float32; the transformed input is float32 too, whatever the model's dtype, as in training."""
+        x = transform_input(x.float(), self.input_scale, self.scheme.input_rotation)
+        y = quantized_linear(x, *self._tensors(), *self._arguments(x), False, None)
+        if self.low_rank_up is not None and self.low_rank_down is not None:
+            y += low_rank_output(x, self.low_rank_up, self.low_rank_down)
+        return y
 
     def _check_input(self, x: torch.Tensor) -> None:
         if x.shape[-1] != self.in_features:
@@ -217,7 +243,7 @@ class PackedLinear(nn.Module):
         kind = "symmetric" if weights.symmetric else "asymmetric"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{self.scheme.name}, {kind}, {weights.strategy}"
+            f"{', '.join([self.scheme.name, kind, weights.strategy, *self.scheme.extras])}"
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
@@ -247,8 +273,10 @@ def linears(x: torch.Tensor, layers: Sequence[PackedLinear]) -> list[torch.Tenso
     """Outputs of layers that read the same input, such as q, k and v, which is then read once.
 
     The layers must have one scheme and run in one backend, as all layers of a model do; the outputs are those of calling
-    each of them.
+    each of them, which is what happens where each transforms its input.
     """
+    if any(layer.has_extras for layer in layers):
+        return [layer(x) for layer in layers]
     for layer in layers:
         layer._check_input(x)
     tensors = zip(*[layer._tensors() for layer in layers], strict=True)
@@ -257,7 +285,9 @@ def linears(x: torch.Tensor, layers: Sequence[PackedLinear]) -> list[torch.Tenso
 
 def feed_forward(x: torch.Tensor, up: PackedLinear, down: PackedLinear) -> torch.Tensor:
     """down(gelu(up(x))) with the GELU in its tanh form: as calling `up` with its GELU and then `down`, but the wide
-    intermediate is never written out."""
+    intermediate is never written out, unless the layers transform their inputs."""
+    if up.has_extras or down.has_extras:
+        return down(F.gelu(up(x), approximate="tanh"))
     up._check_input(x)
     down._ensure_prepared()
     tensors = zip(up._tensors(), down._tensors(), strict=True)

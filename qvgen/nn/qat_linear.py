@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qvgen.nn.adapter import LowRankAdapter
+from qvgen.nn.input_transform import InputTransform
 from qvgen.nn.timestep import TimestepState
 from qvgen.phi.auxiliary import AuxiliaryModule
 from qvgen.quant.fake_quantizer import ActivationQuantizer, WeightQuantizer
@@ -15,7 +16,11 @@ from qvgen.quant.scheme import QuantScheme
 
 class QATLinear(nn.Linear):
     """nn.Linear that computes Y = (Q(W + adapter) + Φ) Q(X) + b. `weight` and `bias` keep their names, so full-precision
-    checkpoints load unchanged."""
+    checkpoints load unchanged.
+
+    With an `input_transform` X is the transformed input, `weight` what that leaves to be packed, and a branch may be added
+    (nn/input_transform.py).
+    """
 
     def __init__(
         self,
@@ -33,6 +38,7 @@ class QATLinear(nn.Linear):
         self.input_quantizer = input_quantizer
         self.phi: AuxiliaryModule | None = None
         self.adapter: LowRankAdapter | None = None
+        self.input_transform: InputTransform | None = None
 
     def add_phi(self, rank: int, zero: torch.Generator | None = None) -> None:
         """Attach Φ, initialised from this layer's weight error, or at zero with a generator for its random half; `rank` is
@@ -60,6 +66,8 @@ class QATLinear(nn.Linear):
         weight = self.weight_quantizer(self.weight if self.adapter is None else self.weight + self.adapter.delta())
         if self.phi is not None:
             weight = weight + self.phi.delta()
-        if self.input_quantizer is not None:
-            x = self.input_quantizer(x, self.timestep.of(x))
-        return F.linear(x, weight, self.bias)
+        if self.input_transform is not None:
+            x = self.input_transform(x)
+        quantized = x if self.input_quantizer is None else self.input_quantizer(x, self.timestep.of(x))
+        y = F.linear(quantized, weight, self.bias)
+        return y if self.input_transform is None else self.input_transform.add_branch(y, x)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
+from qvgen.nn.input_transform import InputTransform
 from qvgen.nn.packed_linear import PackedLinear
 from qvgen.nn.qat_linear import QATLinear
 from qvgen.nn.targets import match_linears, replace_module
@@ -26,8 +27,9 @@ def prepare_(
 ) -> list[str]:
     """Replace the targeted linear layers by QATLinear and return their names.
 
-    `grids` holds the calibrated quantizers per layer; without it every layer gets its whole min/max range. Raises
-    ValueError if a pattern matches nothing or a layer has no calibrated grid.
+    `grids` holds the calibrated quantizers per layer; without it every layer gets its whole min/max range. Where the scheme
+    scales or rotates inputs, or has a low-rank branch, the layer's weight becomes what these leave of it. Raises ValueError
+    if a pattern matches nothing, or a layer has no calibrated grid or that of another scheme.
     """
     names = match_linears(model, scheme.targets, scheme.ignore, default_targets)
     if grids is not None and (missing := [n for n in names if n not in grids]):
@@ -37,12 +39,18 @@ def prepare_(
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         grid = LayerGrid.min_max(linear.weight, scheme) if grids is None else grids[name]
+        grid.check(name, linear.weight, scheme)
         weight_quantizer = WeightQuantizer(scheme.weights, grid.scale, grid.zero_point)
         input_quantizer = None
         if scheme.input_activations is not None:
             assert grid.clip_lower is not None and grid.clip_upper is not None
             input_quantizer = ActivationQuantizer(scheme.input_activations, grid.clip_lower, grid.clip_upper)
-        replace_module(model, name, QATLinear(linear, scheme, state, weight_quantizer, input_quantizer))
+        layer = QATLinear(linear, scheme, state, weight_quantizer, input_quantizer)
+        if scheme.extras:
+            # A new parameter: a copy of the model, such as the teacher, may share the old one.
+            layer.weight = nn.Parameter(grid.residual(linear.weight, scheme).to(linear.weight.dtype))
+            layer.input_transform = InputTransform(grid, scheme)
+        replace_module(model, name, layer)
     return names
 
 
@@ -75,6 +83,7 @@ def convert_(model: nn.Module) -> list[str]:
             None if layer.bias is None else layer.bias.detach(),
             layer.scheme,
             layer.timestep,
+            **({} if layer.input_transform is None else layer.input_transform.export()),
         )
         replace_module(model, name, packed)
     return [name for name, _ in layers]

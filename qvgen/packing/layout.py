@@ -9,6 +9,8 @@
 | weight_shape | (2,) | int64 | (N, K) |
 | input_clip_lower, input_clip_upper | (timestep groups,) | float32 | quantized inputs |
 | bias | (N,) | any float | layers with a bias |
+| input_scale | (K,) | float32 | schemes with input_scaling; positive |
+| low_rank_up, low_rank_down | (N, R), (R, K) | any float | schemes with low_rank; R is QuantScheme.rank_of(N, K) |
 
 G is the number of groups along K, 1 unless strategy is group; rows is N, or 1 for strategy tensor, whose one scale is stored
 once. Row sums are per group because the integer path corrects each group with its own zero point.
@@ -27,7 +29,10 @@ from qvgen.quant.scheme import QuantArgs, QuantScheme
 PACKED, SCALE, ZERO_POINT, ROW_SUM = "weight_packed", "weight_scale", "weight_zero_point", "weight_row_sum"
 SHAPE, CLIP_LOWER, CLIP_UPPER, BIAS = "weight_shape", "input_clip_lower", "input_clip_upper", "bias"
 _UNPACKED = 2**20  # codes that a check unpacks at a time
-PACKED_NAMES = (PACKED, SCALE, ZERO_POINT, ROW_SUM, SHAPE, CLIP_LOWER, CLIP_UPPER)  # never cast; the bias may be
+PACKED_NAMES = (PACKED, SCALE, ZERO_POINT, ROW_SUM, SHAPE, CLIP_LOWER, CLIP_UPPER)
+INPUT_SCALE, LOW_RANK_UP, LOW_RANK_DOWN = "input_scale", "low_rank_up", "low_rank_down"
+EXACT_NAMES = (*PACKED_NAMES, INPUT_SCALE)  # never cast
+CAST_NAMES = (BIAS, LOW_RANK_UP, LOW_RANK_DOWN)  # in the model's dtype
 
 
 class TensorSpec(NamedTuple):
@@ -35,8 +40,12 @@ class TensorSpec(NamedTuple):
     dtype: torch.dtype
 
     @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
     def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return self.numel * self.dtype.itemsize
 
 
 def weight_groups(in_features: int, args: QuantArgs) -> int:
@@ -54,8 +63,10 @@ def weight_groups(in_features: int, args: QuantArgs) -> int:
 def layer_layout(
     in_features: int, out_features: int, scheme: QuantScheme, has_bias: bool, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, TensorSpec]:
-    """Every tensor of a packed layer; `dtype` is that of the bias. Raises ValueError if the groups do not divide K."""
+    """Every tensor of a packed layer; `dtype` is that of CAST_NAMES. Raises ValueError if the groups or the rotation's
+    blocks do not divide K."""
     args = scheme.weights
+    scheme.check_rotation(in_features)
     groups = weight_groups(in_features, args)
     grid = (1 if args.strategy == "tensor" else out_features, groups)
     layout = {
@@ -70,13 +81,18 @@ def layer_layout(
         layout[CLIP_LOWER] = layout[CLIP_UPPER] = TensorSpec((scheme.timestep_groups,), torch.float32)
     if has_bias:
         layout[BIAS] = TensorSpec((out_features,), dtype)
+    if scheme.input_scaling:
+        layout[INPUT_SCALE] = TensorSpec((in_features,), torch.float32)
+    if rank := scheme.rank_of(out_features, in_features):
+        layout[LOW_RANK_UP] = TensorSpec((out_features, rank), dtype)
+        layout[LOW_RANK_DOWN] = TensorSpec((rank, in_features), dtype)
     return layout
 
 
 def packed_bytes(in_features: int, out_features: int, scheme: QuantScheme, has_bias: bool, dtype_bytes: int = 2) -> int:
-    """Bytes of a packed layer's tensors, everything but the file's header; `dtype_bytes` per element of the bias."""
-    layout = layer_layout(in_features, out_features, scheme, has_bias=False)
-    return sum(spec.nbytes for spec in layout.values()) + has_bias * out_features * dtype_bytes
+    """Bytes of a packed layer's tensors, everything but the file's header; `dtype_bytes` per element of CAST_NAMES."""
+    layout = layer_layout(in_features, out_features, scheme, has_bias)
+    return sum(spec.numel * dtype_bytes if name in CAST_NAMES else spec.nbytes for name, spec in layout.items())
 
 
 def row_sums(codes: torch.Tensor, groups: int) -> torch.Tensor:
@@ -105,7 +121,7 @@ def validate_layer(
         raise ValueError(f"packed layer {layer}: {', '.join(unexpected)} not expected of a {scheme.name} layer like this one")
     for name, spec in layout.items():
         found = tensors[name]
-        dtype_matches = found.dtype.is_floating_point if name == BIAS else found.dtype == spec.dtype
+        dtype_matches = found.dtype.is_floating_point if name in CAST_NAMES else found.dtype == spec.dtype
         if tuple(found.shape) != spec.shape or not dtype_matches:
             raise ValueError(
                 f"{layer}.{name}: expected {list(spec.shape)} {spec.dtype}, found {list(found.shape)} {found.dtype}; "
@@ -113,8 +129,9 @@ def validate_layer(
             )
         if found.dtype.is_floating_point and not torch.isfinite(found).all():
             raise ValueError(f"{layer}.{name}: holds NaN or Inf; the checkpoint is damaged, export it again")
-    if not (tensors[SCALE] > 0).all():
-        raise ValueError(f"{layer}.{SCALE}: scales must be positive; the checkpoint is damaged, export it again")
+    for name in (SCALE, INPUT_SCALE):
+        if name in tensors and not (tensors[name] > 0).all():
+            raise ValueError(f"{layer}.{name}: scales must be positive; the checkpoint is damaged, export it again")
     if tensors[SHAPE].tolist() != [out_features, in_features]:
         raise ValueError(f"{layer}.{SHAPE}: expected {[out_features, in_features]}, found {tensors[SHAPE].tolist()}")
     if scheme.weights.zero_point_domain == "integer" and (zero_point := tensors.get(ZERO_POINT)) is not None:

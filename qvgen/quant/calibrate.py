@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
@@ -17,30 +17,75 @@ from torch import nn
 from qvgen.quant.fake_quantizer import WeightQuantizer, grouped_weight, weight_range
 from qvgen.quant.primitives import codes, dequantize, range_to_grid, token_grid
 from qvgen.quant.scheme import QuantArgs, QuantScheme
+from qvgen.quant.smoothing import transform_input, transform_weight
 
 
 @dataclass(frozen=True)
 class LayerGrid:
-    """Calibrated quantizers of one layer: weight scale and zero point (rows, G); clips (timestep groups,) in (0, 1]."""
+    """Calibrated quantizers of one layer: weight scale and zero point (rows, G); clips (timestep groups,) in (0, 1].
+
+    With a scheme that adds to the layer also `input_scale` (K,), and `low_rank_up` (N, R) and `low_rank_down` (R, K) of the
+    16-bit branch. The grid is then that of `residual`, and the branch reads the same transformed inputs, not quantized.
+    """
 
     scale: torch.Tensor
     zero_point: torch.Tensor | None
     clip_lower: torch.Tensor | None
     clip_upper: torch.Tensor | None
+    input_scale: torch.Tensor | None = None
+    low_rank_up: torch.Tensor | None = None
+    low_rank_down: torch.Tensor | None = None
 
     @classmethod
     def min_max(cls, weight: torch.Tensor, scheme: QuantScheme) -> LayerGrid:
-        """Whole ranges, nothing searched: what rounding to nearest uses."""
-        scale, zero_point = range_to_grid(*weight_range(weight, scheme.weights), scheme.weights)
+        """Whole ranges, nothing searched: what rounding to nearest uses. Inputs are scaled by 1, a branch is empty (0)."""
+        n, k = weight.shape
+        rank = scheme.rank_of(n, k)
+        rotated = transform_weight(weight.detach().float(), None, scheme.input_rotation)
+        scale, zero_point = range_to_grid(*weight_range(rotated, scheme.weights), scheme.weights)
         whole = None if scheme.input_activations is None else torch.ones(scheme.timestep_groups)
-        return cls(scale, None if scheme.weights.symmetric else zero_point, whole, whole)
+        return cls(
+            scale,
+            None if scheme.weights.symmetric else zero_point,
+            whole,
+            whole,
+            torch.ones(k) if scheme.input_scaling else None,
+            torch.zeros(n, rank) if rank else None,
+            torch.zeros(rank, k) if rank else None,
+        )
+
+    def residual(self, weight: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
+        """What of a weight (N, K) is packed, float32: it scaled and rotated, less the low-rank branch."""
+        weight = transform_weight(weight.detach().float(), self.input_scale, scheme.input_rotation)
+        if self.low_rank_up is None or self.low_rank_down is None:
+            return weight
+        return weight - self.low_rank_up @ self.low_rank_down
+
+    def check(self, name: str, weight: torch.Tensor, scheme: QuantScheme) -> None:
+        """Raise ValueError, with the layer's name, if the grid lacks what the scheme adds to a layer, or has too much."""
+        n, k = weight.shape
+        rank = scheme.rank_of(n, k)
+        scheme.check_rotation(k)
+        expected = {
+            "input_scale": (k,) if scheme.input_scaling else None,
+            "low_rank_up": (n, rank) if rank else None,
+            "low_rank_down": (rank, k) if rank else None,
+        }
+        for field, shape in expected.items():
+            tensor = getattr(self, field)
+            found = None if tensor is None else tuple(tensor.shape)
+            if found != shape:
+                raise ValueError(
+                    f"grid of layer {name}: {field} is {found or 'absent'}, this scheme needs {shape or 'none'}; "
+                    "run calibration with this scheme"
+                )
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
         return {name: value.contiguous() for name, value in vars(self).items() if value is not None}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> LayerGrid:
-        return cls(*(tensors.get(name) for name in ("scale", "zero_point", "clip_lower", "clip_upper")))  # type: ignore[arg-type]
+        return cls(*(tensors.get(field.name) for field in fields(cls)))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -83,7 +128,7 @@ def search_clips(
     """
 
     def error(lower: float, upper: float) -> float:
-        quantized = _quantize_tokens(x, torch.tensor(lower), torch.tensor(upper), args)
+        quantized = quantize_tokens(x, torch.tensor(lower), torch.tensor(upper), args)
         return float(((quantized - x).square_() @ importance).sum())
 
     both = min(candidates, key=lambda c: error(c, c))
@@ -148,34 +193,68 @@ def calibrate_layer(
     mse_exponent: float,
     clip_candidates: Sequence[float],
 ) -> LayerGrid:
-    """Searched grid of one layer; `inputs` holds recorded rows (m, K) per timestep group."""
-    weight = layer.weight.detach().float()
-    scale, zero_point = search_weight_grid(weight, scheme.weights, candidates=weight_candidates, exponent=mse_exponent)
+    """Searched grid of one layer; `inputs` holds recorded rows (m, K) per timestep group.
+
+    Methods that scale inputs or add a branch have a function like this of their own (qvgen/methods).
+    """
+    return search_grid(
+        layer.weight,
+        inputs,
+        scheme,
+        weight_candidates=weight_candidates,
+        mse_exponent=mse_exponent,
+        clip_candidates=clip_candidates,
+    )
+
+
+def search_grid(
+    weight: torch.Tensor,
+    inputs: list[torch.Tensor],
+    scheme: QuantScheme,
+    *,
+    input_scale: torch.Tensor | None = None,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+    weight_candidates: int,
+    mse_exponent: float,
+    clip_candidates: Sequence[float],
+) -> LayerGrid:
+    """Grid of a weight (N, K) under the given extras: ranges and clips are searched on what is quantized with them."""
+    empty = torch.empty(0)  # until the search below
+    grid = LayerGrid(empty, None, None, None, input_scale, *(low_rank or (None, None)))
+    residual = grid.residual(weight, scheme)
+    scale, zero_point = search_weight_grid(residual, scheme.weights, candidates=weight_candidates, exponent=mse_exponent)
     if scheme.input_activations is None:
-        return LayerGrid(scale, zero_point, None, None)
-    importance = weight.square().sum(0)
-    clips = [search_clips(x, importance, scheme.input_activations, clip_candidates) for x in inputs]
+        return replace(grid, scale=scale, zero_point=zero_point)
+    importance = residual.square().sum(0)
+    transformed = (transform_input(x, input_scale, scheme.input_rotation) for x in inputs)
+    clips = [search_clips(x, importance, scheme.input_activations, clip_candidates) for x in transformed]
     lower, upper = torch.tensor(clips, dtype=torch.float32).unbind(1)
-    return LayerGrid(scale, zero_point, lower, upper)
+    return replace(grid, scale=scale, zero_point=zero_point, clip_lower=lower, clip_upper=upper)
 
 
 def layer_error(layer: nn.Linear, grid: LayerGrid, inputs: list[torch.Tensor], scheme: QuantScheme) -> LayerError:
-    """What `grid` costs on the recorded inputs."""
+    """What `grid` costs on the recorded inputs. Where the scheme scales or rotates, weight and inputs count as they are
+    then; the outputs are the layer's own in any case."""
     weight = layer.weight.detach().float()
-    quantized_weight = WeightQuantizer(scheme.weights, grid.scale, grid.zero_point).dequantized(weight)
+    residual = grid.residual(weight, scheme)
+    quantized_weight = WeightQuantizer(scheme.weights, grid.scale, grid.zero_point).dequantized(residual)
     totals = torch.zeros(4, dtype=torch.float64)
     for group, x in enumerate(inputs):
-        quantized = x
+        quantized = inner = transform_input(x, grid.input_scale, scheme.input_rotation)
         if scheme.input_activations is not None:
             assert grid.clip_lower is not None and grid.clip_upper is not None
-            quantized = _quantize_tokens(x, grid.clip_lower[group], grid.clip_upper[group], scheme.input_activations)
-        output = x @ weight.T
-        parts = (quantized - x, x, quantized @ quantized_weight.T - output, output)
+            quantized = quantize_tokens(inner, grid.clip_lower[group], grid.clip_upper[group], scheme.input_activations)
+        output, found = x @ weight.T, quantized @ quantized_weight.T
+        if grid.low_rank_up is not None and grid.low_rank_down is not None:
+            found += inner @ grid.low_rank_down.T @ grid.low_rank_up.T
+        parts = (quantized - inner, inner, found - output, output)
         totals += torch.stack([p.double().square().sum() for p in parts])
-    weight_error = (quantized_weight - weight).square().sum() / weight.square().sum()
+    whole = transform_weight(weight, grid.input_scale, scheme.input_rotation)
+    weight_error = (quantized_weight - residual).square().sum() / whole.square().sum()
     return LayerError(float(weight_error), float(totals[0] / totals[1]), float(totals[2] / totals[3]))
 
 
-def _quantize_tokens(x: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, args: QuantArgs) -> torch.Tensor:
+def quantize_tokens(x: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, args: QuantArgs) -> torch.Tensor:
+    """x (..., K) on the grid of each token."""
     scale, zero_point = token_grid(x, lower, upper, args)
     return dequantize(codes(x, scale, zero_point, args), scale, zero_point)

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 FORMAT_VERSION = 1
 MIN_BITS, MAX_BITS = 2, 8
 
+EXTRAS = ("input_scaling", "input_rotation", "low_rank")
+
 Strategy = Literal["tensor", "channel", "group", "token"]
 ZeroPointDomain = Literal["float", "integer"]
 
@@ -57,6 +59,8 @@ class QuantScheme(_Frozen):
     `targets` and `ignore` name layers: a class name ("Linear"), a full name ("blocks.0.ffn.net.2"), or "re:" and a regular
     expression matched from the start of the full name. An empty `targets` means the family's default, the linear layers
     of the transformer blocks.
+
+    The last three fields are what some methods add to each layer at inference; off, they leave no trace in config.json.
     """
 
     weights: QuantArgs = QuantArgs(zero_point_domain="float")
@@ -64,6 +68,13 @@ class QuantScheme(_Frozen):
     timestep_groups: int = Field(default=50, ge=1, le=1000, description="groups of timesteps, each with its own learned clips")
     targets: tuple[str, ...] = Field(default=(), strict=False)
     ignore: tuple[str, ...] = Field(default=(), strict=False)
+    input_scaling: bool = Field(default=False, description="inputs are divided per channel by a stored vector, then quantized")
+    input_rotation: int | None = Field(
+        default=None, ge=2, description="size of the Hadamard blocks that rotate the (scaled) inputs, a power of two"
+    )
+    low_rank: int = Field(
+        default=0, ge=0, description="largest rank of the 16-bit branch beside the packed weight; see rank_of"
+    )
 
     @field_validator("targets", "ignore")
     @classmethod
@@ -84,7 +95,33 @@ class QuantScheme(_Frozen):
             raise ValueError("input_activations are quantized per token at run time: strategy must be token")
         if activations is not None and activations.zero_point_domain != "integer":
             raise ValueError("input_activations need an integer zero point: zero_point_domain must be integer")
+        if self.input_rotation is not None and self.input_rotation & (self.input_rotation - 1):
+            raise ValueError(f"input_rotation must be a power of two, found {self.input_rotation}")
         return self
+
+    @property
+    def extras(self) -> dict[str, Any]:
+        """What this scheme adds to a plain quantized layer: the fields of EXTRAS that are not off."""
+        return {name: getattr(self, name) for name in EXTRAS if getattr(self, name) != type(self).model_fields[name].default}
+
+    def without_extras(self) -> QuantScheme:
+        return self.model_copy(update={name: type(self).model_fields[name].default for name in EXTRAS})
+
+    def rank_of(self, out_features: int, in_features: int) -> int:
+        """Rank of the 16-bit branch of a layer: `low_rank`, but at most a sixteenth of the layer's smaller side.
+
+        Beyond that the branch weighs as much as the packed weight: rank 32 on a square layer 128 wide adds 8 bits a weight.
+        """
+        return min(self.low_rank, max(1, min(out_features, in_features) // 16))
+
+    def check_rotation(self, in_features: int) -> None:
+        """Raise ValueError unless the rotation's blocks divide a layer's input."""
+        if self.input_rotation is not None and in_features % self.input_rotation:
+            largest = in_features & -in_features
+            raise ValueError(
+                f"in_features {in_features} is not a multiple of input_rotation {self.input_rotation}; "
+                f"choose {largest if largest > 1 else 'null'} or a smaller power of two"
+            )
 
     @property
     def name(self) -> str:
@@ -104,6 +141,7 @@ class QuantScheme(_Frozen):
                     "weights": self.weights.model_dump(),
                     "input_activations": self.input_activations and self.input_activations.model_dump(),
                     "timestep_groups": self.timestep_groups,
+                    **self.extras,
                 }
             },
             "ignore": list(self.ignore),

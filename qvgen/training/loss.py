@@ -17,16 +17,12 @@ DSA_ALPHA = 3.0  # how fast supervision passes from the teacher to the data; DSA
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def teacher_loss(
-    student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor, cleanness: torch.Tensor
-) -> torch.Tensor:
+def teacher_loss(student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor, cleanness: torch.Tensor) -> torch.Tensor:
     """Mean squared difference between student and teacher (QVGen, section 3.1; Q-DM's noise-estimating mimicking)."""
     return (student - teacher).square().mean()
 
 
-def target_loss(
-    student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor, cleanness: torch.Tensor
-) -> torch.Tensor:
+def target_loss(student: torch.Tensor, teacher: torch.Tensor, target: torch.Tensor, cleanness: torch.Tensor) -> torch.Tensor:
     """The task's own loss: what the full-precision model was trained with. The teacher plays no part."""
     return (student - target).square().mean()
 
@@ -54,4 +50,3 @@ LOSSES: dict[str, Loss] = {
     "target": target_loss,
     "dual": partial(dual_loss, alpha=DSA_ALPHA),
 }
-

@@ -9,6 +9,7 @@ from torch import nn
 
 from qvgen.checkpoint.training import load_training_state, save_training_state
 from qvgen.data.precompute import LatentDataset
+from qvgen.methods.registry import METHODS
 from qvgen.models.cogvideox import CogVideoXFamily
 from qvgen.models.family import Family
 from qvgen.models.tiny import tiny_cogvideox_transformer, tiny_wan_transformer
@@ -18,7 +19,7 @@ from qvgen.nn.swap import add_phi_, convert_, prepare_, qat_layers, set_phi_
 from qvgen.phi.rank_decay import RankDecaySchedule
 from qvgen.quant.scheme import QuantScheme
 from qvgen.training.loop import LoopSettings, StepRecord, Trainer
-from qvgen.training.optim import OptimizerSettings, build_optimizer, learning_rate_factor
+from qvgen.training.optim import OptimizerSettings, build_optimizers, learning_rate_factor
 
 SCHEME = QuantScheme(timestep_groups=5)
 SCHEDULE = RankDecaySchedule(initial_rank=4, hold_steps=3, phase_steps=2, final_steps=3)  # 3 + 3 * 2 + 3 = 12 steps
@@ -70,7 +71,7 @@ def trainer(
         nn.init.constant_(layer.input_quantizer.clip_upper_logit, 1.5)
     if schedule.initial_rank:
         add_phi_(student, schedule.initial_rank)
-    return Trainer(student, teacher, family, data, schedule, settings)
+    return Trainer(student, teacher, family, data, schedule, settings, METHODS["qvgen"])
 
 
 def state(of: Trainer) -> dict[str, torch.Tensor]:
@@ -123,9 +124,9 @@ def test_stop_and_continue_equals_uninterrupted(tmp_path: Path, cut: int, ema: f
 
     first = trainer("wan", settings=settings)
     first.run(cut)
-    save_training_state(tmp_path / "state.safetensors", first.student, first.optimizer, first.average, first.step)
+    save_training_state(tmp_path / "state.safetensors", first.student, first.optimizers, first.average, first.step)
     second, continued = trainer("wan", settings=settings), []
-    second.step = load_training_state(tmp_path / "state.safetensors", second.student, second.optimizer, second.average)
+    second.step = load_training_state(tmp_path / "state.safetensors", second.student, second.optimizers, second.average)
     assert second.step == cut
     second.run(SCHEDULE.total_steps, lambda _, r: continued.append(r.loss))
     assert continued == rows[cut:]
@@ -135,13 +136,13 @@ def test_stop_and_continue_equals_uninterrupted(tmp_path: Path, cut: int, ema: f
 
 def test_damaged_or_foreign_state_is_refused(tmp_path: Path) -> None:
     run, path = trainer("wan"), tmp_path / "state.safetensors"
-    save_training_state(path, run.student, run.optimizer, None, 0)
+    save_training_state(path, run.student, run.optimizers, None, 0)
     other = trainer("wan", RankDecaySchedule(0, hold_steps=2))
     with pytest.raises(ValueError, match="another method or rank"):
-        load_training_state(path, other.student, other.optimizer, None)
+        load_training_state(path, other.student, other.optimizers, None)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a usable training state"):
-        load_training_state(path, run.student, run.optimizer, None)
+        load_training_state(path, run.student, run.optimizers, None)
 
 
 def test_phi_starts_nearer_to_the_teacher() -> None:
@@ -154,7 +155,7 @@ def test_phi_starts_nearer_to_the_teacher() -> None:
         prepare_(student, scheme, default_targets=family.default_targets)
         if rank:
             add_phi_(student, rank)
-        run = Trainer(student, teacher, family, data, RankDecaySchedule(rank, hold_steps=1), SETTINGS)
+        run = Trainer(student, teacher, family, data, RankDecaySchedule(rank, hold_steps=1), SETTINGS, METHODS["qvgen"])
         with torch.no_grad():
             losses[rank] = run._loss(0).item()
     assert losses[4] < losses[0]
@@ -180,7 +181,7 @@ def test_each_sample_is_quantized_by_its_own_timestep() -> None:
 
 def test_quantizer_parameters_are_never_decayed() -> None:
     run = trainer("wan")
-    groups = {g["name"]: g for g in build_optimizer(run.student, OPTIMIZER).param_groups}
+    groups = {g["name"]: g for g in build_optimizers(run.student, OPTIMIZER)[0].param_groups}
     assert {n: g["weight_decay"] for n, g in groups.items()} == {
         "weights": 1e-4,
         "vectors": 0.0,
