@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -220,16 +220,21 @@ def load_params(path: str | Path = "params.yaml") -> Params:
         raise ParamsError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ParamsError(f"{path} must hold sections, found {type(tree).__name__}")
+    return validate_params(tree, path)
+
+
+def validate_params(tree: dict[str, Any], source: str | Path) -> Params:
+    """Check a tree of parameters; `source` names it in messages. Raises ParamsError that lists every fault."""
     try:
         return Params.model_validate(tree)
     except ValidationError as error:
-        raise ParamsError(_explain(path, error)) from None
+        raise ParamsError(_explain(source, error)) from None
 
 
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
-def _explain(path: Path, error: ValidationError) -> str:
+def _explain(path: str | Path, error: ValidationError) -> str:
     lines = [f"{path}: {error.error_count()} fault(s)"]
     for fault in error.errors():
         where = ".".join(map(str, fault["loc"])) or "(whole file)"

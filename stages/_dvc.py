@@ -13,16 +13,21 @@ from typing import Any
 class DvcFacts:
     """One stage of dvc.yaml as it stands now in the workspace (dvc.lock is written only after the stage)."""
 
-    address: str  # stage name, with @item for a matrix stage
+    address: str  # stage name, with @item for a matrix stage, after the dvc.yaml it stands in unless that is the root's
     command: str
     deps: dict[str, str]  # path -> DVC hash of what lies there now
     params: dict[str, Any]  # dotted name -> value
     outs: tuple[str, ...]
 
     @property
+    def name(self) -> str:
+        """The address without the dvc.yaml, fit for a file name."""
+        return self.address.rpartition(":")[2]
+
+    @property
     def key(self) -> str:
         """`<stage>-<hash>`: the same for the same command, dependencies and parameters, and for nothing else."""
-        return f"{self.address}-{fingerprint([self.command, self.deps, self.params])[:16]}"
+        return f"{self.name}-{fingerprint([self.command, self.deps, self.params])[:16]}"
 
 
 def fingerprint(content: Any) -> str:

@@ -175,8 +175,14 @@ def open_pipeline(root: Path, home: Path) -> Pipeline:
 
 
 def _execution_token() -> str:
-    """Process id and start time of the `dvc` command above this process: equal for all stages it starts."""
+    """Process id and start time of the `dvc` command above this process: equal for all stages it starts.
+
+    Several `dvc` commands that belong together share the token QVGEN_EXECUTION.
+    """
     import psutil
+
+    if given := os.environ.get("QVGEN_EXECUTION"):
+        return given
 
     parents = list(_ancestors())
     under_dvc = [p for p in parents if any(Path(part).name == "dvc" for part in p.cmdline()[:3])]

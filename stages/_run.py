@@ -136,12 +136,13 @@ def _execute(name: str, run: Callable[[Stage], None]) -> None:
     home = Path(os.environ.get("DVC_ROOT") or root)
     params = load_params(root / "params.yaml")
     address = os.environ.get("DVC_STAGE", name)
-    facts = read_dvc_facts(root, address if address.partition("@")[0] == name else name)
-    with _alone(root, name):
+    # A script may serve several stages, which begin with its name.
+    facts = read_dvc_facts(root, address if address.rpartition(":")[2].startswith(name) else name)
+    with _alone(root, facts.name):
         pipeline = open_pipeline(root, home)
         tags = {"dvc.stage": facts.address, "dvc.key": facts.key, **pipeline.git_tags}
         tags |= {f"dvc.dep.{path}": value for path, value in facts.deps.items()}
-        journal = Journal.create(home, facts.address, pipeline.id, tags=tags, params=facts.params)
+        journal = Journal.create(home, facts.name, pipeline.id, tags=tags, params=facts.params)
         stage = Stage(name=name, params=params, root=root, home=home, facts=facts, journal=journal)
         with Forwarder(journal, home):
             try:

@@ -32,9 +32,30 @@ class Sources:
     data: Path
 
     @classmethod
-    def of(cls, root: Path) -> Sources:
+    def of(cls, root: Path, calibration: Path | None = None) -> Sources:
         artifacts = root / "artifacts"
-        return cls(artifacts / "model", artifacts / "calibration", artifacts / "data")
+        return cls(artifacts / "model", calibration or artifacts / "calibration", artifacts / "data")
+
+
+def calibrate(params: Params, sources: Sources) -> None:
+    """What stage calibrate leaves for training: grids.safetensors and folds.safetensors."""
+    from qvgen.checkpoint.grids import save_folds, save_grids
+    from qvgen.data.precompute import LatentDataset
+    from qvgen.models.family import load_family, load_pipeline
+    from qvgen.nn.targets import match_linears
+    from qvgen.training.calibration import fold_inputs_, record_inputs, search_grids
+
+    transformer, family = load_pipeline(sources.model).transformer.float(), load_family(sources.model)
+    scheme, method = params.effective_scheme, params.chosen
+    names = match_linears(transformer, scheme.targets, scheme.ignore, family.default_targets)
+    data = LatentDataset.open(sources.data / "calibration")
+    inputs = record_inputs(transformer, family, data, names, scheme.timestep_groups, params.calibrate, params.seed)
+    folds = fold_inputs_(transformer, family, inputs) if method.folded else {}
+    sources.calibration.mkdir(parents=True, exist_ok=True)
+    save_folds(sources.calibration / "folds.safetensors", folds)
+    if method.searched:
+        grids = search_grids(transformer, inputs, method, scheme, params.calibrate)
+        save_grids(sources.calibration / "grids.safetensors", grids)
 
 
 def build_trainer(params: Params, sources: Sources) -> Trainer:

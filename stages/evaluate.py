@@ -18,14 +18,15 @@ def run(stage: Stage) -> None:
     import qvgen.integrations.diffusers  # noqa: F401  (lets diffusers load the packed transformer)
     from qvgen.data.precompute import LatentDataset
     from qvgen.evaluation.compare import Trial, compare, movement, observe, prompt_accuracy, velocity_mse
-    from qvgen.models.family import load_family, load_pipeline
+    from qvgen.models.family import load_family, load_pipeline, read_guidance_stop
 
     folders = [stage.root / "artifacts/model", stage.root / "artifacts/packed"]
     trial = Trial.from_params(stage.params, LatentDataset.open(stage.root / "artifacts/data/held_out"))
     observations = []
     with stage.progress(total=len(folders) * trial.items, unit="item") as progress:
         for folder in folders:
-            observations.append(observe(load_pipeline(folder), load_family(folder), trial, on_batch=progress.update))
+            pipeline, family, stop = load_pipeline(folder), load_family(folder), read_guidance_stop(folder)
+            observations.append(observe(pipeline, family, trial, guidance_stop=stop, on_batch=progress.update))
     reference, packed = observations
 
     scores = compare(reference, packed, trial)

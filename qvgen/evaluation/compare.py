@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,8 +74,18 @@ class Observation:
     velocities: torch.Tensor  # (timesteps, held-out clips, ...)
 
 
-def observe(pipeline: Any, family: Family, trial: Trial, on_batch: OnBatch = silent) -> Observation:
-    """Run one model through the trial. `on_batch(items)` is called as work is done; see `Trial.items`."""
+def load_observation(path: str | Path) -> Observation:
+    """One saved as safetensors with the tensors `latents`, `clips` and `velocities`."""
+    from safetensors.torch import load_file
+
+    return Observation(**load_file(path))
+
+
+def observe(
+    pipeline: Any, family: Family, trial: Trial, guidance_stop: float = 1.0, on_batch: OnBatch = silent
+) -> Observation:
+    """Run one model through the trial. `guidance_stop` is the model's own, see models/family.py. `on_batch(items)` is
+    called as work is done; see `Trial.items`."""
     latents, clips = sample(
         pipeline,
         family,
@@ -84,6 +95,7 @@ def observe(pipeline: Any, family: Family, trial: Trial, on_batch: OnBatch = sil
         inference_steps=trial.inference_steps,
         guidance_scale=trial.guidance_scale,
         batch_size=trial.batch_size,
+        guidance_stop=guidance_stop,
         on_batch=on_batch,
     )
     predicted = velocities(

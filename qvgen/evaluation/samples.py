@@ -35,6 +35,7 @@ def sample(
     inference_steps: int,
     guidance_scale: float,
     batch_size: int,
+    guidance_stop: float = 1.0,
     on_batch: OnBatch = silent,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sampled latents (n, ...) and their clips (n, 3, t, h, w) in [-1, 1], float32, one per prompt.
@@ -53,6 +54,7 @@ def sample(
             size,
             inference_steps=inference_steps,
             guidance_scale=guidance_scale,
+            guidance_stop=guidance_stop,
         )
         latents.append(sampled.float())
         clips.append(family.decode_latents(pipeline, sampled).float())

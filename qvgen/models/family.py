@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from qvgen.models.folding import FoldableInput
 
+GENERATION = "generation.json"  # beside model_index.json: how this model is meant to be sampled
 NUM_TRAIN_TIMESTEPS = 1000  # both families number noise levels 0 (clean) to 1000 (noise)
 
 
@@ -89,6 +91,13 @@ def load_family(folder: str | Path) -> Family:
     return family_of(index["_class_name"], scheduler)
 
 
+def read_guidance_stop(folder: str | Path) -> float:
+    """The cleanness from which a pipeline folder is meant to be sampled without guidance; 1 (never) unless its
+    generation.json says otherwise."""
+    path = Path(folder) / GENERATION
+    return float(json.loads(path.read_text()).get("guidance_stop", 1.0)) if path.is_file() else 1.0
+
+
 def load_pipeline(folder: str | Path) -> Any:
     """A diffusers pipeline on the CPU in evaluation mode: local files and safetensors only, packed or not.
 
@@ -113,11 +122,19 @@ def generate(
     *,
     inference_steps: int,
     guidance_scale: float,
+    guidance_stop: float = 1.0,
 ) -> torch.Tensor:
     """Latents sampled by a diffusers pipeline; those of all families take the same arguments.
 
     Each clip has its own seed, so it does not depend on the batch it is generated in (up to floating-point reductions).
+    Guidance is off from cleanness (1 - t / 1000) `guidance_stop` on. Raises ValueError for a stop below 1 with a family whose
+    pipeline fixes guidance before its first step (CogVideoX).
     """
+    gate = {}
+    if guidance_stop < 1:
+        if type(pipeline).__name__ != "WanPipeline":
+            raise ValueError(f"{type(pipeline).__name__} cannot stop guidance on its way; guidance_stop must be 1")
+        gate = {"callback_on_step_end": partial(_gate_guidance, guidance_stop), "callback_on_step_end_tensor_inputs": []}
     return pipeline(
         prompt=list(prompts),
         negative_prompt=[""] * len(prompts),
@@ -129,4 +146,13 @@ def generate(
         guidance_scale=guidance_scale,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="latent",
+        **gate,
     ).frames
+
+
+def _gate_guidance(stop: float, pipeline: Any, step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+    """Called after each step: the next one is without guidance if it is clean enough."""
+    timesteps = pipeline.scheduler.timesteps
+    if step + 1 < len(timesteps) and 1 - float(timesteps[step + 1]) / NUM_TRAIN_TIMESTEPS >= stop:
+        pipeline._guidance_scale = 1.0  # what its loop asks; diffusers has no public way
+    return {}

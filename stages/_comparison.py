@@ -1,0 +1,111 @@
+"""What the stages of comparison/dvc.yaml share: the cases, their parameters, and where their results lie.
+
+A case is one method at one bit width with one seed, or a variant of a method's settings. It runs with the project's
+params.yaml, changed by comparison/params.yaml and by what the case itself is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qvgen.methods.registry import METHODS
+from qvgen.params import Params, ParamsError, validate_params
+
+FOLDER = Path("comparison")
+RESULTS = FOLDER / "results"
+REFERENCE = FOLDER / "artifacts/reference"
+RATES = FOLDER / "learning_rates.json"
+FULL_PRECISION = "full_precision"
+
+
+@dataclass(frozen=True)
+class Case:
+    """`variant` names an entry of comparison/params.yaml's `variants`; `factor` is the learning rate over params.yaml's,
+    None if it is the one that tuning chose."""
+
+    method: str
+    bits: str
+    seed: int
+    variant: str = ""
+    factor: float | None = None
+
+    @property
+    def name(self) -> str:
+        parts = [self.method, self.bits, str(self.seed)]
+        parts += [self.variant] if self.variant else []
+        parts += [f"lr{self.factor:g}"] if self.factor is not None else []
+        return "-".join(parts)
+
+    @property
+    def group(self) -> str:
+        if self.factor is not None:
+            return "tuning"
+        if self.variant:
+            return "ablation"
+        return "main" if self.bits in ("W4A4", "W3A3") else "low"
+
+
+def parse_case() -> Case:
+    """The case of this process's command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--method", required=True, choices=METHODS)
+    parser.add_argument("--bits", required=True, help="such as W4A4")
+    parser.add_argument("--seed", required=True, type=int)
+    parser.add_argument("--variant", default="")
+    parser.add_argument("--factor", type=float, default=None)
+    return Case(**vars(parser.parse_args()))
+
+
+def read_settings(root: Path) -> dict[str, Any]:
+    """comparison/params.yaml: overrides, learning_rate_factors, variants, clips."""
+    return yaml.safe_load((root / FOLDER / "params.yaml").read_text())
+
+
+def case_params(root: Path, case: Case, factor: float = 1.0) -> Params:
+    """Checked parameters of a case; `factor` multiplies the learning rate of weights and Φ.
+
+    Raises ParamsError for settings that are not possible together, ValueError for an unknown variant.
+    """
+    settings = read_settings(root)
+    if case.variant and case.variant not in settings["variants"]:
+        raise ValueError(f"variant {case.variant!r} is not in comparison/params.yaml: {', '.join(settings['variants'])}")
+    tree = yaml.safe_load((root / "params.yaml").read_text())
+    _merge(tree, settings["overrides"])
+    _merge(tree, settings["variants"][case.variant] if case.variant else {})
+    weights, activations = parse_bits(case.bits)
+    tree["method"], tree["seed"] = case.method, case.seed
+    tree["scheme"]["weights"]["num_bits"], tree["scheme"]["input_activations"]["num_bits"] = weights, activations
+    tree["qat"]["learning_rate"] *= factor
+    return validate_params(tree, f"params.yaml with comparison/params.yaml, case {case.name}")
+
+
+def reference_params(root: Path) -> Params:
+    """Parameters of the full-precision reference, and of the trial that every case is put to: those of seed 0."""
+    return case_params(root, Case("rtn", "W4A4", 0))
+
+
+def parse_bits(bits: str) -> tuple[int, int]:
+    """ "W4A8" -> (4, 8). Raises ParamsError for anything else."""
+    weights, _, activations = bits.removeprefix("W").partition("A")
+    if not (bits.startswith("W") and weights.isdigit() and activations.isdigit()):
+        raise ParamsError(f"bits {bits!r}: write them as W4A4")
+    return int(weights), int(activations)
+
+
+def read_factor(root: Path, method: str) -> float:
+    """The learning-rate factor that tuning chose for a method; 1 for one that does not train."""
+    return json.loads((root / RATES).read_text())["chosen"].get(method, 1.0)
+
+
+def _merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        else:
+            tree[key] = value
