@@ -33,6 +33,8 @@ class InputTransform(nn.Module):
     """A layer's scaling and rotation, fixed, and its branch, trained with the weight, as QATLinear has them."""
 
     input_scale: torch.Tensor | None
+    low_rank_up: nn.Parameter | None
+    low_rank_down: nn.Parameter | None
 
     def __init__(self, grid: LayerGrid, scheme: QuantScheme) -> None:
         super().__init__()
