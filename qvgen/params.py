@@ -155,7 +155,7 @@ class Params(_Section):
         for name, value in self.scheme.extras.items():
             if name not in METHODS[self.method].scheme_changes:
                 users = [method for method, entry in METHODS.items() if name in entry.scheme_changes]
-                faults.append(f"scheme.{name} = {value}, which method {self.method} does not use; {', '.join(users)} do")
+                faults.append(f"scheme.{name} = {value} is of no use to method {self.method}; it is for {', '.join(users)}")
         if faults:
             raise ValueError("; ".join(faults))
         return self
@@ -170,7 +170,7 @@ class Params(_Section):
         what only others add."""
         changes = METHODS[method].scheme_changes
         given = {name: value for name, value in self.scheme.extras.items() if name in changes}
-        return QuantScheme.model_validate(dict(self.scheme.without_extras()) | changes | given)
+        return QuantScheme.model_validate({**dict(self.scheme.without_extras()), **changes, **given})
 
     @property
     def chosen(self) -> Method:

@@ -6,8 +6,9 @@
 
 What differs from the paper:
 
-- Rank: the paper's 32 is for layers 3072 wide. Here it is at most a sixteenth of a layer's smaller side
-  (QuantScheme.rank_of): a branch of rank 32 on a square layer 128 wide would add 8 bits to each of its weights.
+- Rank: the paper's 32 is for layers 3072 wide, where it costs 0.3 bits per weight. Here it is at most a sixteenth of a layer's
+  smaller side (QuantScheme.rank_of): rank 32 on a square layer 128 wide costs 8 bits per weight, which is not a 4-bit model.
+  Its rank 8 still costs 2, so that W4 with it has 6 bits per weight; at 1536 and rank 32 it is 0.7.
 - R has the scheme's grid, by default one per output channel and asymmetric; the paper has symmetric groups of 64 (INT4) or 16
   (NVFP4). This is the variant without groups; `scheme.weights: {strategy: group, group_size: 64}` gives the other.
 - Clips: inputs are clipped per timestep group and R's ranges shrunk, both by search, as for every method here. The paper

@@ -22,10 +22,19 @@ def low_rank_output(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> to
     return F.linear(F.linear(x.to(down.dtype), down), up)
 
 
+def write_output(y: torch.Tensor, out: torch.Tensor, gelu: bool) -> None:
+    """Write y, after a GELU in its tanh form if asked for, to `out`. Raises ValueError if the shapes differ."""
+    if out.shape != y.shape:
+        raise ValueError(f"out must be of shape {tuple(y.shape)}, not {tuple(out.shape)}")
+    out.copy_(F.gelu(y, approximate="tanh") if gelu else y)
+
+
 class InputTransform(nn.Module):
     """A layer's scaling and rotation, fixed, and its branch, trained with the weight, as QATLinear has them."""
 
     input_scale: torch.Tensor | None
+    low_rank_up: nn.Parameter | None
+    low_rank_down: nn.Parameter | None
 
     def __init__(self, grid: LayerGrid, scheme: QuantScheme) -> None:
         super().__init__()

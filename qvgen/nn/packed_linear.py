@@ -19,7 +19,7 @@ from qvgen.kernels.registry import (
     choose,
     get,
 )
-from qvgen.nn.input_transform import low_rank_output
+from qvgen.nn.input_transform import low_rank_output, write_output
 from qvgen.nn.timestep import TimestepState
 from qvgen.packing import layout
 from qvgen.packing.bits import pack, unpack
@@ -105,10 +105,9 @@ class PackedLinear(nn.Module):
     ) -> Self:
         """A layer from what training exports.
 
-        codes (N, K) uint8; scale and zero_point (rows, G) float32, where rows is N, or 1 for strategy tensor, and
-        zero_point is None if symmetric; clips (timestep groups,) float32 in [0, 1], None if inputs are not quantized; bias
-        (N,) of any float dtype; `extras` are input_scale (K,) float32, and low_rank_up (N, R) and low_rank_down (R, K) of any
-        float dtype. Raises ValueError if they do not fit each other or the scheme.
+        codes (N, K) uint8; scale and zero_point (rows, G) float32, where rows is N, or 1 for strategy tensor, and zero_point
+        is None if symmetric; clips (timestep groups,) float32 in [0, 1], None if inputs are not quantized; bias (N,) of any
+        float dtype; `extras` by their names in the format. Raises ValueError if they do not fit each other or the scheme.
         """
         n, k = codes.shape
         packed = cls(k, n, bias is not None, scheme, timestep)
@@ -139,8 +138,7 @@ class PackedLinear(nn.Module):
         """Write the output, after a GELU if asked for, to `out` (n, ..., N): contiguous, float32 or bfloat16."""
         self._check_input(x)
         if self.has_extras:
-            y = self._with_extras(x)
-            out.copy_(F.gelu(y, approximate="tanh") if gelu else y)
+            write_output(self._with_extras(x), out, gelu)
         else:
             quantized_linear_out(x, *self._tensors(), *self._arguments(x), out, gelu)
 
@@ -272,8 +270,8 @@ class PackedLinear(nn.Module):
 def linears(x: torch.Tensor, layers: Sequence[PackedLinear]) -> list[torch.Tensor]:
     """Outputs of layers that read the same input, such as q, k and v, which is then read once.
 
-    The layers must have one scheme and run in one backend, as all layers of a model do; the outputs are those of calling
-    each of them, which is what happens where each transforms its input.
+    The layers must have one scheme and run in one backend, as all layers of a model do; the outputs are those of calling each
+    of them, which is what happens where each transforms its input.
     """
     if any(layer.has_extras for layer in layers):
         return [layer(x) for layer in layers]
@@ -285,7 +283,7 @@ def linears(x: torch.Tensor, layers: Sequence[PackedLinear]) -> list[torch.Tenso
 
 def feed_forward(x: torch.Tensor, up: PackedLinear, down: PackedLinear) -> torch.Tensor:
     """down(gelu(up(x))) with the GELU in its tanh form: as calling `up` with its GELU and then `down`, but the wide
-    intermediate is never written out, unless the layers transform their inputs."""
+    intermediate is never written out (it is where layers transform their inputs)."""
     if up.has_extras or down.has_extras:
         return down(F.gelu(up(x), approximate="tanh"))
     up._check_input(x)

@@ -41,6 +41,7 @@ class LayerGrid:
         """Whole ranges, nothing searched: what rounding to nearest uses. Inputs are scaled by 1, a branch is empty (0)."""
         n, k = weight.shape
         rank = scheme.rank_of(n, k)
+        scheme.check_rotation(k)
         rotated = transform_weight(weight.detach().float(), None, scheme.input_rotation)
         scale, zero_point = range_to_grid(*weight_range(rotated, scheme.weights), scheme.weights)
         whole = None if scheme.input_activations is None else torch.ones(scheme.timestep_groups)
@@ -56,6 +57,7 @@ class LayerGrid:
 
     def residual(self, weight: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
         """What of a weight (N, K) is packed, float32: it scaled and rotated, less the low-rank branch."""
+        scheme.check_rotation(weight.shape[1])
         weight = transform_weight(weight.detach().float(), self.input_scale, scheme.input_rotation)
         if self.low_rank_up is None or self.low_rank_down is None:
             return weight
@@ -65,7 +67,6 @@ class LayerGrid:
         """Raise ValueError, with the layer's name, if the grid lacks what the scheme adds to a layer, or has too much."""
         n, k = weight.shape
         rank = scheme.rank_of(n, k)
-        scheme.check_rotation(k)
         expected = {
             "input_scale": (k,) if scheme.input_scaling else None,
             "low_rank_up": (n, rank) if rank else None,

@@ -18,10 +18,14 @@ def rotate(x: torch.Tensor, size: int) -> torch.Tensor:
 
 
 @torch.compiler.assume_constant_result
-@cache
 def hadamard(size: int) -> torch.Tensor:
     """Sylvester's matrix (size, size) float32 on the CPU, orthonormal and symmetric; `size` is a power of two. One tensor for
     all layers: not to be written to."""
+    return _hadamard(size)
+
+
+@cache
+def _hadamard(size: int) -> torch.Tensor:
     # Kept from call to call: a tensor made in inference mode could not be used in training afterwards.
     with torch.inference_mode(False):
         bits = torch.arange(size, device="cpu")

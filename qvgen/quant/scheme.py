@@ -110,7 +110,8 @@ class QuantScheme(_Frozen):
     def rank_of(self, out_features: int, in_features: int) -> int:
         """Rank of the 16-bit branch of a layer: `low_rank`, but at most a sixteenth of the layer's smaller side.
 
-        Beyond that the branch weighs as much as the packed weight: rank 32 on a square layer 128 wide adds 8 bits a weight.
+        That much costs up to 2 bits per weight of the layer, in 16-bit factors; rank 32 on a square layer 128 wide would cost
+        8, twice what the packed weight of a 4-bit model has.
         """
         return min(self.low_rank, max(1, min(out_features, in_features) // 16))
 

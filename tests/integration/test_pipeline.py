@@ -209,6 +209,27 @@ def test_tampered_and_truncated_inputs_stop_the_pipeline_and_lose_nothing(finish
         weights.write_bytes(whole)
 
 
+@pytest.mark.parametrize(("method", "family"), [("svdquant", "wan"), ("viditq", "cogvideox")])
+def test_a_method_with_a_scheme_of_its_own_goes_through_the_same_stages(method: str, family: str, tmp_path: Path) -> None:
+    folder = make_project(tmp_path / method, family)
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["method"] = method
+    if method == "viditq":
+        params["scheme"]["input_rotation"] = 4  # 128 does not divide what is 12 wide
+    write_params(folder, params)
+    repro(folder, "evaluate", "baselines")
+    config = json.loads((folder / "artifacts/packed/transformer/config.json").read_text())["quantization_config"]
+    assert config["config_groups"]["group_0"]["input_scaling"] is True
+    assert method in (folder / "artifacts/packed/README.md").read_text()
+    # The baselines stay what they are: plain schemes, on grids searched for them.
+    assert (folder / "artifacts/calibration/mse.safetensors").exists()
+    scores = {p.stem: json.loads(p.read_text()) for p in (folder / "metrics").glob("*.json")}
+    assert scores["baselines"].keys() == {"rtn", "mse"}
+    assert scores["decay"]["steps"] == 0
+    # Random weights have no outliers to gain by; that far off is what a transformation not undone would not be.
+    assert 0 < scores["evaluate"]["packed"]["velocity_mse"] < 1.5 * scores["baselines"]["rtn"]["velocity_mse"]
+
+
 def test_cogvideox_goes_through_the_same_stages(tmp_path: Path) -> None:
     folder = make_project(tmp_path / "cogvideox", "cogvideox")
     params = yaml.safe_load((folder / "params.yaml").read_text())

@@ -12,7 +12,8 @@ SYMMETRIC = QuantScheme(weights=QuantArgs(symmetric=True), timestep_groups=3)
 GROUPS = QuantScheme(weights=QuantArgs(num_bits=3, strategy="group", group_size=16), timestep_groups=3)
 TENSOR = QuantScheme(weights=QuantArgs(strategy="tensor"), timestep_groups=3)
 WEIGHT_ONLY = QuantScheme(weights=QuantArgs(), input_activations=None)
-SCHEMES = [QuantScheme(timestep_groups=3), SYMMETRIC, GROUPS, TENSOR, WEIGHT_ONLY]
+EXTRAS = QuantScheme(timestep_groups=3, input_scaling=True, input_rotation=16, low_rank=2)
+SCHEMES = [QuantScheme(timestep_groups=3), SYMMETRIC, GROUPS, TENSOR, WEIGHT_ONLY, EXTRAS]
 
 
 def layer(scheme: QuantScheme, has_bias: bool = True) -> dict[str, torch.Tensor]:
@@ -53,8 +54,8 @@ def test_size_of_a_known_layer() -> None:
     assert packed_bytes(1536, 8960, QuantScheme(), has_bias=True) == 1536 * 8960 // 2 + 12 * 8960 + 16 + 400 + 2 * 8960
 
 
-def changed(name: str, value: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    tensors = layer(SCHEMES[0])
+def changed(name: str, value: torch.Tensor | None, scheme: QuantScheme = SCHEMES[0]) -> dict[str, torch.Tensor]:
+    tensors = layer(scheme)
     if value is None:
         del tensors[name]
     else:
@@ -84,6 +85,39 @@ def changed(name: str, value: torch.Tensor | None) -> dict[str, torch.Tensor]:
 def test_names_what_is_wrong(name: str, value: torch.Tensor | None, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         validate(changed(name, value), SCHEMES[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("input_scale", None, "packed layer blocks.0.q: input_scale missing"),
+        ("low_rank_up", None, "packed layer blocks.0.q: low_rank_up missing"),
+        ("low_rank_down", torch.ones(2, K), r"blocks.0.q.low_rank_down: expected \[1, 32\]"),
+        ("low_rank_up", torch.ones(N, 1, dtype=torch.int32), r"blocks.0.q.low_rank_up: expected \[6, 1\]"),
+        ("low_rank_up", torch.full((N, 1), torch.nan), "blocks.0.q.low_rank_up: holds NaN or Inf"),
+        ("input_scale", torch.ones(K).bfloat16(), r"blocks.0.q.input_scale: expected \[32\] torch.float32, found"),
+        ("input_scale", torch.zeros(K), "blocks.0.q.input_scale: scales must be positive"),
+        ("input_scale", torch.full((K,), torch.inf), "blocks.0.q.input_scale: holds NaN or Inf"),
+    ],
+)
+def test_names_what_is_wrong_with_extras(name: str, value: torch.Tensor | None, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        validate(changed(name, value, EXTRAS), EXTRAS)
+
+
+def test_extras_belong_to_schemes_that_have_them() -> None:
+    with pytest.raises(ValueError, match="input_scale, low_rank_down, low_rank_up not expected"):
+        validate(layer(EXTRAS), SCHEMES[0])
+    with pytest.raises(ValueError, match="in_features 32 is not a multiple of input_rotation 64"):
+        layer_layout(K, N, QuantScheme(input_rotation=64), has_bias=False)
+
+
+def test_factors_may_be_of_any_float_and_count_as_the_models_dtype() -> None:
+    tensors = layer(EXTRAS)
+    for name in ("bias", "low_rank_up", "low_rank_down"):
+        tensors[name] = tensors[name].float()
+    validate(tensors, EXTRAS)
+    assert packed_bytes(K, N, EXTRAS, True, dtype_bytes=4) == sum(t.nbytes for t in tensors.values())
 
 
 def test_finds_one_flipped_bit() -> None:

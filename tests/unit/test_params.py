@@ -127,6 +127,36 @@ def test_methods_share_one_step_budget() -> None:
     assert schedule["rtn"].total_steps == schedule["mse"].total_steps == 0
 
 
+def test_a_method_changes_the_scheme_unless_params_do() -> None:
+    plain = Params.model_validate(with_({"method": "mse"}))
+    assert plain.effective_scheme == plain.scheme
+    changes = {"method": "svdquant", "scheme.weights.num_bits": 3}
+    params = Params.model_validate(with_(changes))
+    assert params.effective_scheme.extras == {"input_scaling": True, "low_rank": 32}
+    assert params.effective_scheme.weights.num_bits == 3
+    assert params.effective_scheme.timestep_groups == params.scheme.timestep_groups
+    given = Params.model_validate(with_(changes | {"scheme.low_rank": 4}))
+    assert given.effective_scheme.low_rank == 4
+    assert given.scheme_of("mse") == given.scheme_of("rtn") == params.scheme
+    rotated = Params.model_validate(with_({"method": "viditq", "scheme.input_rotation": 8}))
+    assert rotated.effective_scheme.extras == {"input_scaling": True, "input_rotation": 8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"scheme.input_rotation": 8},
+            "scheme.input_rotation = 8 is of no use to method qvgen; it is for viditq",
+        ),
+        ({"method": "viditq", "scheme.low_rank": 8}, "scheme.low_rank = 8 is of no use to method viditq; it is for svdquant"),
+        ({"method": "viditq", "scheme.input_rotation": 12}, "input_rotation must be a power of two, found 12"),
+    ],
+)
+def test_extras_belong_to_methods_that_use_them(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    assert said in refusal(with_(changes), tmp_path)
+
+
 def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     """Plain YAML keeps the last one without a word."""
     twice = tmp_path / "params.yaml"

@@ -44,6 +44,10 @@ def test_impossible_quantizers_are_refused(settings: dict[str, Any], said: str) 
         ),
         ({"timestep_groups": 0}, "greater than or equal to 1"),
         ({"targets": "Linear"}, "valid tuple"),
+        ({"input_rotation": 24}, "input_rotation must be a power of two, found 24"),
+        ({"input_rotation": 1}, "greater than or equal to 2"),
+        ({"low_rank": -1}, "greater than or equal to 0"),
+        ({"input_scaling": 1}, "valid boolean"),
     ],
 )
 def test_impossible_schemes_are_refused(settings: dict[str, Any], said: str) -> None:
@@ -71,6 +75,7 @@ def test_schemes_are_frozen_and_comparable() -> None:
         QuantScheme(input_activations=None),
         QuantScheme(weights=QuantArgs(num_bits=8, strategy="group", group_size=64, symmetric=True)),
         QuantScheme(targets=("Linear", "re:blocks.*"), ignore=("proj_out",), timestep_groups=7),
+        QuantScheme(input_scaling=True, input_rotation=64, low_rank=32),
     ],
 )
 def test_config_json_round_trip(scheme: QuantScheme) -> None:
@@ -98,3 +103,24 @@ def test_an_unknown_key_in_config_json_is_refused() -> None:
     config["config_groups"]["group_0"]["surprise"] = 1
     with pytest.raises(ValidationError, match="surprise"):
         QuantScheme.from_config(config)
+
+
+def test_what_is_off_leaves_no_trace_in_config_json() -> None:
+    """Packed folders of plain schemes keep their bytes, and older ones their meaning."""
+    group = QuantScheme().to_config(num_targets=1)["config_groups"]["group_0"]
+    assert list(group) == ["targets", "num_targets", "weights", "input_activations", "timestep_groups"]
+    group = QuantScheme(low_rank=4).to_config(num_targets=1)["config_groups"]["group_0"]
+    assert group["low_rank"] == 4 and "input_scaling" not in group
+
+
+def test_a_branch_is_at_most_a_sixteenth_of_the_layer() -> None:
+    scheme = QuantScheme(low_rank=32)
+    ranks = [scheme.rank_of(n, k) for n, k in ((1536, 8960), (512, 512), (128, 768), (768, 128), (24, 40), (4, 4))]
+    assert ranks == [32, 32, 8, 8, 1, 1]
+    assert QuantScheme().rank_of(128, 128) == 0
+
+
+def test_a_rotation_divides_the_input() -> None:
+    QuantScheme(input_rotation=128).check_rotation(8960)
+    with pytest.raises(ValueError, match="in_features 40 is not a multiple of input_rotation 16; choose 8 or a smaller power"):
+        QuantScheme(input_rotation=16).check_rotation(40)
