@@ -1,0 +1,154 @@
+"""Plots of the comparison report that show training: loss, gradient norm, rank decay, singular values of Φ."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from qvgen.evaluation.report_results import Results, Run
+from qvgen.evaluation.report_style import Plot, Theme, line_style, log_axis, panels, shared_legend
+from qvgen.evaluation.report_words import count, method_order
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_POINTS = 160  # of a drawn curve; also the windows that are averaged
+_MARKERS = 8  # on one curve
+_SPECTRA = 6  # steps whose singular values are drawn
+
+
+def training_plots(results: Results) -> list[Plot]:
+    """Those that the results have data for, by name: training_curves, rank_decay, singular_values."""
+    plots = []
+    curves = {bits: found for bits in results.bits if (found := _mean_curves(results, bits))}
+    if curves:
+        alt = f"Loss and gradient norm over the training steps, line per trained method; {', '.join(curves)}."
+        plots.append(Plot("training_curves", alt, lambda theme: _training(curves, theme)))
+    if decaying := _decaying(results):
+        methods = ", ".join(decaying)
+        alt = f"Rank of Φ and factor u over the training steps of {methods}; both end at zero."
+        plots.append(Plot("rank_decay", alt, lambda theme: _rank_decay(decaying, theme)))
+    if spectra := _spectra(results):
+        run, found = spectra[0]
+        first, last = (found["share_small"][i] for i in (0, -1))
+        alt = f"Singular values of Φ at several steps of {run.case}; share of small ones: first {first:.2f}, last {last:.2f}."
+        plots.append(Plot("singular_values", alt, lambda theme: _singular_values(spectra, theme)))
+    return plots
+
+
+def _mean_curves(results: Results, bits: str) -> dict[str, dict[str, list[float]]]:
+    """{method: {"step", "loss", "gradient_norm"}}, averaged over windows of steps and over seeds."""
+    found = {}
+    for name, runs in sorted(results.compared(bits).items(), key=lambda item: method_order(item[0])):
+        curves = [curve for run in runs if (curve := run.curve())]
+        if curves:
+            length = min(len(curve["step"]) for curve in curves)
+            window = max(1, -(-length // _POINTS))
+            found[name] = {
+                key: _windows([statistics.fmean(values) for values in zip(*(c[key] for c in curves), strict=False)], window)
+                for key in ("step", "loss", "gradient_norm")
+            }
+    return found
+
+
+def _windows(values: list[float], window: int) -> list[float]:
+    return [statistics.fmean(values[i : i + window]) for i in range(0, len(values), window)]
+
+
+def _decaying(results: Results) -> dict[str, dict[str, list[float]]]:
+    """{method: curve} of one run of each method that ever had a Φ, at the bits where most is compared."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for run in results.runs:
+        if run.compared and run.method not in found:
+            curve = run.curve()
+            if any(curve.get("rank", ())):
+                found[run.method] = curve
+    return found
+
+
+def _spectra(results: Results) -> list[tuple[Run, dict[str, Any]]]:
+    """One run with singular values per method and bits, the lowest seed of each."""
+    found: dict[tuple[str, str], tuple[Run, dict[str, Any]]] = {}
+    for run in results.runs:
+        if run.compared and (run.bits, run.method) not in found:
+            values = run.singular_values()
+            if values.get("step"):
+                found[run.bits, run.method] = (run, values)
+    order = {bits: i for i, bits in enumerate(results.bits)}
+    return [found[key] for key in sorted(found, key=lambda k: (order[k[0]], method_order(k[1])))]
+
+
+def _training(curves: dict[str, dict[str, dict[str, list[float]]]], theme: Theme) -> Figure:
+    columns = len(curves)
+    titles = [f"{bits}: {what}" for what in ("loss", "gradient norm") for bits in curves]
+    figure, axes = panels(theme, titles, columns=columns, width=max(9.6, 3.6 * columns), height=3.0)
+    for number, key in enumerate(("loss", "gradient_norm")):
+        for axis, found in zip(axes[number * columns :], curves.values(), strict=False):
+            for name, curve in found.items():
+                every = max(1, len(curve["step"]) // _MARKERS)
+                style = line_style(name, theme) | {"markevery": every, "linewidth": 1.3, "label": name}
+                axis.plot(curve["step"], curve[key], **style)
+            log_axis(axis, "y")
+            axis.set_xlabel("training step")
+    shared_legend(figure, axes)
+    return figure
+
+
+def _rank_decay(decaying: dict[str, dict[str, list[float]]], theme: Theme) -> Figure:
+    figure, axes = panels(theme, ["rank of Φ", "u, the factor of the part that decays"], height=3.2)
+    for axis, key in zip(axes, ("rank", "u"), strict=True):
+        for name, curve in decaying.items():
+            every = max(1, len(curve["step"]) // _MARKERS)
+            axis.plot(
+                curve["step"], curve[key], label=name, **(line_style(name, theme) | {"markevery": every, "linewidth": 1.3})
+            )
+        axis.set_xlabel("training step")
+    axes[0].set_yscale("symlog", base=2, linthresh=1)  # halving looks like a staircase, and 0 is on it
+    highest = max(max(curve["rank"]) for curve in decaying.values())
+    axes[0].set_yticks([0, *(2**i for i in range(math.ceil(math.log2(max(1, highest))) + 1))])
+    axes[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes[0].minorticks_off()
+    shared_legend(figure, axes)
+    return figure
+
+
+def _singular_values(spectra: list[tuple[Run, dict[str, Any]]], theme: Theme) -> Figure:
+    import matplotlib
+
+    run, found = spectra[0]
+    figure, (left, right) = panels(
+        theme, [f"{run.method}, {run.bits}: spectrum of Φ", "share of small singular values"], height=3.6
+    )
+    with_values = [i for i, values in enumerate(found["values"]) if values]
+    chosen = [with_values[i * (len(with_values) - 1) // max(1, _SPECTRA - 1)] for i in range(_SPECTRA)] if with_values else []
+    chosen = list(dict.fromkeys(chosen))
+    colours = matplotlib.colormaps[theme.sequential]
+    for number, i in enumerate(chosen):
+        values = found["values"][i]
+        colour = colours(0.15 + 0.8 * number / max(1, len(chosen) - 1))
+        label = f"step {found['step'][i]:g}, rank {found['rank'][i]:g}"
+        left.plot(range(1, len(values) + 1), values, color=colour, marker="o", markersize=3, linewidth=1.3, label=label)
+    left.set_xlabel("number of the singular value, largest first")
+    left.set_ylabel("over the largest")
+    left.set_ylim(bottom=0)
+    left.legend(loc="upper right")
+    dashes = dict(zip(dict.fromkeys(r.bits for r, _ in spectra), ("-", "--", ":", "-."), strict=False))
+    for other, values in spectra:
+        style = line_style(other.method, theme) | {"linestyle": dashes.get(other.bits, "-"), "markersize": 4}
+        right.plot(values["step"], values["share_small"], label=f"{other.method}, {other.bits}", **style)
+    right.set_xlabel("training step")
+    right.set_ylim(-0.02, 1.02)
+    right.legend(loc="best")
+    return figure
+
+
+def spectrum_sentence(results: Results) -> str:
+    """What the singular values of the first run with any show, in numbers; "" if none has them."""
+    spectra = _spectra(results)
+    if not spectra:
+        return ""
+    run, found = spectra[0]
+    first, last = (found["share_small"][i] for i in (0, -1))
+    last_step = count(int(found["step"][-1]), "step")
+    return f"In {run.case} {first:.0%} of them are small at the start and {last:.0%} after {last_step}."

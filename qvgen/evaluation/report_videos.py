@@ -1,0 +1,79 @@
+"""The videos of the comparison report: per prompt full precision and every method, as data URIs."""
+
+from __future__ import annotations
+
+import base64
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qvgen.evaluation.report_results import Results, Run
+from qvgen.evaluation.report_words import method_order
+from qvgen.evaluation.video import write_video
+
+VIDEO_BITS = ("W4A4", "W3A3")
+MAX_TEXT = 9_000_000  # characters that all videos may take in the page
+
+
+@dataclass(frozen=True)
+class Video:
+    label: str
+    uri: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One prompt: the reference and, per bits, one video per method."""
+
+    prompt: str
+    reference: Video | None
+    rows: tuple[tuple[str, tuple[Video, ...]], ...]  # (bits, videos)
+
+    @property
+    def text(self) -> int:
+        videos = [video for _, row in self.rows for video in row] + [self.reference] * (self.reference is not None)
+        return sum(len(video.uri) for video in videos if video)
+
+
+def scenes(results: Results) -> tuple[list[Scene], int]:
+    """(scenes, prompts left out): as many prompts as fit into MAX_TEXT, at least one.
+
+    Every clip is the run's of the lowest seed. Raises ValueError if two runs were given different prompts.
+    """
+    shown = {bits: _first_runs(results, bits) for bits in VIDEO_BITS if bits in results.bits}
+    clips = {bits: [(run, found) for run in runs if (found := run.clips())] for bits, runs in shown.items()}
+    reference = results.full_precision.clips() if results.full_precision else None
+    kept = [(results.full_precision, reference)] * (reference is not None) + [pair for row in clips.values() for pair in row]
+    if not kept:
+        return [], 0
+    prompts = kept[0][1][0]
+    for run, (words, _) in kept:
+        if words != prompts:
+            raise ValueError(f"{run.folder} shows other prompts than {kept[0][0].folder}; repeat one of the two runs")
+    done: list[Scene] = []
+    for i, prompt in enumerate(prompts):
+        rows = tuple((bits, tuple(Video(_label(run), _uri(found[1][i])) for run, found in row)) for bits, row in clips.items())
+        scene = Scene(prompt, Video("full precision", _uri(reference[1][i])) if reference else None, rows)
+        if done and sum(s.text for s in done) + scene.text > MAX_TEXT:
+            break
+        done.append(scene)
+    return done, len(prompts) - len(done)
+
+
+def _first_runs(results: Results, bits: str) -> list[Run]:
+    methods = results.compared(bits)
+    return [min(methods[name], key=lambda run: run.seed) for name in sorted(methods, key=method_order)]
+
+
+def _label(run: Run) -> str:
+    return run.method if run.seed == 0 else f"{run.method}, seed {run.seed}"
+
+
+def _uri(clip: torch.Tensor) -> str:
+    """H.264 in mp4, which Chromium, Firefox and Safari play."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clip.mp4"
+        write_video(path, clip)
+        return f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}"
