@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from qvgen.evaluation.report_results import Results, Run
 from qvgen.evaluation.report_style import Plot, Theme, line_style, log_axis, panels, shared_legend
-from qvgen.evaluation.report_words import count, method_order
+from qvgen.evaluation.report_words import method_order
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_POINTS = 160  # of a drawn curve; also the windows that are averaged
-_MARKERS = 8  # on one curve
+_POINTS = 60  # of a drawn curve: each the mean of a window of steps
+_MARKERS = 6  # on one curve
 _SPECTRA = 6  # steps whose singular values are drawn
 
 
@@ -30,9 +31,7 @@ def training_plots(results: Results) -> list[Plot]:
         alt = f"Rank of Φ and factor u over the training steps of {methods}; both end at zero."
         plots.append(Plot("rank_decay", alt, lambda theme: _rank_decay(decaying, theme)))
     if spectra := _spectra(results):
-        run, found = spectra[0]
-        first, last = (found["share_small"][i] for i in (0, -1))
-        alt = f"Singular values of Φ at several steps of {run.case}; share of small ones: first {first:.2f}, last {last:.2f}."
+        alt = f"Singular values of Φ at several steps, and the share of small ones. {spectrum_sentence(results)}"
         plots.append(Plot("singular_values", alt, lambda theme: _singular_values(spectra, theme)))
     return plots
 
@@ -80,30 +79,29 @@ def _spectra(results: Results) -> list[tuple[Run, dict[str, Any]]]:
 
 
 def _training(curves: dict[str, dict[str, dict[str, list[float]]]], theme: Theme) -> Figure:
-    columns = len(curves)
-    titles = [f"{bits}: {what}" for what in ("loss", "gradient norm") for bits in curves]
-    figure, axes = panels(theme, titles, columns=columns, width=max(9.6, 3.6 * columns), height=3.0)
-    for number, key in enumerate(("loss", "gradient_norm")):
-        for axis, found in zip(axes[number * columns :], curves.values(), strict=False):
-            for name, curve in found.items():
-                every = max(1, len(curve["step"]) // _MARKERS)
-                style = line_style(name, theme) | {"markevery": every, "linewidth": 1.3, "label": name}
-                axis.plot(curve["step"], curve[key], **style)
+    titles = [f"{bits}: {what}" for bits in curves for what in ("loss", "gradient norm")]
+    figure, axes = panels(titles, [2.9] * len(curves))
+    for number, found in enumerate(curves.values()):
+        for axis, key in zip(axes[2 * number :], ("loss", "gradient_norm"), strict=False):
+            _draw_curves(axis, found, key, theme)
             log_axis(axis, "y")
-            axis.set_xlabel("training step")
     shared_legend(figure, axes)
     return figure
 
 
+def _draw_curves(axis: Axes, curves: dict[str, dict[str, list[float]]], key: str, theme: Theme) -> None:
+    for number, (name, curve) in enumerate(curves.items()):
+        every = max(1, len(curve["step"]) // _MARKERS)
+        offset = number * every // len(curves)  # equal curves show their markers in turn
+        style = line_style(name, theme) | {"markevery": (offset, every), "linewidth": 1.3}
+        axis.plot(curve["step"], curve[key], label=name, **style)
+    axis.set_xlabel("training step")
+
+
 def _rank_decay(decaying: dict[str, dict[str, list[float]]], theme: Theme) -> Figure:
-    figure, axes = panels(theme, ["rank of Φ", "u, the factor of the part that decays"], height=3.2)
+    figure, axes = panels(["rank of Φ", "u, the factor of the part that decays"], [3.2])
     for axis, key in zip(axes, ("rank", "u"), strict=True):
-        for name, curve in decaying.items():
-            every = max(1, len(curve["step"]) // _MARKERS)
-            axis.plot(
-                curve["step"], curve[key], label=name, **(line_style(name, theme) | {"markevery": every, "linewidth": 1.3})
-            )
-        axis.set_xlabel("training step")
+        _draw_curves(axis, decaying, key, theme)
     axes[0].set_yscale("symlog", base=2, linthresh=1)  # halving looks like a staircase, and 0 is on it
     highest = max(max(curve["rank"]) for curve in decaying.values())
     axes[0].set_yticks([0, *(2**i for i in range(math.ceil(math.log2(max(1, highest))) + 1))])
@@ -117,16 +115,14 @@ def _singular_values(spectra: list[tuple[Run, dict[str, Any]]], theme: Theme) ->
     import matplotlib
 
     run, found = spectra[0]
-    figure, (left, right) = panels(
-        theme, [f"{run.method}, {run.bits}: spectrum of Φ", "share of small singular values"], height=3.6
-    )
+    figure, (left, right) = panels([f"{run.method}, {run.bits}: spectrum of Φ", "share of small singular values"], [3.6])
     with_values = [i for i, values in enumerate(found["values"]) if values]
     chosen = [with_values[i * (len(with_values) - 1) // max(1, _SPECTRA - 1)] for i in range(_SPECTRA)] if with_values else []
     chosen = list(dict.fromkeys(chosen))
     colours = matplotlib.colormaps[theme.sequential]
     for number, i in enumerate(chosen):
         values = found["values"][i]
-        colour = colours(0.15 + 0.8 * number / max(1, len(chosen) - 1))
+        colour = colours(0.25 + 0.7 * number / max(1, len(chosen) - 1))
         label = f"step {found['step'][i]:g}, rank {found['rank'][i]:g}"
         left.plot(range(1, len(values) + 1), values, color=colour, marker="o", markersize=3, linewidth=1.3, label=label)
     left.set_xlabel("number of the singular value, largest first")
@@ -149,6 +145,7 @@ def spectrum_sentence(results: Results) -> str:
     if not spectra:
         return ""
     run, found = spectra[0]
-    first, last = (found["share_small"][i] for i in (0, -1))
-    last_step = count(int(found["step"][-1]), "step")
-    return f"In {run.case} {first:.0%} of them are small at the start and {last:.0%} after {last_step}."
+    whole = [i for i, rank in enumerate(found["rank"]) if rank == found["rank"][0]]  # before anything is cut
+    first, last = (f"{100 * found['share_small'][i]:.0f} %" for i in (whole[0], whole[-1]))
+    when = f"at step {found['step'][whole[-1]]:g}, the last one at full rank"
+    return f"With {run.method} at {run.bits}, {first} of them are small at the start and {last} {when}."

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qvgen.evaluation.report_ranking import ranked, summary_of
 from qvgen.evaluation.report_results import Results, Run
-from qvgen.evaluation.report_style import Plot, Theme, line_style, log_axis, panels, shared_legend
+from qvgen.evaluation.report_style import Plot, Theme, line_style, log_axis, panels, rows_of, shared_legend
 from qvgen.evaluation.report_words import method_order
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def error_plots(results: Results) -> list[Plot]:
     if bits := [b for b in results.bits if _means(results, b)]:
         plots.append(Plot("ranking", _ranking_alt(results, bits), lambda theme: _ranking(results, bits, theme)))
     if len(bits) > 1:
-        alt = f"Line per method: mean velocity error at {', '.join(bits)}, logarithmic. The numbers are in the tables above."
+        alt = f"Mean velocity error of every method at {', '.join(bits)}, logarithmic. The numbers are in the tables above."
         plots.append(Plot("error_by_bits", alt, lambda theme: _by_bits(results, bits, theme)))
     if timed := [b for b in bits if any(_by_timestep(runs) for runs in results.compared(b).values())]:
         alt = f"Line per method: velocity error at each timestep, one panel for each of {', '.join(timed)}."
@@ -85,8 +85,8 @@ def _ranking_alt(results: Results, bits: list[str]) -> str:
 
 
 def _ranking(results: Results, bits: list[str], theme: Theme) -> Figure:
-    most = max(len(_means(results, b)) for b in bits)
-    figure, axes = panels(theme, bits, height=0.9 + 0.24 * most)
+    rows = [max(len(_means(results, b)) for b in bits[i : i + 2]) for i in range(0, len(bits), 2)]
+    figure, axes = panels(bits, [0.9 + 0.24 * methods for methods in rows])
     for axis, b in zip(axes, bits, strict=True):
         means = _means(results, b)
         for row, (name, mean) in enumerate(means.items()):
@@ -103,23 +103,27 @@ def _ranking(results: Results, bits: list[str], theme: Theme) -> Figure:
 
 
 def _by_bits(results: Results, bits: list[str], theme: Theme) -> Figure:
-    figure, (axis,) = panels(theme, [""], height=4.6)
+    figure, (axis,) = panels([""], [4.6])
     means = {b: _means(results, b) for b in bits}
     names = sorted({name for found in means.values() for name in found}, key=method_order)
     for number, name in enumerate(names):
-        shift = 0.4 * (number / max(1, len(names) - 1) - 0.5)  # side by side, or error bars hide each other
+        shift = 0.7 * (number / max(1, len(names) - 1) - 0.5)  # side by side, or error bars hide each other
         there = [i for i, b in enumerate(bits) if name in means[b]]
+        style = line_style(name, theme)
         summaries = [summary_of(results.compared(bits[i])[name], "velocity_mse") for i in there]
         axis.errorbar(
             [i + shift for i in there],
             [means[bits[i]][name] for i in there],
             yerr=[(s.sd or 0.0) if s else 0.0 for s in summaries],
             label=name,
-            elinewidth=1,
-            **(line_style(name, theme) | {"linewidth": 0.9}),
+            elinewidth=1.2,
+            **(style | {"linestyle": "", "markersize": 1.25 * style["markersize"]}),
         )
+    for edge in range(1, len(bits)):
+        axis.axvline(edge - 0.5, color=theme.grid, linewidth=1)
     axis.set_xticks(range(len(bits)), bits)
-    axis.set_xlim(-0.4, len(bits) - 0.6)
+    axis.tick_params(axis="x", length=0, labelcolor=theme.ink)
+    axis.set_xlim(-0.5, len(bits) - 0.5)
     log_axis(axis, "y")
     axis.set_ylabel("velocity error, logarithmic")
     axis.grid(axis="x", visible=False)
@@ -128,7 +132,7 @@ def _by_bits(results: Results, bits: list[str], theme: Theme) -> Figure:
 
 
 def _timesteps(results: Results, bits: list[str], theme: Theme) -> Figure:
-    figure, axes = panels(theme, bits, height=3.6)
+    figure, axes = panels(bits, [3.6] * rows_of(len(bits)))
     for axis, b in zip(axes, bits, strict=True):
         for name, runs in results.compared(b).items():
             if found := _by_timestep(runs):
@@ -146,7 +150,7 @@ def _layers(errors: dict[str, dict[str, float]], theme: Theme) -> Figure:
     names, layers = list(errors), _shown_layers(errors)
     grid = [[errors[name].get(layer, math.nan) for layer in layers] for name in names]
     positive = [v for row in grid for v in row if v > 0]
-    figure, (axis,) = panels(theme, [""], width=max(6.0, 2.5 + 0.22 * len(layers)), height=2.4 + 0.24 * len(names))
+    figure, (axis,) = panels([""], [1.9 + 0.24 * len(names)], width=max(9.6, 2.5 + 0.22 * len(layers)))
     norm = LogNorm(min(positive), max(positive)) if positive and min(positive) < max(positive) else None
     picture = axis.imshow(grid, aspect="auto", cmap=theme.sequential, norm=norm, interpolation="nearest")
     axis.set_xticks(range(len(layers)), layers, rotation=90, fontsize=7.5)
@@ -154,8 +158,10 @@ def _layers(errors: dict[str, dict[str, float]], theme: Theme) -> Figure:
     axis.tick_params(length=0, labelcolor=theme.ink)
     axis.grid(visible=False)
     bar = figure.colorbar(picture, ax=axis, fraction=0.03, pad=0.01)
-    bar.set_label("relative output error, logarithmic")
-    bar.ax.tick_params(which="both", labelsize=7.5)
+    bar.set_label("relative error")
+    bar.outline.set_visible(False)
+    if norm:
+        log_axis(bar.ax, "y")
     return figure
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -42,16 +43,16 @@ _MARKS = {
     "mse": ("sky", "P"),
     "svdquant": ("orange", "v"),
     "viditq": ("purple", "<"),
-    "lsq": ("sky", "s"),
+    "lsq": ("sky", ">"),
     "qdm": ("orange", "^"),
-    "efficientdm": ("purple", "D"),
+    "efficientdm": ("purple", "d"),
     "kd": ("vermilion", "o"),
-    "qvgen": ("blue", "p"),
-    "dsa": ("green", "h"),
+    "qvgen": ("blue", "D"),
+    "dsa": ("green", "s"),
     "qvgen+": ("ink", "*"),
-    "finetune": ("grey", "d"),
+    "finetune": ("grey", "p"),
 }
-_SPARE = tuple((hue, marker) for marker in (">", "8", "H") for hue in ("green", "vermilion", "blue", "orange"))
+_SPARE = tuple((hue, marker) for marker in ("H", "8", "p") for hue in ("grey", "green", "purple", "orange"))
 _PNG_DPI = 144
 
 
@@ -90,21 +91,23 @@ def line_style(method: str, theme: Theme) -> dict[str, Any]:
     }
 
 
-def panels(
-    theme: Theme, titles: list[str], *, columns: int = 2, width: float = 9.6, height: float = 3.2
-) -> tuple[Figure, list]:
-    """A figure with one titled panel per entry, `columns` in a row, each `height` inches high."""
+def panels(titles: Sequence[str], heights: Sequence[float], *, width: float = 9.6) -> tuple[Figure, list[Axes]]:
+    """A figure with one titled panel per entry, two in a row; `heights` of the rows in inches."""
     from matplotlib.figure import Figure
 
-    columns = min(columns, len(titles))
-    rows = -(-len(titles) // columns)
-    figure = Figure(figsize=(width, height * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    columns = min(2, len(titles))
+    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+    axes = list(figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights).flat)
     for axis, title in zip(axes, titles, strict=False):
         axis.set_title(title, loc="left", fontweight="bold")
     for axis in axes[len(titles) :]:
         axis.set_visible(False)
     return figure, axes[: len(titles)]
+
+
+def rows_of(panels: int) -> int:
+    """Rows that so many panels take."""
+    return -(-panels // 2)
 
 
 def shared_legend(figure: Figure, axes: list[Axes]) -> None:
@@ -118,14 +121,29 @@ def shared_legend(figure: Figure, axes: list[Axes]) -> None:
 
 
 def log_axis(axis: Axes, which: str) -> None:
-    """Logarithmic, with numbers written out (0.02) instead of as powers, a few of them between the powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    """Make "x" or "y" logarithmic, with numbers written out (0.02); call it when everything is drawn."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     getattr(axis, f"set_{which}scale")("log")
+    low, high = getattr(axis, f"get_{which}lim")()
     scale = getattr(axis, f"{which}axis")
-    scale.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    scale.set_major_locator(FixedLocator(_log_ticks(low, high)))
     scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    scale.set_minor_formatter(NullFormatter())
+    scale.set_minor_locator(NullLocator())
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers from `low` to `high`: powers of ten, with some between them if those are few; evenly spread ones where
+    the whole range is narrow."""
+    from matplotlib.ticker import MaxNLocator
+
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for leading in ((1,), (1, 3), (1, 2, 5)):
+        ticks = [float(f"{digit}e{decade}") for decade in decades for digit in leading]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) >= 4:
+            return ticks
+    return [float(tick) for tick in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= tick <= high]
 
 
 def _saved(draw: Callable[[Theme], Figure], theme: Theme, kind: str) -> bytes:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from qvgen.evaluation.report_ranking import best_without_cost, kind_of, paired, ranked, summary_of, verdict
+from qvgen.evaluation.report_ranking import best_without_cost, paired, ranked, summary_of, verdict
 from qvgen.evaluation.report_results import Results, Run, bits_order
 from qvgen.evaluation.report_statistics import PairedDifference, summarize
 from qvgen.evaluation.report_words import ABSENT, MEASURES, QUALITY, method_order
@@ -25,7 +25,7 @@ _README_COLUMNS = ("velocity_mse", "psnr_db", "ssim", "colour", "direction", "di
 
 @dataclass(frozen=True)
 class Row:
-    """`badges` stand beside the name: "best", "extra cost", "in use"; `kind` "reference" sets a row apart."""
+    """`badges` stand beside the name: "best", "extra cost", "in use", "tie"; `kind` "reference" sets a row apart."""
 
     name: str
     cells: tuple[str, ...]
@@ -35,10 +35,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
+    """`columns`: the first is that of the names; `words`: how many cells of a row, from the first on, are no numbers."""
+
     caption: str
-    columns: tuple[str, ...]  # the first is that of the names
+    columns: tuple[str, ...]
     rows: tuple[Row, ...]
     note: str = ""
+    words: int = 0
 
 
 def summary_table(results: Results, bits: str) -> Table:
@@ -51,7 +54,7 @@ def summary_table(results: Results, bits: str) -> Table:
     if results.full_precision:
         references["full_precision"] = [results.full_precision]
     rows += [_summary_row(name, references[name], shown, (), "reference") for name in sorted(references, key=method_order)]
-    columns = ("method", "kind", "seeds", *(MEASURES[key].heading for key in shown))
+    columns = ("method", "seeds", *(MEASURES[key].heading for key in shown))
     return Table(f"{bits}: mean ± standard deviation over seeds", columns, tuple(rows), verdict(methods, best))
 
 
@@ -64,10 +67,10 @@ def paired_table(results: Results, bits: str, baseline: str) -> Table | None:
     for name in ranked(methods):
         error, psnr = (paired(methods[name], methods[baseline], key) for key in ("velocity_mse", "psnr_db"))
         if name != baseline and error:
-            rows.append(
-                Row(name, (*_paired_cells(error, "velocity_mse"), *_paired_cells(psnr, "psnr_db")[:2], str(error.count)))
-            )
-    columns = ("method", "Δ velocity error", "sd of Δ", "|Δ| / sd", "seeds won", "Δ PSNR, dB", "sd of Δ PSNR", "seeds")
+            tie = error.ratio is not None and error.ratio < 1
+            cells = (*_paired_cells(error, "velocity_mse"), *_paired_cells(psnr, "psnr_db")[:2])
+            rows.append(Row(name, cells, ("tie",) if tie else ()))
+    columns = ("method", "Δ velocity error", "sd of Δ", "|Δ| / sd", "seeds won", "Δ PSNR, dB", "sd of Δ PSNR")
     return Table(f"{bits}: difference to {baseline} (method − {baseline})", columns, tuple(rows)) if rows else None
 
 
@@ -90,7 +93,7 @@ def ablation_table(results: Results) -> Table | None:
         rows.append(Row(first.variant or "default", cells))
     errors = ("velocity error ↓", "with defaults", "Δ", "sd of Δ", "|Δ| / sd", "seeds won")
     columns = ("variant", "method", "bits", "seeds", *errors, "PSNR, dB ↑")
-    return Table("One setting changed at a time", columns, tuple(rows)) if rows else None
+    return Table("One setting changed at a time", columns, tuple(rows), words=2) if rows else None
 
 
 def tuning_table(results: Results) -> Table | None:
@@ -106,7 +109,7 @@ def tuning_table(results: Results) -> Table | None:
         cells += tuple(MEASURES[key].summary(summary_of(runs, key)) for key in keys)
         rows.append(Row(first.method, cells, ("in use",) if in_use else ()))
     columns = ("method", "bits", "learning rate ×", "steps", "seeds", *(MEASURES[key].heading for key in keys))
-    return Table("Short runs that chose each method's learning rate", columns, tuple(rows)) if rows else None
+    return Table("Short runs that chose each method's learning rate", columns, tuple(rows), words=1) if rows else None
 
 
 def cost_table(results: Results, bits: str) -> Table | None:
@@ -130,7 +133,7 @@ def worst_layers_table(errors: dict[str, dict[str, float]], bits: str) -> Table:
         cells = [f"{layer}: {layers[layer]:.3f}" for layer in worst]
         rows.append(Row(name, (*cells, *[ABSENT] * (_WORST_LAYERS - len(cells)))))
     columns = ("method", *("worst", "second", "third")[:_WORST_LAYERS])
-    return Table(f"{bits}: the layers of largest error, mean over seeds", columns, tuple(rows))
+    return Table(f"{bits}: the layers of largest error, mean over seeds", columns, tuple(rows), words=_WORST_LAYERS)
 
 
 def csv_text(results: Results) -> str:
@@ -173,7 +176,7 @@ def markdown_summary(results: Results) -> str:
 def _summary_row(name: str, runs: list[Run], shown: list[str], badges: tuple[str, ...], kind: str = "") -> Row:
     cells = [MEASURES[key].summary(summary_of(runs, key)) for key in shown]
     seeds = ABSENT if name == "full_precision" else str(len(runs))
-    return Row(name, (kind_of(name, runs), seeds, *cells), badges, kind)
+    return Row(name, (seeds, *cells), badges, kind)
 
 
 def _badges(name: str, runs: list[Run], best: str | None) -> tuple[str, ...]:

@@ -21,20 +21,19 @@ MAX_TEXT = 9_000_000  # characters that all videos may take in the page
 class Video:
     label: str
     uri: str
+    reference: bool = False
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One prompt: the reference and, per bits, one video per method."""
+    """One prompt: per bits the reference, if there is one, and a video per method."""
 
     prompt: str
-    reference: Video | None
     rows: tuple[tuple[str, tuple[Video, ...]], ...]  # (bits, videos)
 
     @property
     def text(self) -> int:
-        videos = [video for _, row in self.rows for video in row] + [self.reference] * (self.reference is not None)
-        return sum(len(video.uri) for video in videos if video)
+        return sum(len(video.uri) for _, row in self.rows for video in row)
 
 
 def scenes(results: Results) -> tuple[list[Scene], int]:
@@ -54,8 +53,9 @@ def scenes(results: Results) -> tuple[list[Scene], int]:
             raise ValueError(f"{run.folder} shows other prompts than {kept[0][0].folder}; repeat one of the two runs")
     done: list[Scene] = []
     for i, prompt in enumerate(prompts):
-        rows = tuple((bits, tuple(Video(_label(run), _uri(found[1][i])) for run, found in row)) for bits, row in clips.items())
-        scene = Scene(prompt, Video("full precision", _uri(reference[1][i])) if reference else None, rows)
+        first = (Video("full precision", _uri(reference[1][i]), reference=True),) if reference else ()
+        rows = {bits: tuple(Video(_label(run), _uri(found[1][i])) for run, found in row) for bits, row in clips.items()}
+        scene = Scene(prompt, tuple((bits, first + row) for bits, row in rows.items() if row))
         if done and sum(s.text for s in done) + scene.text > MAX_TEXT:
             break
         done.append(scene)

@@ -66,7 +66,9 @@ class Measure:
     def text(self, value: float | None) -> str:
         if value is None:
             return ABSENT
-        return f"{value * self.scale:,.{self.digits}f}" if math.isfinite(value) else "diverged"
+        if not math.isfinite(value):
+            return "diverged"
+        return f"{value * self.scale:,.{self.digits}f}".replace("-", "−")
 
     def signed(self, value: float | None) -> str:
         """With its sign, for differences."""
@@ -91,9 +93,9 @@ MEASURES: dict[str, Measure] = {
         Measure("latent_mse", "latent error", 4, "lower"),
         Measure("psnr_db", "PSNR", 2, "higher", unit="dB"),
         Measure("ssim", "SSIM", 4, "higher"),
-        Measure("colour", "colour right", 1, "higher", 100, "%"),
-        Measure("direction", "direction right", 1, "higher", 100, "%"),
-        Measure("digit", "digit right", 1, "higher", 100, "%"),
+        Measure("colour", "colour", 1, "higher", 100, "%"),
+        Measure("direction", "direction", 1, "higher", 100, "%"),
+        Measure("digit", "digit", 1, "higher", 100, "%"),
         Measure("motion", "motion", 4),
         Measure("flicker", "flicker", 4),
         Measure("train_seconds", "training", 0, "lower", unit="s"),

@@ -112,7 +112,9 @@ def write_run(
         "step_ms_fp32": 7.3 * (1 + 0.01 * random.gauss(0, 1)),
         "zero_inference_cost": method not in COSTLY,
         "velocity_mse_by_timestep": {str(50.0 + 100 * i): error * (0.4 + 2.6 * math.exp(-i / 2)) for i in range(10)},
-        "layer_error": {layer: 1.6 * error**0.5 * (1 + 0.6 * random.random() + (i % 6 == 5)) for i, layer in enumerate(LAYERS)},
+        "layer_error": {
+            layer: 1.6 * error**0.5 * (1 + 0.6 * random.random() + (i % 6 == 5)) for i, layer in enumerate(LAYERS)
+        },
     }
     if trained:
         scores |= {"learning_rate_factor": rate, "steps": STEPS, "final_loss": error * 1.1, "mean_gradient_norm": 0.3 + error}
