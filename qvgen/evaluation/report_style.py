@@ -159,7 +159,7 @@ def _saved(draw: Callable[[Theme], Figure], theme: Theme, kind: str) -> bytes:
 def _themed(theme: Theme) -> Iterator[None]:
     import matplotlib
 
-    settings = {
+    settings: dict[Any, Any] = {
         "figure.facecolor": theme.paper,
         "savefig.facecolor": theme.paper,
         "axes.facecolor": theme.paper,

@@ -42,9 +42,9 @@ def scenes(results: Results) -> tuple[list[Scene], int]:
     Every clip is the run's of the lowest seed. Raises ValueError if two runs were given different prompts.
     """
     shown = {bits: _first_runs(results, bits) for bits in VIDEO_BITS if bits in results.bits}
-    clips = {bits: [(run, found) for run in runs if (found := run.clips())] for bits, runs in shown.items()}
-    reference = results.full_precision.clips() if results.full_precision else None
-    kept = [(results.full_precision, reference)] * (reference is not None) + [pair for row in clips.values() for pair in row]
+    clips = {bits: _with_clips(runs) for bits, runs in shown.items()}
+    reference = _with_clips([results.full_precision] if results.full_precision else [])
+    kept = reference + [pair for row in clips.values() for pair in row]
     if not kept:
         return [], 0
     prompts = kept[0][1][0]
@@ -53,7 +53,7 @@ def scenes(results: Results) -> tuple[list[Scene], int]:
             raise ValueError(f"{run.folder} shows other prompts than {kept[0][0].folder}; repeat one of the two runs")
     done: list[Scene] = []
     for i, prompt in enumerate(prompts):
-        first = (Video("full precision", _uri(reference[1][i]), reference=True),) if reference else ()
+        first = tuple(Video("full precision", _uri(found[1][i]), reference=True) for _, found in reference)
         rows = {bits: tuple(Video(_label(run), _uri(found[1][i])) for run, found in row) for bits, row in clips.items()}
         scene = Scene(prompt, tuple((bits, first + row) for bits, row in rows.items() if row))
         if done and sum(s.text for s in done) + scene.text > MAX_TEXT:
@@ -65,6 +65,10 @@ def scenes(results: Results) -> tuple[list[Scene], int]:
 def _first_runs(results: Results, bits: str) -> list[Run]:
     methods = results.compared(bits)
     return [min(methods[name], key=lambda run: run.seed) for name in sorted(methods, key=method_order)]
+
+
+def _with_clips(runs: list[Run]) -> list[tuple[Run, tuple[list[str], torch.Tensor]]]:
+    return [(run, clips) for run in runs if (clips := run.clips())]
 
 
 def _label(run: Run) -> str:
