@@ -103,7 +103,8 @@ def read_results(folder: Path) -> Results:
     runs = [_read_run(path) for path in finished]
     seen: dict[tuple[object, ...], str] = {}
     for run in runs:
-        key = (run.group if not run.compared else "", run.method, run.bits, run.seed, run.variant)
+        tried = run.number("learning_rate_factor") if run.group == "tuning" else None
+        key = (run.group if not run.compared else "", run.method, run.bits, run.seed, run.variant, tried)
         if key in seen:
             raise ValueError(f"{folder}: {seen[key]} and {run.case} are the same run by their scores.json; delete one of them")
         seen[key] = run.case

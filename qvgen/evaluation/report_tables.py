@@ -98,7 +98,7 @@ def ablation_table(results: Results) -> Table | None:
 
 def tuning_table(results: Results) -> Table | None:
     """Runs that chose a learning rate; the factor that the compared runs use is marked."""
-    keys = ("velocity_mse", "final_loss", "mean_gradient_norm")
+    keys = ("tuning_velocity_mse", "final_loss", "mean_gradient_norm")
     rows = []
     for runs in _by_variant([run for run in results.runs if run.group == "tuning"]):
         first, factor = runs[0], runs[0].number("learning_rate_factor")
@@ -114,7 +114,7 @@ def tuning_table(results: Results) -> Table | None:
 
 def cost_table(results: Results, bits: str) -> Table | None:
     """Training and inference cost of every method at these bits."""
-    keys = ("train_seconds", "peak_rss_mb", "bytes", "step_ms")
+    keys = ("calibration_seconds", "train_seconds", "peak_rss_mb", "bytes", "step_ms")
     methods = results.compared(bits)
     rows = []
     for name in sorted(methods, key=method_order):
@@ -194,10 +194,12 @@ def _paired_cells(difference: PairedDifference | None, key: str) -> tuple[str, s
 
 
 def _by_variant(runs: list[Run]) -> list[list[Run]]:
-    grouped: dict[tuple[str, str, str], list[Run]] = {}
+    """Runs that differ in nothing but the seed, together."""
+    grouped: dict[tuple[str, str, str, float], list[Run]] = {}
     for run in runs:
-        grouped.setdefault((run.method, run.bits, run.variant), []).append(run)
-    return [grouped[key] for key in sorted(grouped, key=lambda k: (method_order(k[0]), bits_order(k[1]), k[2]))]
+        factor = run.number("learning_rate_factor") if run.group == "tuning" else None
+        grouped.setdefault((run.method, run.bits, run.variant, factor or 0.0), []).append(run)
+    return [grouped[key] for key in sorted(grouped, key=lambda k: (method_order(k[0]), bits_order(k[1]), *k[2:]))]
 
 
 def _steps(runs: list[Run]) -> str:

@@ -28,13 +28,13 @@ _TRAINED = {
     "lsq": "Learned step size: weights and grids are trained on the original task, without a teacher.",
     "qdm": "Q-DM: evens out activations per timestep and imitates the teacher's output.",
     "efficientdm": "EfficientDM: trains low-rank changes of the weights and merges them into the weights.",
+    "finetune": "The full-precision model trained for as many steps, then quantized like mse: is it just more training?",
     "kd": "Knowledge distillation: imitates the teacher with learned grids. QVGen without Φ, so the control for it.",
     "qvgen": "QVGen: like kd, helped by Φ, which decays to nothing before the end.",
     "dsa": "DSAQuant: teacher and original task together, weighted by timestep; no guidance in the last steps.",
     "qvgen+": "This project's own: the combination of the parts above that measured best.",
 }
 _NOT_QUANTIZED = {
-    "finetune": "The full-precision model trained for as many steps: is the gain only that of more training?",
     "full_precision": "The original model in 32-bit numbers: the teacher, and what all others are compared with.",
 }
 # In the order of legends: from the simplest to the most elaborate.
@@ -90,6 +90,7 @@ MEASURES: dict[str, Measure] = {
     measure.key: measure
     for measure in (
         Measure("velocity_mse", "velocity error", 5, "lower"),
+        Measure("tuning_velocity_mse", "velocity error", 5, "lower"),
         Measure("latent_mse", "latent error", 4, "lower"),
         Measure("psnr_db", "PSNR", 2, "higher", unit="dB"),
         Measure("ssim", "SSIM", 4, "higher"),
@@ -98,6 +99,7 @@ MEASURES: dict[str, Measure] = {
         Measure("digit", "digit", 1, "higher", 100, "%"),
         Measure("motion", "motion", 4),
         Measure("flicker", "flicker", 4),
+        Measure("calibration_seconds", "calibration", 0, "lower", unit="s"),
         Measure("train_seconds", "training", 0, "lower", unit="s"),
         Measure("peak_rss_mb", "peak memory", 0, "lower", unit="MB"),
         Measure("bytes", "size", 2, "lower", 1e-6, "MB", spread=False),

@@ -23,6 +23,7 @@ METHODS = {
     "lsq": 0.026,
     "qdm": 0.0232,
     "efficientdm": 0.0285,
+    "finetune": 0.0362,
     "kd": 0.0211,
     "qvgen": 0.0209,
     "dsa": 0.0214,
@@ -44,7 +45,7 @@ LAYERS = [
 
 
 def write_results(folder: Path, *, prompts: int = 2, seeds: tuple[int, ...] = SEEDS) -> None:
-    """All methods at W4A4 and W3A3, some at fewer bits, an ablation, tuning, fine-tuning and full precision."""
+    """All methods at W4A4 and W3A3, some at fewer bits, an ablation, tuning and full precision."""
     real = sample_clips(ALL_ATTRIBUTES[7 : 7 + 40 * prompts : 40], torch.Generator().manual_seed(0))
     words = [attributes.caption for attributes in ALL_ATTRIBUTES[7 : 7 + 40 * prompts : 40]]
     for method in METHODS:
@@ -55,18 +56,18 @@ def write_results(folder: Path, *, prompts: int = 2, seeds: tuple[int, ...] = SE
                 if seed == 0:
                     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(seed)) * _error(method, bits) * 4
                     _write_clips(case, real + noise, words)
-    for variant, factor in (("decay_ratio=0.25", 1.004), ("initial_rank=8", 1.03), ("no re-decomposition", 1.012)):
+    for variant, factor in (("ratio-1by4", 1.004), ("rank-8", 1.03), ("no-new-svd", 1.012)):
         for seed in seeds[:2]:
             write_run(folder, "qvgen", "W4A4", seed, group="ablation", variant=variant, factor=factor)
     for rate in (0.5, 1.0, 2.0):
         for method in ("kd", "qvgen"):
-            variant, factor = f"learning_rate_factor={rate:g}", 1.2 + 0.1 * abs(math.log2(rate))
-            write_run(folder, method, "W4A4", 0, group="tuning", variant=variant, factor=factor, rate=rate)
-    write_run(folder, "finetune", "W16A16", 0, group="reference", factor=0.01)
+            error = 0.07 * (1 + 0.1 * abs(math.log2(rate)))
+            write_run(folder, method, "W3A3", 100, group="tuning", rate=rate, velocity_mse=None, tuning_velocity_mse=error)
     case = folder / "full_precision"
     case.mkdir()
-    own = {"colour": 1.0, "direction": 0.98, "digit": 0.91, "motion": 0.0312, "flicker": 0.041}
-    (case / "scores.json").write_text(json.dumps({"case": "full_precision", "group": "reference", **own}))
+    own = {"colour": 1.0, "direction": 0.98, "digit": 0.91, "motion": 0.0312, "flicker": 0.041, "bytes": 5_939_662}
+    named = {"case": "full_precision", "group": "reference", "method": "full precision", "bits": "W32A32", "seed": 0}
+    (case / "scores.json").write_text(json.dumps(named | own))
     _write_clips(case, real, words)
 
 
@@ -83,8 +84,9 @@ def write_run(
     **changed: Any,
 ) -> Path:
     """One case with scores, and the curves that its method has. Returns its folder."""
-    name = "-".join(filter(None, (method.replace("<b>", ""), bits, variant.replace("=", "_").replace(" ", "_"), group)))
-    case, random = folder / f"{name}-{seed}", Random(f"{method} {bits} {seed} {variant}")
+    name = f"{method.replace('<b>', '')}-{bits}-{seed}"
+    name += f"-{variant}" if variant else f"-lr{rate:g}" if group == "tuning" else ""
+    case, random = folder / name, Random(f"{method} {bits} {seed} {variant}")
     case.mkdir(parents=True)
     error = _error(method, bits) * factor * (1 + 0.02 * random.gauss(0, 1))
     trained = method not in UNTRAINED
@@ -105,7 +107,8 @@ def write_run(
         "digit": max(0.1, 0.93 - 2 * error),
         "motion": 0.0312 + error / 10,
         "flicker": 0.041 + error / 8,
-        "train_seconds": random.uniform(280, 330) if trained else None,
+        "calibration_seconds": random.uniform(20, 25),
+        "train_seconds": random.uniform(280, 330) if trained else 0.0,
         "peak_rss_mb": 980.0 if trained else 640.0,
         "bytes": SIZE.get(bits, 5_900_000),
         "step_ms": step,
@@ -116,8 +119,9 @@ def write_run(
             layer: 1.6 * error**0.5 * (1 + 0.6 * random.random() + (i % 6 == 5)) for i, layer in enumerate(LAYERS)
         },
     }
+    scores |= {"learning_rate_factor": rate, "steps": 0, "final_loss": None, "mean_gradient_norm": None}
     if trained:
-        scores |= {"learning_rate_factor": rate, "steps": STEPS, "final_loss": error * 1.1, "mean_gradient_norm": 0.3 + error}
+        scores |= {"steps": STEPS, "final_loss": error * 1.1, "mean_gradient_norm": 0.3 + error}
         _write_curve(case, method, error, random)
     if method in WITH_PHI:
         _write_singular_values(case)

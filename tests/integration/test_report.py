@@ -75,10 +75,10 @@ def test_csv_has_a_line_per_run(results: Path, report: Path) -> None:
     assert {"group", "variant", "flicker", "step_ms_fp32", "zero_inference_cost"} <= set(lines[0])
     assert "layer_error" not in lines[0]
     assert len(lines) == len(list(results.iterdir()))
-    line = next(line for line in lines if (line["method"], line["bits"], line["seed"]) == ("kd", "W3A3", "1"))
-    scores = json.loads((results / "kd-W3A3-main-1" / "scores.json").read_text())
+    line = next(line for line in lines if line["case"] == "kd-W3A3-1")
+    scores = json.loads((results / "kd-W3A3-1" / "scores.json").read_text())
     assert float(line["velocity_mse"]) == scores["velocity_mse"]
-    assert next(line for line in lines if line["method"] == "rtn")["train_seconds"] == ""
+    assert next(line for line in lines if line["method"] == "rtn")["final_loss"] == ""
 
 
 @pytest.mark.slow
@@ -118,7 +118,7 @@ def test_pictures_and_videos_have_words(html: str, report: Path) -> None:
 def test_summary_ranks_and_marks(results: Path) -> None:
     table = summary_table(read_results(results), "W4A4")
     assert table.rows[0].name == "qvgen+" and table.rows[0].badges == ("best",)
-    assert [row.name for row in table.rows[-2:]] == ["finetune", "full_precision"]
+    assert [row.name for row in table.rows if row.kind] == ["full_precision"] == [table.rows[-1].name]
     marked = {row.name: row.badges for row in table.rows if row.badges}
     assert marked == {"qvgen+": ("best",), "svdquant": ("extra cost",)}
     assert all(re.fullmatch(r"0\.\d{5} ± 0\.\d{5}", row.cells[1]) for row in table.rows[: len(METHODS)])
@@ -129,8 +129,14 @@ def test_a_method_with_extra_cost_is_never_the_best(tmp_path: Path) -> None:
         write_run(tmp_path, "svdquant", "W4A4", seed, velocity_mse=0.001)
         write_run(tmp_path, "kd", "W4A4", seed, velocity_mse=0.002 + 0.001 * seed)
         write_run(tmp_path, "qvgen", "W4A4", seed, velocity_mse=0.003 + 0.0001 * seed)
+    write_run(tmp_path, "unquantized", "", 0, group="reference")
     table = summary_table(read_results(tmp_path), "W4A4")
-    assert [(row.name, row.badges) for row in table.rows] == [("svdquant", ("extra cost",)), ("kd", ("best",)), ("qvgen", ())]
+    assert [row.name for row in table.rows if row.kind == "reference"] == ["unquantized"]
+    assert [(row.name, row.badges) for row in table.rows[:-1]] == [
+        ("svdquant", ("extra cost",)),
+        ("kd", ("best",)),
+        ("qvgen", ()),
+    ]
     # -0.001, -0.0001, +0.0008: mean -0.0001, sd 0.0009
     assert "smaller than that of qvgen, the next, at 2 of 3 shared seeds" in table.note and "a tie" in table.note
     paired = paired_table(read_results(tmp_path), "W4A4", "qvgen")
@@ -151,6 +157,8 @@ def test_tuning_marks_the_factor_of_the_compared_runs(results: Path) -> None:
     table = tuning_table(read_results(results))
     assert table is not None
     assert [(row.name, row.cells[1]) for row in table.rows if row.badges] == [("kd", "1"), ("qvgen", "1")]
+    assert [row.cells[1] for row in table.rows if row.name == "kd"] == ["0.5", "1", "2"]
+    assert all(row.cells[4].startswith("0.07") for row in table.rows)
 
 
 def test_missing_runs_are_named(tmp_path: Path) -> None:
