@@ -65,6 +65,8 @@ def kind_of(name: str, runs: list[Run]) -> Kind:
 def missing(results: Results) -> list[str]:
     """What the matrix lacks, a sentence each."""
     lines = []
+    if not results.bits:
+        lines.append("No method has a finished run yet.")
     if results.full_precision is None:
         lines.append("The full-precision model has no scores: its row and its videos are absent.")
     main = [run for run in results.runs if run.group == "main" and run.compared]

@@ -154,7 +154,12 @@ def csv_text(results: Results) -> str:
 
 
 def markdown_summary(results: Results) -> str:
-    """The README's table: every method at W4A4 and W3A3 by velocity error, mean ± standard deviation over seeds."""
+    """The README's table: every method at W4A4 and W3A3 by velocity error, mean ± standard deviation over seeds.
+
+    Raises ValueError if there is no run at either.
+    """
+    if not set(results.bits) & set(_README_BITS):
+        raise ValueError(f"no run at {' or '.join(_README_BITS)}; run the comparison first")
     headings = ("method", "bits", "seeds", *(MEASURES[key].heading for key in _README_COLUMNS))
     lines = ["| " + " | ".join(headings) + " |", "|---|---|" + "---:|" * (len(headings) - 2)]
     costly = False

@@ -45,7 +45,7 @@ def scenes(results: Results) -> tuple[list[Scene], int]:
     clips = {bits: _with_clips(runs) for bits, runs in shown.items()}
     reference = _with_clips([results.full_precision] if results.full_precision else [])
     kept = reference + [pair for row in clips.values() for pair in row]
-    if not kept:
+    if not any(clips.values()):
         return [], 0
     prompts = kept[0][1][0]
     for run, (words, _) in kept:

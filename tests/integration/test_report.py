@@ -186,6 +186,16 @@ def test_a_report_of_almost_nothing(tmp_path: Path) -> None:
     assert not page.all("script")
 
 
+def test_before_the_first_case_the_page_says_so(tmp_path: Path) -> None:
+    write_run(tmp_path / "results", "kd", "W3A3", 100, group="tuning")
+    write_report(tmp_path / "results", tmp_path / "out")
+    text = (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
+    assert [section["id"] for section in Page(text).all("section")] == ["what", "tuning"]
+    assert "No method has a finished run yet" in text
+    with pytest.raises(ValueError, match="no run at W4A4 or W3A3"):
+        markdown_table(tmp_path / "results")
+
+
 @pytest.mark.slow
 def test_same_results_same_bytes(tmp_path: Path) -> None:
     write_run(tmp_path / "results", "qvgen", "W4A4", 0)
