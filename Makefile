@@ -1,4 +1,4 @@
-# make repro | test | check | sanitize | ui | clean. Each creates .venv on first use; PYTHON=python3.12 chooses another interpreter.
+# make repro | compare | test | check | sanitize | ui | clean. Each creates .venv on first use; PYTHON=python3.12 chooses another interpreter.
 PYTHON ?= python3
 PORT ?= 5000
 BIN := .venv/bin
@@ -11,11 +11,12 @@ $(foreach line,$(shell grep '^[A-Z]' .env.defaults),$(eval export $(subst =, ?= 
 # Tests run in several processes; threads inside them would only compete.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 -q
 
-.PHONY: help repro test check sanitize ui clean
+.PHONY: help repro compare test check sanitize ui clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make repro   full precision -> packed 4-bit model, measured'
+	@echo 'make compare every method side by side, with seeds: hours; FAST=1: minutes'
 	@echo 'make test    all tests'
 	@echo 'make check   lint, types, import contracts, fast tests: before each commit'
 	@echo 'make sanitize   tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer (GCC): 2 minutes'
@@ -24,6 +25,10 @@ help:
 
 repro: $(KERNELS)
 	@$(BIN)/qvgen repro
+
+# Every method side by side; FAST=1 for a look in minutes.
+compare: $(KERNELS)
+	@$(BIN)/qvgen compare $(if $(FAST),--fast)
 
 test: $(KERNELS)
 	@$(TEST)

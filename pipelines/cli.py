@@ -65,6 +65,21 @@ def repro(context: typer.Context) -> None:
 
 
 @app.command()
+def compare(
+    fast: Annotated[bool, typer.Option("--fast", help="Six methods, W4A4, one seed: minutes")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Cases that run at a time")] = 2,
+) -> None:
+    """Every method side by side (comparison/dvc.yaml), then the report. Hours; it goes on where it was interrupted."""
+    from pipelines.compare import compare as run
+
+    root = project_root()
+    code = run(root, jobs, fast)
+    if code:
+        raise typer.Exit(code)
+    print(f"report: {root / 'reports/comparison.html'}")
+
+
+@app.command()
 def results(
     markdown: Annotated[bool, typer.Option("--markdown", help="The table of the README, with commands")] = False,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -89,8 +90,10 @@ def _open(root: Path):
 
 
 def _find(repo: Any, address: str) -> Any:
+    """The stage of that address, or the only one of that name, whichever dvc.yaml it stands in."""
     stages = {stage.addressing: stage for stage in repo.index.stages}
-    try:
-        return stages[address]
-    except KeyError:
-        raise ValueError(f"dvc.yaml has no stage {address!r}; it has {', '.join(sorted(stages))}") from None
+    found = [stages[address]] if address in stages else [s for a, s in stages.items() if a.endswith(f":{address}")]
+    if len(found) != 1:
+        close = difflib.get_close_matches(address, stages, n=5, cutoff=0.3)
+        raise ValueError(f"no dvc.yaml has a stage {address!r}; close: {', '.join(close) or ', '.join(sorted(stages)[:5])}")
+    return found[0]

@@ -119,9 +119,10 @@ def tuning_error(trainer: Trainer, student: Any, sources: Sources, params: Param
     data = LatentDataset.open(sources.data / "calibration")
     index = torch.arange(min(TUNING_CLIPS, len(data)))
     timesteps, batch = spread_timesteps(params.evaluate.velocity_timesteps), params.evaluate.batch_size
+    models: tuple[Any, Any] = (trainer.teacher, student)
     wanted, got = (
         velocities(m, trainer.family, data.latents[index], data.text(index), timesteps, seed=0, batch_size=batch)
-        for m in (trainer.teacher, student)
+        for m in models
     )
     return float((got - wanted).square().mean())
 
@@ -182,7 +183,15 @@ def packed_scores(stage: Stage, student: Any, params: Params, sources: Sources, 
     return scores, (seen.clips, trial.prompts)
 
 
-def write(stage: Stage, case: Case, scores: dict[str, Any], curve: list, spectrum: dict[str, list], clips: Any) -> None:
+def write(
+    stage: Stage,
+    case: Case,
+    scores: dict[str, Any],
+    curve: list[dict[str, float]],
+    spectrum: dict[str, list],
+    clips: tuple[Any, Any] | None,
+) -> None:
+    """The result folder; clips are kept of the first seed only."""
     from qvgen.evaluation.results import save_clips, save_curve
 
     with stage.outputs(RESULTS / case.name) as folder:
@@ -192,7 +201,7 @@ def write(stage: Stage, case: Case, scores: dict[str, Any], curve: list, spectru
         if spectrum["step"]:
             (folder / "singular_values.json").write_text(json.dumps(spectrum) + "\n")
         if clips is not None and case.seed == 0 and not case.variant:
-            save_clips(folder, *clips, read_settings(stage.root)["clips"])
+            save_clips(folder, clips[0], clips[1], read_settings(stage.root)["clips"])
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ class Method:
     zero_points: bool = True  # weight zero points are learned too
     loss: Literal["teacher", "target", "dual"] = "teacher"  # qvgen/training/loss.py
     folded: bool = False  # channels' shifts and scales are folded into the steps before, where that is free
-    uniform_share: float = 0.0  # share of timesteps drawn uniformly instead of as the model was trained
+    # Timesteps of a batch are spread evenly over their distribution, and this share of them is drawn uniformly; None: drawn
+    # independently, as the model was trained.
+    stratified_uniform_share: float | None = None
     optimizer: Literal["adamw", "muon"] = "adamw"
     guidance_stop: float = 1.0  # cleanness (1 - t / 1000) from which sampling goes on without guidance
 

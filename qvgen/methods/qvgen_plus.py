@@ -4,8 +4,9 @@
    channels' means and, where the step before allows it, scaled by (σ_k / mean σ)^½; both are folded into parameters
    that are there anyway (qvgen/models/folding.py), and the model computes what it did.
 2. Grids and clips are searched on the folded model.
-3. Loss |student - teacher|^2; a share of the timesteps is drawn uniformly, because the low noise levels, which the model's
-   own training distribution hardly visits, have the largest errors.
+3. Loss |student - teacher|^2; half of a batch's timesteps are drawn uniformly, because the low noise levels, which the
+   model's own training distribution hardly visits, have the largest errors; and timesteps are stratified, one in each equal
+   part of their distribution, because errors differ between them by a factor of five.
 4. Weights of quantized layers are stepped by Muon.
 """
 
@@ -18,7 +19,7 @@ from qvgen.methods.method import Method
 if TYPE_CHECKING:
     import torch
 
-METHOD = Method(name="qvgen+", folded=True, uniform_share=0.5, optimizer="muon")
+METHOD = Method(name="qvgen+", folded=True, stratified_uniform_share=0.5, optimizer="muon")
 
 
 def channel_grid(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

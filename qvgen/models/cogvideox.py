@@ -26,7 +26,8 @@ class CogVideoXFamily:
         """Uniform over the 1,000 discrete levels."""
         return torch.randint(NUM_TRAIN_TIMESTEPS, (n,), generator=generator).float()
 
-    uniform_timesteps = sample_timesteps
+    def timesteps_at(self, u: torch.Tensor, *, uniform: bool = False) -> torch.Tensor:
+        return torch.floor(NUM_TRAIN_TIMESTEPS * u)
 
     def add_noise(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         return self._scheduler.add_noise(clean, noise, timestep.long())

@@ -38,8 +38,8 @@ class Family(Protocol):
         """Training timesteps (n,) float32 in [0, 1000], distributed as the family trains."""
         ...
 
-    def uniform_timesteps(self, n: int, generator: torch.Generator) -> torch.Tensor:
-        """Timesteps (n,) float32, every noise level equally likely."""
+    def timesteps_at(self, u: torch.Tensor, *, uniform: bool = False) -> torch.Tensor:
+        """Quantiles u (n,) in [0, 1) of the timesteps the family trains with, or of equally likely ones, float32."""
         ...
 
     def add_noise(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:

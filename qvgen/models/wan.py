@@ -21,11 +21,10 @@ class WanFamily:
 
     def sample_timesteps(self, n: int, generator: torch.Generator) -> torch.Tensor:
         """Uniform noise levels, shifted as the sampler shifts its own."""
-        u = torch.rand(n, generator=generator)
-        return NUM_TRAIN_TIMESTEPS * self.shift * u / (1 + (self.shift - 1) * u)
+        return self.timesteps_at(torch.rand(n, generator=generator))
 
-    def uniform_timesteps(self, n: int, generator: torch.Generator) -> torch.Tensor:
-        return NUM_TRAIN_TIMESTEPS * torch.rand(n, generator=generator)
+    def timesteps_at(self, u: torch.Tensor, *, uniform: bool = False) -> torch.Tensor:
+        return NUM_TRAIN_TIMESTEPS * (u if uniform else self.shift * u / (1 + (self.shift - 1) * u))
 
     def add_noise(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         sigma = (timestep / NUM_TRAIN_TIMESTEPS).to(clean.dtype).view(-1, *[1] * (clean.ndim - 1))

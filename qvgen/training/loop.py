@@ -122,12 +122,8 @@ class Trainer:
         generator = torch.Generator().manual_seed(_step_seed(self.settings.seed, step))
         index = torch.randint(len(self.data), (self.settings.batch_size,), generator=generator)
         clean, text = self.data.batch(index, self.settings.caption_dropout, generator)
-        timestep = self.family.sample_timesteps(len(index), generator)
+        timestep = self._timesteps(len(index), generator)
         noise = torch.randn(clean.shape, generator=generator)
-        if self.method.uniform_share:
-            uniform = self.family.uniform_timesteps(len(index), generator)
-            chosen = torch.rand(len(index), generator=generator) < self.method.uniform_share
-            timestep = torch.where(chosen, uniform, timestep)
         device = next(self.student.parameters()).device
         clean, text, timestep, noise = (x.to(device) for x in (clean, text, timestep, noise))
         noisy = self.family.add_noise(clean, noise, timestep)
@@ -136,6 +132,14 @@ class Trainer:
             wanted = target if self.method.loss == "target" else self.family.predict(self.teacher, noisy, timestep, text)
         predicted = self.family.predict(self.student, noisy, timestep, text)
         return LOSSES[self.method.loss](predicted, wanted, target, 1 - timestep / NUM_TRAIN_TIMESTEPS)
+
+    def _timesteps(self, n: int, generator: torch.Generator) -> torch.Tensor:
+        share = self.method.stratified_uniform_share
+        if share is None:
+            return self.family.sample_timesteps(n, generator)
+        uniform = round(share * n)
+        parts = [_stratified(uniform, generator), _stratified(n - uniform, generator)]
+        return torch.cat([self.family.timesteps_at(parts[0], uniform=True), self.family.timesteps_at(parts[1])])
 
     def _averaged(self) -> Iterator[tuple[str, nn.Parameter]]:
         # Φ changes shape and is not deployed: it has no average.
@@ -148,6 +152,11 @@ class Trainer:
         assert self.settings.ema_decay is not None
         for name, parameter in self._averaged():
             self.average[name].lerp_(parameter, 1 - self.settings.ema_decay)
+
+
+def _stratified(n: int, generator: torch.Generator) -> torch.Tensor:
+    """n numbers in [0, 1), one in each of n equal parts, in random order."""
+    return (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / max(1, n)
 
 
 def _step_seed(seed: int, step: int) -> int:

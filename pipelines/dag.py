@@ -1,0 +1,31 @@
+"""The graph of all dvc.yaml files of the project, read through DVC. Nothing else knows what depends on what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+Graph = dict[str, set[str]]  # address of a stage -> addresses of the stages that it needs
+
+
+def read_graph(root: Path) -> Graph:
+    """Every stage with those it depends on directly; an address is "stage" or "folder/dvc.yaml:stage", as DVC writes it.
+
+    Raises DVC's own errors for a folder that is no project and for a faulty dvc.yaml.
+    """
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        graph = repo.index.graph
+        return {stage.addressing: {up.addressing for up in graph.successors(stage)} for stage in graph.nodes}
+
+
+def with_upstream(graph: Graph, wanted: set[str]) -> set[str]:
+    """`wanted` and everything that it needs. Raises ValueError for a stage that the graph does not have."""
+    if unknown := sorted(wanted - graph.keys()):
+        raise ValueError(f"no dvc.yaml has a stage {unknown[0]!r}")
+    found: set[str] = set()
+    open_ = set(wanted)
+    while open_:
+        found |= open_
+        open_ = set().union(*(graph[name] for name in open_)) - found
+    return found
