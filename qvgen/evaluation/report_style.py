@@ -138,10 +138,10 @@ def _log_ticks(low: float, high: float) -> list[float]:
     from matplotlib.ticker import MaxNLocator
 
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for leading in ((1,), (1, 3), (1, 2, 5)):
+    for leading, least in (((1,), 4), ((1, 3), 4), ((1, 2, 5), 4), ((1, 1.5, 2, 3, 5, 7), 3)):
         ticks = [float(f"{digit}e{decade}") for decade in decades for digit in leading]
         ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) >= 4:
+        if len(ticks) >= least:
             return ticks
     return [float(tick) for tick in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= tick <= high]
 
