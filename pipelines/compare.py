@@ -35,10 +35,10 @@ def compare(root: Path, jobs: int, fast: bool = False) -> int:
     if fast:
         chosen = {f"{FILE}:{name}" for name in FAST} | {REPORT}
         main = with_upstream(graph, {f"{FILE}:compare_reference"})
-        graph = {name: graph[name] & (chosen | main) for name in chosen | main}
+        graph = {name: needs & (chosen | main) for name, needs in graph.items() if name in chosen | main}
     else:
         wanted = with_upstream(graph, {name for name in graph if name.startswith(f"{FILE}:")})
-        graph = {name: graph[name] for name in wanted}
+        graph = {name: needs for name, needs in graph.items() if name in wanted}
     token = f"comparison-{hashlib.sha256((root / 'comparison/params.yaml').read_bytes()).hexdigest()[:12]}"
     variables = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), "QVGEN_EXECUTION": token}
     with only_one(root):

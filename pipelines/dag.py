@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 Graph = dict[str, set[str]]  # address of a stage -> addresses of the stages that it needs
 
 
 def read_graph(root: Path) -> Graph:
-    """Every stage with those it depends on directly; an address is "stage" or "folder/dvc.yaml:stage", as DVC writes it.
+    """Every stage, in the order of the files, with those it depends on directly. An address is "stage" or
+    "folder/dvc.yaml:stage", as DVC writes it.
 
     Raises DVC's own errors for a folder that is no project and for a faulty dvc.yaml.
     """
@@ -16,7 +18,13 @@ def read_graph(root: Path) -> Graph:
 
     with Repo(str(root)) as repo:
         graph = repo.index.graph
-        return {stage.addressing: {up.addressing for up in graph.successors(stage)} for stage in graph.nodes}
+        # In the order of the files: the graph's own differs from run to run.
+        return {_address(s): {_address(up) for up in graph.successors(s)} for s in repo.index.stages if s in graph}
+
+
+def _address(stage: Any) -> str:
+    """As DVC writes it in the root; its own `addressing` is relative to the current folder."""
+    return stage.name if stage.path_in_repo == "dvc.yaml" else f"{stage.path_in_repo}:{stage.name}"
 
 
 def with_upstream(graph: Graph, wanted: set[str]) -> set[str]:

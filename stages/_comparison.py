@@ -26,25 +26,25 @@ FULL_PRECISION = "full_precision"
 
 @dataclass(frozen=True)
 class Case:
-    """`variant` names an entry of comparison/params.yaml's `variants`; `factor` is the learning rate over params.yaml's,
-    None if it is the one that tuning chose."""
+    """`variant` names an entry of comparison/params.yaml's `variants`; `percent` is the learning rate in percent of that of
+    params.yaml, None if it is the one that tuning chose."""
 
     method: str
     bits: str
     seed: int
     variant: str = ""
-    factor: float | None = None
+    percent: int | None = None
 
     @property
     def name(self) -> str:
         parts = [self.method, self.bits, str(self.seed)]
         parts += [self.variant] if self.variant else []
-        parts += [f"lr{self.factor:g}"] if self.factor is not None else []
+        parts += [f"lr{self.percent}"] if self.percent is not None else []
         return "-".join(parts)
 
     @property
     def group(self) -> str:
-        if self.factor is not None:
+        if self.percent is not None:
             return "tuning"
         if self.variant:
             return "ablation"
@@ -58,12 +58,12 @@ def parse_case() -> Case:
     parser.add_argument("--bits", required=True, help="such as W4A4")
     parser.add_argument("--seed", required=True, type=int)
     parser.add_argument("--variant", default="")
-    parser.add_argument("--factor", type=float, default=None)
+    parser.add_argument("--percent", type=int, default=None)
     return Case(**vars(parser.parse_args()))
 
 
 def read_settings(root: Path) -> dict[str, Any]:
-    """comparison/params.yaml: overrides, learning_rate_factors, variants, clips."""
+    """comparison/params.yaml: overrides, variants, clips."""
     return yaml.safe_load((root / FOLDER / "params.yaml").read_text())
 
 

@@ -2,7 +2,7 @@
 
 The same code as the pipeline's stages calibrate, qat, decay, pack, evaluate and benchmark, in one process, so that a hundred
 cases do not load the libraries six hundred times. Reads artifacts/model, artifacts/data, comparison/artifacts/reference
-and comparison/learning_rates.json; writes comparison/results/<case>. A tuning case (--factor) stops at the error of the
+and comparison/learning_rates.json; writes comparison/results/<case>. A tuning case (--percent) stops at the error of the
 trained student on the calibration clips, which the held-out scores must not be chosen by.
 """
 
@@ -31,7 +31,7 @@ STEP_REPETITIONS = 15
 
 def run(stage: Stage) -> None:
     case = parse_case()
-    factor = case.factor if case.factor is not None else read_factor(stage.root, case.method)
+    factor = case.percent / 100 if case.percent is not None else read_factor(stage.root, case.method)
     params = case_params(stage.root, case, factor)
     with tempfile.TemporaryDirectory(dir=stage.checkpoint_dir) as temporary:
         sources = Sources.of(stage.root, calibration=Path(temporary) / "calibration")
@@ -54,7 +54,7 @@ def run(stage: Stage) -> None:
             "zero_inference_cost": params.chosen.zero_inference_cost,
         }
         clips = None
-        if case.factor is not None:
+        if case.percent is not None:
             scores["tuning_velocity_mse"] = tuning_error(trainer, student, sources, params)
         else:
             scores["layer_error"] = layer_errors(trainer, student, sources, params)

@@ -12,11 +12,16 @@ from dvc.repo import Repo
 from qvgen.params import Params, load_params
 
 ROOT = Path(__file__).parents[2]
-STAGES = sorted(path.stem for path in (ROOT / "stages").glob("[!_]*.py"))
+SCRIPTS = sorted(path.stem for path in (ROOT / "stages").glob("[!_]*.py"))
+STAGES = [name for name in SCRIPTS if not name.startswith("compare_")]  # of the pipeline, dvc.yaml
 # Declarations only: what a stage gets out of it is tracked by its `params`, and a new section must not retrain a model.
 UNTRACKED_MODULES = {"qvgen", "qvgen.params"}
 # These only report; an edit to them changes no result.
 REPORTING = {"stages", "stages._dvc", "stages._journal", "stages._progress", "stages._tracking"}
+# What starts and ends a run changes no number, and a case of the comparison takes minutes: a hundred would run again.
+RUNNING = {"stages._run", "stages._outputs"}
+# Asked for the names of the methods only.
+NAMES = {"qvgen.methods.registry"}
 WITHOUT_SECTION = {
     "baselines": "does for rtn and mse what calibrate, pack and evaluate do, with their knobs",
     "hardware": "describes the machine, nothing to choose",
@@ -26,6 +31,18 @@ WITHOUT_SECTION = {
 @cache
 def dvc_yaml() -> dict[str, Any]:
     return yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+
+
+@cache
+def comparison() -> dict[str, Any]:
+    """Stages of comparison/dvc.yaml as they are for the first item of their matrix."""
+    stages = yaml.safe_load((ROOT / "comparison/dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    for stage in stages.values():
+        text = yaml.safe_dump(stage)
+        for key, values in stage.get("matrix", {}).items():
+            text = text.replace(f"${{item.{key}}}", str(values[0]))
+        stage.update(yaml.safe_load(text))
+    return stages
 
 
 @cache
@@ -100,12 +117,25 @@ def test_stage_names_its_script_and_its_section(name: str) -> None:
 @pytest.mark.parametrize("name", STAGES)
 def test_stage_depends_on_the_code_that_it_uses_and_no_more(name: str) -> None:
     """A missing file or folder leaves stale results after an edit; one too many recomputes them for nothing."""
-    deps = [dep for dep in dvc_yaml()[name]["deps"] if isinstance(dep, str)]
-    direct = set().union(*(imports().find_modules_directly_imported_by(script) for script in scripts(name)))
-    needed = scripts(name) | library(direct)
+    check_dependencies(dvc_yaml()[name], name, set())
+
+
+@pytest.mark.parametrize("name", comparison())
+def test_comparison_depends_on_the_code_that_it_uses_and_no_more(name: str) -> None:
+    stage = comparison()[name]
+    script = stage["cmd"].split()[2].removeprefix("stages.")
+    assert script in SCRIPTS and name.startswith(script)
+    check_dependencies(stage, script, RUNNING | (NAMES if script != "compare_case" else set()))
+
+
+def check_dependencies(stage: dict[str, Any], script: str, untracked: set[str]) -> None:
+    deps = [dep for dep in stage["deps"] if isinstance(dep, str)]
+    own = scripts(script) - untracked
+    direct = set().union(*(imports().find_modules_directly_imported_by(module) for module in own))
+    needed = own | (library(direct) - untracked)
     assert [m for m in sorted(needed) if not any(covers(dep, m) for dep in deps)] == []
 
-    used = imports().find_upstream_modules(f"stages.{name}")
+    used = imports().find_upstream_modules(f"stages.{script}")
     unused = [dep for dep in deps if dep.startswith("qvgen/") and not any(covers(dep, m) for m in used)]
     assert unused == []
     assert [dep for dep in deps if dep.startswith(("qvgen/", "stages/")) and not (ROOT / dep).exists()] == []
