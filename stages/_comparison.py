@@ -100,7 +100,7 @@ def parse_bits(bits: str) -> tuple[int, int]:
 
 def read_factor(root: Path, method: str) -> float:
     """The learning-rate factor that tuning chose for a method; 1 for one that does not train."""
-    return json.loads((root / RATES).read_text())["chosen"].get(method, 1.0)
+    return json.loads((root / RATES).read_text())["chosen"][method] if METHODS[method].trained else 1.0
 
 
 def _merge(tree: dict[str, Any], changes: dict[str, Any]) -> None:
