@@ -21,8 +21,9 @@ app = typer.Typer(
 @app.command()
 def generate(
     model: Annotated[Path, typer.Option(help="Folder of a diffusers pipeline, packed or not: artifacts/packed")],
-    prompt: Annotated[str, typer.Option(help="What the video shows")],
-    out: Annotated[Path, typer.Option(help="File to write: .mp4, .gif, or .png (frames in a row)")],
+    out: Annotated[Path, typer.Option(help="File to write: .mp4, .gif, or .png (frames in a row); with --prompts, a folder")],
+    prompt: Annotated[str | None, typer.Option(help="What the video shows")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line: writes OUT/{prompt}-{0..}.mp4")] = None,
     seed: Annotated[int, typer.Option(help="Of the noise; the same seed gives the same video")] = 0,
     steps: Annotated[int | None, typer.Option(help="Denoising steps")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1 turns guidance off")] = None,
@@ -31,23 +32,42 @@ def generate(
     width: Annotated[int | None, typer.Option(help="Pixels, multiple of 16")] = None,
     max_sequence_length: Annotated[int | None, typer.Option(help="Text tokens the model was trained with")] = None,
     fps: Annotated[int | None, typer.Option(help="Frames per second of the file")] = None,
+    samples: Annotated[int | None, typer.Option(help="With --prompts: videos per prompt [default: 5]")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="With --prompts: samples of a prompt made at once [default: 1]")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(help="With --prompts: each loads the model [default: 1]")] = None,
+    threads: Annotated[int | None, typer.Option(help="With --prompts: per process [default: the cores, shared out]")] = None,
+    shard: Annotated[str | None, typer.Option(help="With --prompts: i/n, the part of the work to do here")] = None,
 ) -> None:
-    """One video from a prompt. Sizes and steps default to generation.json in MODEL, else to the family's own."""
+    """A video from a prompt, or a folder of them from a list; run again, it goes on where it stopped.
+
+    Sizes and steps default to generation.json in MODEL, else to the family's own.
+    """
+    overrides = {
+        "inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "frames": frames,
+        "height": height,
+        "width": width,
+        "max_sequence_length": max_sequence_length,
+        "fps": fps,
+    }
+    folder = {"samples": samples, "batch_size": batch_size, "processes": processes, "threads": threads, "shard": shard}
+    given = {name: value for name, value in folder.items() if value is not None}
+    if (prompt is None) == (prompts is None):
+        raise ValueError("give either --prompt, for one video, or --prompts, for a folder of them")
+    if prompts is not None:
+        from pipelines.generate_folder import generate_folder
+
+        done = generate_folder(model, prompts, out, seed, **given, **overrides)
+        print(f"{out}: {done.made} videos made, {done.kept} were there")
+        return
+    if given:
+        raise ValueError(f"{', '.join('--' + name.replace('_', '-') for name in given)}: only with --prompts")
     from pipelines.generate import generate as run
 
-    run(
-        model,
-        prompt,
-        seed,
-        out,
-        inference_steps=steps,
-        guidance_scale=guidance_scale,
-        frames=frames,
-        height=height,
-        width=width,
-        max_sequence_length=max_sequence_length,
-        fps=fps,
-    )
+    run(model, str(prompt), seed, out, **overrides)
     print(out)
 
 
@@ -105,6 +125,35 @@ def kernels(
     except ValueError as error:
         print(f"qvgen: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
+
+
+@app.command()
+def vbench(
+    videos: Annotated[Path | None, typer.Option(help="Folder of {prompt}-{0..4}.mp4; without: which files are needed")] = None,
+    dims: Annotated[str | None, typer.Option(help="Dimensions, comma between [default: the 8 of the papers]")] = None,
+    python: Annotated[str | None, typer.Option(help="Of VBench's environment [default: QVGEN_VBENCH_PYTHON]")] = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Evaluate although videos are missing")] = False,
+    keep: Annotated[Path | None, typer.Option(help="Folder for VBench's own results and logs")] = None,
+    list_prompts: Annotated[bool, typer.Option("--list-prompts", help="Print the prompts of the dimensions")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The same, for programs")] = False,
+) -> None:
+    """Scores of the real VBench over generated videos. Exit code 3: some dimensions were refused, and the table says why."""
+    from pipelines.vbench import run
+
+    code = run(videos, dims, python, partial=partial, keep=keep, list_prompts=list_prompts, as_json=as_json)
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def proxies(
+    videos: Annotated[Path, typer.Option(help="Folder of .mp4 files")],
+    as_json: Annotated[bool, typer.Option("--json", help="Per video too, for programs")] = False,
+) -> None:
+    """Motion, smoothness and consistency of generated videos without any weights; no VBench scores."""
+    from pipelines.proxies import show
+
+    show(videos, as_json)
 
 
 def project_root() -> Path:

@@ -65,8 +65,7 @@ def generate(model: Path, prompt: str, seed: int, out: Path, **overrides: Any) -
     check_suffix(out)
     if not prompt.strip():
         raise ValueError("the prompt is empty: say what the video shows")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed {seed} must lie between 0 and 2**63 - 1")
+    check_seed(seed)
     settings = read_settings(model, overrides)
 
     import qvgen.integrations.diffusers  # noqa: F401  (lets diffusers load packed transformers)
@@ -89,6 +88,12 @@ def generate(model: Path, prompt: str, seed: int, out: Path, **overrides: Any) -
     )
     write_video(out, clips[0], settings.fps)
     return settings
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a seed that torch's generators do not take."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed {seed} must lie between 0 and 2**63 - 1")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
