@@ -88,11 +88,17 @@ def repro(context: typer.Context) -> None:
 def compare(
     fast: Annotated[bool, typer.Option("--fast", help="Six methods, W4A4, one seed: minutes")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Cases that run at a time")] = 2,
+    table: Annotated[bool, typer.Option("--table", help="Run nothing: print the table of the README")] = False,
 ) -> None:
     """Every method side by side (comparison/dvc.yaml), then the report. Hours; it goes on where it was interrupted."""
     from pipelines.compare import compare as run
 
     root = project_root()
+    if table:
+        from qvgen.evaluation.report import markdown_table
+
+        print(markdown_table(root / "comparison/results"))
+        return
     code = run(root, jobs, fast)
     if code:
         raise typer.Exit(code)

@@ -20,6 +20,8 @@ UNTRACKED_MODULES = {"qvgen", "qvgen.params"}
 REPORTING = {"stages", "stages._dvc", "stages._journal", "stages._progress", "stages._tracking"}
 # What starts and ends a run changes no number, and a case of the comparison takes minutes: a hundred would run again.
 RUNNING = {"stages._run", "stages._outputs"}
+# Run as a process of its own, so imports do not show it.
+STARTED = {"qvgen/evaluation/memory.py"}
 # Asked for the names of the methods only.
 NAMES = {"qvgen.methods.registry"}
 WITHOUT_SECTION = {
@@ -137,7 +139,7 @@ def check_dependencies(stage: dict[str, Any], script: str, untracked: set[str]) 
 
     used = imports().find_upstream_modules(f"stages.{script}")
     unused = [dep for dep in deps if dep.startswith("qvgen/") and not any(covers(dep, m) for m in used)]
-    assert unused == []
+    assert set(unused) <= STARTED
     assert [dep for dep in deps if dep.startswith(("qvgen/", "stages/")) and not (ROOT / dep).exists()] == []
 
 
