@@ -230,6 +230,23 @@ def test_a_method_with_a_scheme_of_its_own_goes_through_the_same_stages(method: 
     assert 0 < scores["evaluate"]["packed"]["velocity_mse"] < 1.5 * scores["baselines"]["rtn"]["velocity_mse"]
 
 
+@pytest.mark.parametrize(("method", "family"), [("qvgen+", "cogvideox"), ("dsa", "wan")])
+def test_a_trained_method_goes_through_the_same_stages(method: str, family: str, tmp_path: Path) -> None:
+    """Folded inputs and gated guidance cross from stage to stage in files."""
+    folder = make_project(tmp_path / "project", family)
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["method"] = method
+    params["qat"]["steps"], params["decay"] = 4, params["decay"] | {"phase_steps": 2, "final_steps": 6}
+    write_params(folder, params)
+    repro(folder, "evaluate")
+    scores = json.loads((folder / "metrics/evaluate.json").read_text())["packed"]
+    assert scores["psnr_db"] > 5 and scores["velocity_mse"] > 0
+    assert (folder / "artifacts/calibration/mse.safetensors").exists() == (method == "qvgen+")
+    sidecar = folder / "artifacts/packed/generation.json"
+    stop = json.loads(sidecar.read_text()).get("guidance_stop") if sidecar.exists() else None
+    assert stop == (0.8 if method == "dsa" else None)
+
+
 def test_cogvideox_goes_through_the_same_stages(tmp_path: Path) -> None:
     folder = make_project(tmp_path / "cogvideox", "cogvideox")
     params = yaml.safe_load((folder / "params.yaml").read_text())
