@@ -99,7 +99,7 @@ def test_folding_helps_where_channels_differ() -> None:
 
     def absolute_error(x: torch.Tensor) -> float:
         error = layer_error(layer, calibrate_layer(layer, [x], scheme, **settings), [x], scheme)
-        return error.output * float((x @ layer.weight.T).square().sum())
+        return error.output * float((x @ layer.weight.detach().T).square().sum())
 
     plain = absolute_error(rows)
     shift, _ = channel_grid(rows)
