@@ -80,7 +80,7 @@ def build_trainer(params: Params, sources: Sources) -> Trainer:
             seed=params.seed,
             batch_size=qat.batch_size,
             max_grad_norm=qat.max_grad_norm,
-            caption_dropout=qat.caption_dropout,
+            caption_dropout=qat.caption_dropout if params.chosen.caption_dropout is None else params.chosen.caption_dropout,
             ema_decay=qat.ema_decay,
             optimizer=OptimizerSettings(
                 learning_rate=qat.learning_rate,

@@ -1,7 +1,8 @@
 """Stage compare_tuning: choose each trained method's learning rate by its tuning cases. All methods were tried equally.
 
-Reads comparison/results/*-lr*; writes comparison/learning_rates.json: {"chosen": {method: factor}, "tried": {method: {factor:
-velocity error on calibration clips}}}.
+By the PSNR of sampled videos, not by the error of single predictions: the latter is smallest at larger rates, with which
+videos are worse (LOG.md). Reads comparison/results/*-lr*; writes comparison/learning_rates.json: {"chosen": {method:
+factor}, "tried": {method: {factor: PSNR in dB on prompts of the calibration clips}}}.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ def run(stage: Stage) -> None:
     tried: dict[str, dict[float, float]] = {}
     for path in sorted((stage.root / RESULTS).glob("*-lr*/scores.json")):
         scores = json.loads(path.read_text())
-        tried.setdefault(scores["method"], {})[scores["learning_rate_factor"]] = scores["tuning_velocity_mse"]
-    chosen = {method: min(errors, key=lambda factor: errors[factor]) for method, errors in tried.items()}
+        tried.setdefault(scores["method"], {})[scores["learning_rate_factor"]] = scores["tuning_psnr_db"]
+    chosen = {method: max(psnr, key=lambda factor: psnr[factor]) for method, psnr in tried.items()}
     content = {
         "chosen": chosen,
-        "tried": {m: {f"{factor:g}": error for factor, error in sorted(errors.items())} for m, errors in tried.items()},
+        "tried": {m: {f"{factor:g}": psnr_db for factor, psnr_db in sorted(psnr.items())} for m, psnr in tried.items()},
     }
     with stage.outputs(RATES) as path:
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

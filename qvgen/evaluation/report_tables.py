@@ -98,7 +98,7 @@ def ablation_table(results: Results) -> Table | None:
 
 def tuning_table(results: Results) -> Table | None:
     """Runs that chose a learning rate; the factor that the compared runs use is marked."""
-    keys = ("tuning_velocity_mse", "final_loss", "mean_gradient_norm")
+    keys = ("tuning_psnr_db", "tuning_velocity_mse", "final_loss", "mean_gradient_norm")
     rows = []
     for runs in _by_variant([run for run in results.runs if run.group == "tuning"]):
         first, factor = runs[0], runs[0].number("learning_rate_factor")

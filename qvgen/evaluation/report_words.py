@@ -91,6 +91,7 @@ MEASURES: dict[str, Measure] = {
     for measure in (
         Measure("velocity_mse", "velocity error", 5, "lower"),
         Measure("tuning_velocity_mse", "velocity error", 5, "lower"),
+        Measure("tuning_psnr_db", "PSNR", 2, "higher", unit="dB"),
         Measure("latent_mse", "latent error", 4, "lower"),
         Measure("psnr_db", "PSNR", 2, "higher", unit="dB"),
         Measure("ssim", "SSIM", 4, "higher"),

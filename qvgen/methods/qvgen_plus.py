@@ -7,7 +7,9 @@
 3. Loss |student - teacher|^2; half of a batch's timesteps are drawn uniformly, because the low noise levels, which the
    model's own training distribution hardly visits, have the largest errors; and timesteps are stratified, one in each equal
    part of their distribution, because errors differ between them by a factor of five.
-4. Weights of quantized layers are stepped by Muon.
+4. Two of five prompts are empty: with guidance w the sampler follows w c - (w - 1) u, so that for w = 3 the errors of the
+   unguided branch u count two thirds of those of c, and at the usual dropout of 5 % hardly anything teaches u.
+5. Weights of quantized layers are stepped by Muon.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from qvgen.methods.method import Method
 if TYPE_CHECKING:
     import torch
 
-METHOD = Method(name="qvgen+", folded=True, stratified_uniform_share=0.5, optimizer="muon")
+METHOD = Method(name="qvgen+", folded=True, stratified_uniform_share=0.5, caption_dropout=0.4, optimizer="muon")
 
 
 def channel_grid(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,7 @@ from qvgen.evaluation.report_ranking import missing
 from qvgen.evaluation.report_results import read_results
 from qvgen.evaluation.report_tables import CSV_COLUMNS, paired_table, summary_table, tuning_table
 from qvgen.evaluation.report_videos import scenes
+from qvgen.evaluation.report_words import MEASURES
 from tests.integration.synthetic_results import METHODS, SEEDS, write_results, write_run
 
 MAX_BYTES = 15_000_000
@@ -158,7 +159,8 @@ def test_tuning_marks_the_factor_of_the_compared_runs(results: Path) -> None:
     assert table is not None
     assert [(row.name, row.cells[1]) for row in table.rows if row.badges] == [("kd", "1"), ("qvgen", "1")]
     assert [row.cells[1] for row in table.rows if row.name == "kd"] == ["0.5", "1", "2"]
-    assert all(row.cells[4].startswith("0.07") for row in table.rows)
+    error = table.columns.index(MEASURES["tuning_velocity_mse"].heading) - 1
+    assert all(row.cells[error].startswith("0.07") for row in table.rows)
 
 
 def test_missing_runs_are_named(tmp_path: Path) -> None:
