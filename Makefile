@@ -16,7 +16,7 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 -q
 
 help:
 	@echo 'make repro   full precision -> packed 4-bit model, measured'
-	@echo 'make compare every method side by side, with seeds: hours; FAST=1: minutes'
+	@echo 'make compare every method side by side, with seeds: hours; FAST=1: six cases'
 	@echo 'make test    all tests'
 	@echo 'make check   lint, types, import contracts, fast tests: before each commit'
 	@echo 'make sanitize   tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer (GCC): 2 minutes'
@@ -26,7 +26,7 @@ help:
 repro: $(KERNELS)
 	@$(BIN)/qvgen repro
 
-# Every method side by side; FAST=1 for a look in minutes.
+# Every method side by side; FAST=1 for a look, once learning rates are recorded.
 compare: $(KERNELS)
 	@$(BIN)/qvgen compare $(if $(FAST),--fast)
 

@@ -86,7 +86,9 @@ def repro(context: typer.Context) -> None:
 
 @app.command()
 def compare(
-    fast: Annotated[bool, typer.Option("--fast", help="Six methods, W4A4, one seed: minutes")] = False,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Six methods, W4A4, one seed, with the recorded learning rates")
+    ] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Cases that run at a time")] = 2,
     table: Annotated[bool, typer.Option("--table", help="Run nothing: print the table of the README")] = False,
 ) -> None:

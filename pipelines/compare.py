@@ -20,7 +20,8 @@ from pipelines.repro import environment, only_one
 
 FILE = "comparison/dvc.yaml"
 REPORT = f"{FILE}:compare_report"
-# A look at the order of things in minutes: one seed, one bit width, no search of learning rates (the recorded ones are used).
+RATES = "comparison/learning_rates.json"
+# A look at the order of things: one seed, one bit width, no search of learning rates (the recorded ones are used).
 FAST = (
     "compare_reference",
     *(f"compare_case_untrained@0-W4A4-{method}" for method in ("rtn", "mse", "svdquant")),
@@ -30,7 +31,14 @@ LOGS = Path(".qvgen/logs")
 
 
 def compare(root: Path, jobs: int, fast: bool = False) -> int:
-    """Run it and return 0, or 1 if a stage failed: then those that do not need it still run, and it is named."""
+    """Run it and return 0, or 1 if a stage failed: then those that do not need it still run, and it is named.
+
+    Raises ValueError for `fast` before any learning rates were recorded.
+    """
+    if fast and not (root / RATES).is_file():
+        raise ValueError(
+            f"--fast uses the learning rates that a whole comparison chose, and {RATES} is not there: run without it"
+        )
     graph = read_graph(root)
     if fast:
         chosen = {f"{FILE}:{name}" for name in FAST} | {REPORT}

@@ -1,4 +1,4 @@
-"""qvgen+: ours. What measured best, at the training cost of `kd` and with nothing added at inference (LOG.md).
+"""qvgen+: ours. What measured best so far, with the steps of `kd` and nothing added at inference (LOG.md).
 
 1. Folded inputs: channels whose means and widths differ waste most of a token's few levels, so each input is shifted by its
    channels' means and, where the step before allows it, scaled by (σ_k / mean σ)^½; both are folded into parameters
@@ -9,7 +9,7 @@
    part of their distribution, because errors differ between them by a factor of five.
 4. Two of five prompts are empty: with guidance w the sampler follows w c - (w - 1) u, so that for w = 3 the errors of the
    unguided branch u count two thirds of those of c, and at the usual dropout of 5 % hardly anything teaches u.
-5. Weights of quantized layers are stepped by Muon.
+5. Weights of quantized layers are stepped by Muon, which takes more time than AdamW (LOG.md).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.compare import FAST, FILE, REPORT, run_graph
+from pipelines.compare import FAST, FILE, REPORT, compare, run_graph
 from pipelines.dag import read_graph, with_upstream
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +46,11 @@ def test_a_failure_takes_with_it_what_needs_it_and_nothing_else() -> None:
     failed = run_graph(GRAPH, 2, lambda name: done.append(name) or name != "b")
     assert set(failed) == {"b", "d"}
     assert set(done) == {"a", "b", "c", "e"}
+
+
+def test_fast_needs_recorded_learning_rates(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"learning_rates\.json is not there"):
+        compare(tmp_path, jobs=1, fast=True)
 
 
 def test_graph_of_the_project() -> None:
