@@ -146,7 +146,7 @@ def train(stage: Stage, trainer: Trainer, until: int) -> list[dict[str, float]]:
     first, checkpoint = trainer.step, stage.checkpoint_dir / STATE
     rows: list[dict[str, float]] = []
     if checkpoint.exists():
-        trainer.step = load_training_state(checkpoint, trainer.student, trainer.optimizers, trainer.average)
+        trainer.step = load_training_state(checkpoint, trainer.student, trainer.optimizer, trainer.average)
         rows = _read_rows(checkpoint.with_suffix(".csv"))[: trainer.step - first]
         print(f"{stage.name}: continues at step {trainer.step} of {until}")
 
@@ -169,7 +169,7 @@ def train(stage: Stage, trainer: Trainer, until: int) -> list[dict[str, float]]:
 def save_state(path: Path, trainer: Trainer) -> None:
     from qvgen.checkpoint.training import save_training_state
 
-    save_training_state(path, trainer.student, trainer.optimizers, trainer.average, trainer.step)
+    save_training_state(path, trainer.student, trainer.optimizer, trainer.average, trainer.step)
 
 
 def write_rows(path: Path, rows: list[dict[str, float]]) -> None:

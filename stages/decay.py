@@ -18,7 +18,7 @@ def run(stage: Stage) -> None:
     sources = Sources.of(stage.root)
     trainer = build_trainer(stage.params, sources)
     start = stage.root / "artifacts/qat" / STATE
-    trainer.step = load_training_state(start, trainer.student, trainer.optimizers, trainer.average)
+    trainer.step = load_training_state(start, trainer.student, trainer.optimizer, trainer.average)
     rows = train(stage, trainer, stage.params.schedule.total_steps)
     student = finish(trainer, stage.params, sources)
     with stage.outputs("artifacts/decay") as folder:

@@ -23,12 +23,12 @@ def load_grids(path: str | Path) -> dict[str, LayerGrid]:
 
 
 def save_folds(path: str | Path, folds: Mapping[str, ChannelGrid]) -> None:
-    """Folded inputs, tensors named `<first layer>.<shift or scale>`; an empty file where nothing is folded."""
+    """Folded inputs, tensors named `<input>.<shift or scale>`; an empty file where nothing is folded."""
     save_file({f"{name}.{k}": v.contiguous() for name, fold in folds.items() for k, v in fold._asdict().items()}, path)
 
 
 def load_folds(path: str | Path) -> dict[str, ChannelGrid]:
-    """Folds by the name of the first layer that reads the input. Raises ValueError for a damaged file."""
+    """Folds by the input's name (FoldableInput.name). Raises ValueError for a damaged file."""
     return {name: ChannelGrid(**parts) for name, parts in _by_layer(path).items()}
 
 

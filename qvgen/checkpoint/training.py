@@ -1,13 +1,12 @@
 """Training state on disk: one safetensors file, enough to continue bit for bit.
 
-Holds the student's tensors (Φ at its current rank included), the optimizers' moments, the averaged weights and the step.
+Holds the student's tensors (Φ at its current rank included), the optimizer's moments, the averaged weights and the step.
 Random numbers need no state: the loop draws them from (seed, step).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from qvgen.phi.auxiliary import replace_parameters
 def save_training_state(
     path: str | Path,
     student: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
     average: dict[str, torch.Tensor] | None,
     step: int,
 ) -> None:
@@ -30,7 +29,7 @@ def save_training_state(
     path = Path(path)
     names = {id(p): n for n, p in student.named_parameters()}
     tensors = {f"model.{n}": t for n, t in student.state_dict().items()}
-    for parameter, state in _states(optimizers):
+    for parameter, state in optimizer.state.items():
         if id(parameter) in names:  # not Φ that has decayed away
             tensors |= {f"optimizer.{names[id(parameter)]}.{moment}": tensor for moment, tensor in state.items()}
     tensors |= {f"average.{n}": t for n, t in (average or {}).items()}
@@ -47,10 +46,10 @@ def save_training_state(
 def load_training_state(
     path: str | Path,
     student: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
     average: dict[str, torch.Tensor] | None,
 ) -> int:
-    """Load into a freshly prepared student and its optimizers; returns the step. Φ is brought to the saved rank.
+    """Load into a freshly prepared student and its optimizer; returns the step. Φ is brought to the saved rank.
 
     Raises ValueError if the file is damaged or belongs to another model or method.
     """
@@ -61,18 +60,17 @@ def load_training_state(
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{path} is not a usable training state ({error}); delete it to start again") from None
     model = _part(tensors, "model.")
-    _shape_phi_(student, optimizers, model)
+    _shape_phi_(student, optimizer, model)
     if mismatch := set(student.state_dict()) ^ set(model):
         raise ValueError(f"{path} is the state of another model: {len(mismatch)} tensors differ, such as {min(mismatch)}")
     student.load_state_dict(model)
     moments = _part(tensors, "optimizer.")
     names = {id(p): n for n, p in student.named_parameters()}
-    for optimizer in optimizers:
-        optimizer.state.clear()
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            state = _part(moments, f"{names[id(parameter)]}.")
-            if state:
-                optimizer.state[parameter] = {k: v.to(_device(k, parameter)) for k, v in state.items()}
+    optimizer.state.clear()
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        state = _part(moments, f"{names[id(parameter)]}.")
+        if state:
+            optimizer.state[parameter] = {k: v.to(_device(k, parameter)) for k, v in state.items()}
     saved_average = _part(tensors, "average.")
     if (average is None) != (not saved_average):
         raise ValueError(f"{path} was written with another qat.ema_decay; delete it to start again")
@@ -86,18 +84,11 @@ def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tens
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _states(
-    optimizers: Sequence[torch.optim.Optimizer],
-) -> Iterator[tuple[nn.Parameter, dict[str, torch.Tensor]]]:
-    for optimizer in optimizers:
-        yield from optimizer.state.items()  # type: ignore[misc]  (keys are the parameters)
-
-
 def _device(moment: str, parameter: nn.Parameter) -> torch.device:
     return torch.device("cpu") if moment == "step" else parameter.device
 
 
-def _shape_phi_(student: nn.Module, optimizers: Sequence[torch.optim.Optimizer], saved: dict[str, torch.Tensor]) -> None:
+def _shape_phi_(student: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, torch.Tensor]) -> None:
     """Give every Φ the rank it has in the saved state."""
     for name, layer in qat_layers(student):
         up = saved.get(f"{name}.phi.phi_up")
@@ -105,7 +96,7 @@ def _shape_phi_(student: nn.Module, optimizers: Sequence[torch.optim.Optimizer],
             if up is not None:
                 raise ValueError(f"the saved state has Φ in layer {name}, this run has none: another method or rank")
         elif up is None:
-            replace_parameters(optimizers, layer.phi.truncate(0))
+            replace_parameters(optimizer, layer.phi.truncate(0))
             layer.phi = None
         elif up.shape[1] != layer.phi.rank:
-            replace_parameters(optimizers, layer.phi.assign(up, saved[f"{name}.phi.phi_down"]))
+            replace_parameters(optimizer, layer.phi.assign(up, saved[f"{name}.phi.phi_down"]))

@@ -115,7 +115,9 @@ def _singular_values(spectra: list[tuple[Run, dict[str, Any]]], theme: Theme) ->
     import matplotlib
 
     run, found = spectra[0]
-    figure, (left, right) = panels([f"{run.method}, {run.bits}: spectrum of Φ", "share of small singular values"], [3.6])
+    figure, (left, right) = panels(
+        [f"{run.method}, {run.bits}: spectrum of Φ", f"share below {found['limit']:g} of the largest"], [3.6]
+    )
     with_values = [i for i, values in enumerate(found["values"]) if values]
     chosen = [with_values[i * (len(with_values) - 1) // max(1, _SPECTRA - 1)] for i in range(_SPECTRA)] if with_values else []
     chosen = list(dict.fromkeys(chosen))
@@ -148,4 +150,5 @@ def spectrum_sentence(results: Results) -> str:
     whole = [i for i, rank in enumerate(found["rank"]) if rank == found["rank"][0]]  # before anything is cut
     first, last = (f"{100 * found['share_small'][i]:.0f} %" for i in (whole[0], whole[-1]))
     when = f"at step {found['step'][whole[-1]]:g}, the last one at full rank"
-    return f"With {run.method} at {run.bits}, {first} of them are small at the start and {last} {when}."
+    small = f"below {found['limit']:g} of the largest"
+    return f"With {run.method} at {run.bits}, {first} of them are {small} at the start and {last} {when}."

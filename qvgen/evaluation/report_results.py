@@ -55,7 +55,7 @@ class Run:
         return {name: [float(row[name]) for row in rows] for name in rows[0]} if rows else {}
 
     def singular_values(self) -> dict[str, Any]:
-        """{"step", "share_small", "rank", "values"}; {} for a method without Φ."""
+        """{"limit", "step", "share_small", "rank", "values"}; {} for a method without Φ."""
         path = self.folder / "singular_values.json"
         return _read_json(path) if path.is_file() else {}
 

@@ -29,7 +29,6 @@ class Method:
     # independently, as the model was trained.
     stratified_uniform_share: float | None = None
     caption_dropout: float | None = None  # share of prompts replaced by the empty one; None: that of params.yaml
-    optimizer: Literal["adamw", "muon"] = "adamw"
     guidance_stop: float = 1.0  # cleanness (1 - t / 1000) from which sampling goes on without guidance
 
     def calibrate(self, *args: Any, **settings: Any) -> LayerGrid:

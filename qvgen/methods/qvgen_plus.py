@@ -2,14 +2,14 @@
 
 1. Folded inputs: channels whose means and widths differ waste most of a token's few levels, so each input is shifted by its
    channels' means and, where the step before allows it, scaled by (σ_k / mean σ)^½; both are folded into parameters
-   that are there anyway (qvgen/models/folding.py), and the model computes what it did.
+   that are there anyway (qvgen/models/folding.py), and the model computes what it did. Inputs of several blocks that one
+   projection of the timestep modulates share a scale, the geometric mean of theirs.
 2. Grids and clips are searched on the folded model.
 3. Loss |student - teacher|^2; half of a batch's timesteps are drawn uniformly, because the low noise levels, which the
    model's own training distribution hardly visits, have the largest errors; and timesteps are stratified, one in each equal
    part of their distribution, because errors differ between them by a factor of five.
 4. Two of five prompts are empty: with guidance w the sampler follows w c - (w - 1) u, so that for w = 3 the errors of the
    unguided branch u count two thirds of those of c, and at the usual dropout of 5 % hardly anything teaches u.
-5. Weights of quantized layers are stepped by Muon, which takes more time than AdamW (LOG.md).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qvgen.methods.method import Method
 if TYPE_CHECKING:
     import torch
 
-METHOD = Method(name="qvgen+", folded=True, stratified_uniform_share=0.5, caption_dropout=0.4, optimizer="muon")
+METHOD = Method(name="qvgen+", folded=True, stratified_uniform_share=0.5, caption_dropout=0.4)
 
 
 def channel_grid(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qvgen.models.family import NUM_TRAIN_TIMESTEPS
-from qvgen.models.folding import FoldableInput, modulation_fold, value_fold
+from qvgen.models.folding import FoldableInput, linear_fold, modulation_fold
 
 
 class CogVideoXFamily:
@@ -57,9 +57,9 @@ class CogVideoXFamily:
             rows = [(shift, scale), (text_shift, text_scale)]
             attention = tuple(f"{prefix}.attn1.to_{x}" for x in "qkv")
             candidates = [
-                FoldableInput(attention, modulation_fold(parts.norm1.linear, rows), scales=True),
-                FoldableInput((f"{prefix}.ff.net.0.proj",), modulation_fold(parts.norm2.linear, rows), scales=True),
-                FoldableInput((f"{prefix}.attn1.to_out.0",), value_fold(parts.attn1.to_v), scales=True),
+                FoldableInput(attention, modulation_fold(parts.norm1.linear, rows)),
+                FoldableInput((f"{prefix}.ff.net.0.proj",), modulation_fold(parts.norm2.linear, rows)),
+                FoldableInput((f"{prefix}.attn1.to_out.0",), linear_fold(parts.attn1.to_v)),
             ]
             # Biases are options of this model; a shift needs them.
             found += [c for c in candidates if parts.attn1.to_v.bias is not None and _have_bias(model, c.layers)]

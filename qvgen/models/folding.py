@@ -29,34 +29,44 @@ Fold = Callable[[torch.Tensor, torch.Tensor], None]
 
 @dataclass(frozen=True)
 class FoldableInput:
-    """An input shared by the linear layers `layers` (full names). `scales`: False if it can only be shifted."""
+    """What the linear layers `layers` (full names) read: one input, or several of as many blocks that come from the same
+    parameters. `shifts` is False if it can only be scaled, as several inputs can; `scales` is False if only shifted."""
 
     layers: tuple[str, ...]
     fold: Fold
-    scales: bool
+    scales: bool = True
+    shifts: bool = True
+
+    @property
+    def name(self) -> str:
+        """Distinct in a model: an input can be scaled with those of other blocks, and then shifted by itself."""
+        return self.layers[0] if self.shifts else f"{self.layers[0]}:shared"
 
 
 @torch.no_grad()
 def fold_(model: nn.Module, source: FoldableInput, grid: ChannelGrid) -> None:
     """Shift and scale one input, in place; what the model computes stays the same up to rounding.
 
-    Raises ValueError for a scale that the input cannot take, or that is not positive.
+    Raises ValueError for a shift or a scale that the input cannot take, or a scale that is not positive.
     """
     shift, scale = grid
     if not (scale > 0).all():
         raise ValueError(f"the input of {source.layers[0]} needs positive scales")
     if not source.scales and not (scale == 1).all():
         raise ValueError(f"the input of {source.layers[0]} can be shifted, not scaled")
+    if not source.shifts and not (shift == 0).all():
+        raise ValueError(f"the inputs of {source.layers[0]} and others can be scaled, not shifted")
     layers: list[nn.Linear] = []
     for name in source.layers:
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
-        if layer.bias is None:
+        if layer.bias is None and source.shifts:
             raise ValueError(f"{name} has no bias to take the shift of its input")
         layers.append(layer)
     source.fold(shift, scale)
     for layer in layers:
-        layer.bias.add_(layer.weight @ shift)
+        if layer.bias is not None:
+            layer.bias.add_(layer.weight @ shift)
         layer.weight.mul_(scale)
 
 
@@ -70,13 +80,13 @@ def affine_fold(weight: torch.Tensor, bias: torch.Tensor) -> Fold:
     return fold
 
 
-def value_fold(value: nn.Linear) -> Fold:
-    """For the output projection of an attention: its input is a mean of values with weights that sum to 1, so what is
-    done to every value is done to it."""
+def linear_fold(linear: nn.Linear) -> Fold:
+    """For x that `linear` makes. Also for the output projection of an attention, with the value projection: its input is a
+    mean of values with weights that sum to 1, so what is done to every value is done to it."""
 
     def fold(shift: torch.Tensor, scale: torch.Tensor) -> None:
-        value.weight.div_(scale[:, None])
-        value.bias.sub_(shift).div_(scale)
+        linear.weight.div_(scale[:, None])
+        linear.bias.sub_(shift).div_(scale)
 
     return fold
 
@@ -90,6 +100,22 @@ def modulation_fold(linear: nn.Linear, rows: Sequence[tuple[slice, slice]]) -> F
             linear.bias[offset] = (linear.bias[offset] - shift) / scale
             linear.weight[factor] /= scale[:, None]
             linear.bias[factor] = (linear.bias[factor] + 1) / scale - 1
+
+    return fold
+
+
+def shared_modulation_fold(linear: nn.Linear, rows: tuple[slice, slice], tables: Sequence[torch.Tensor]) -> Fold:
+    """For x = (...) * (1 + s + t_s) + b + t_b in several blocks, where b and s are outputs of one `linear`, in `rows`, and t_b
+    and t_s the rows of a block's own of `tables` (2, K): only one scale for all blocks can go into them."""
+    offset, factor = rows
+
+    def fold(shift: torch.Tensor, scale: torch.Tensor) -> None:
+        for part in (offset, factor):
+            linear.weight[part] /= scale[:, None]
+            linear.bias[part] /= scale
+        for table in tables:
+            table[0] /= scale
+            table[1] = (1 + table[1]) / scale - 1
 
     return fold
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qvgen.models.family import NUM_TRAIN_TIMESTEPS
-from qvgen.models.folding import FoldableInput, affine_fold, shift_fold, value_fold
+from qvgen.models.folding import Fold, FoldableInput, affine_fold, linear_fold, shared_modulation_fold, shift_fold
 
 
 class WanFamily:
@@ -38,22 +38,29 @@ class WanFamily:
         return model(hidden_states=latents, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0]
 
     def foldable_inputs(self, model: nn.Module) -> list[FoldableInput]:
-        """Per block: what q, k and v read and what the feed-forward reads (both modulated, so only shifted, in the block's
-        table), what the output projections read, and what the cross-attention's query reads (its norm is affine)."""
-        found = []
-        for i, block in enumerate(model.get_submodule("blocks").children()):
-            prefix = f"blocks.{i}"
-            parts: Any = block
-            table = parts.scale_shift_table[0]  # rows: shift, scale, gate of self-attention, then of the feed-forward
-            attention = tuple(f"{prefix}.attn1.to_{x}" for x in "qkv")
-            found.append(FoldableInput(attention, shift_fold(table[0]), scales=False))
-            found.append(FoldableInput((f"{prefix}.ffn.net.0.proj",), shift_fold(table[3]), scales=False))
-            for name in ("attn1", "attn2"):
-                value = parts.get_submodule(name).to_v
-                found.append(FoldableInput((f"{prefix}.{name}.to_out.0",), value_fold(value), scales=True))
-            if getattr(parts.norm2, "weight", None) is not None:
-                fold = affine_fold(parts.norm2.weight, parts.norm2.bias)
-                found.append(FoldableInput((f"{prefix}.attn2.to_q",), fold, scales=True))
+        """Of all blocks at once: what q, k and v of self-attention read and what the feed-forward reads (both modulated by one
+        projection of the timestep, so scaled together), and the text. Per block: these two shifted, in the block's table;
+        what the output projections read; and what the cross-attention's query reads (its norm is affine)."""
+        blocks: list[Any] = list(model.get_submodule("blocks").children())
+        names = [f"blocks.{i}" for i in range(len(blocks))]
+        embedder: Any = model.get_submodule("condition_embedder")
+        attention = [tuple(f"{name}.attn1.to_{x}" for x in "qkv") for name in names]
+        feed_forward = tuple(f"{name}.ffn.net.0.proj" for name in names)
+        text = tuple(f"{name}.attn2.to_{x}" for name in names for x in "kv")
+        found = [
+            FoldableInput(sum(attention, ()), _modulated(embedder.time_proj, blocks, 0), shifts=False),
+            FoldableInput(feed_forward, _modulated(embedder.time_proj, blocks, 3), shifts=False),
+            FoldableInput(text, linear_fold(embedder.text_embedder.linear_2)),
+        ]
+        for name, block, read in zip(names, blocks, attention, strict=True):
+            table = block.scale_shift_table[0]  # rows: shift, scale, gate of self-attention, then of the feed-forward
+            found.append(FoldableInput(read, shift_fold(table[0]), scales=False))
+            found.append(FoldableInput((f"{name}.ffn.net.0.proj",), shift_fold(table[3]), scales=False))
+            for part in ("attn1", "attn2"):
+                value = block.get_submodule(part).to_v
+                found.append(FoldableInput((f"{name}.{part}.to_out.0",), linear_fold(value)))
+            if getattr(block.norm2, "weight", None) is not None:
+                found.append(FoldableInput((f"{name}.attn2.to_q",), affine_fold(block.norm2.weight, block.norm2.bias)))
         return found
 
     def encode_text(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> torch.Tensor:
@@ -69,6 +76,13 @@ class WanFamily:
     def decode_latents(self, pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
         mean, std = _latent_statistics(pipeline.vae)
         return pipeline.vae.decode(latents.to(pipeline.vae.dtype) * std + mean).sample.float()
+
+
+def _modulated(time_proj: nn.Linear, blocks: Sequence[Any], first: int) -> Fold:
+    """Of the inputs that rows `first` (shift) and `first` + 1 (scale) of the tables modulate."""
+    width = time_proj.out_features // 6
+    offset, factor = (slice(row * width, (row + 1) * width) for row in (first, first + 1))
+    return shared_modulation_fold(time_proj, (offset, factor), [b.scale_shift_table[0, first : first + 2] for b in blocks])
 
 
 def _latent_statistics(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:

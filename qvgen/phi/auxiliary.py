@@ -6,7 +6,7 @@ follow (QVGen, section 3.2). At the end of training its rank is 0 and nothing of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -84,13 +84,10 @@ class AuxiliaryModule(nn.Module):
         return dict(zip(old, new, strict=True))
 
 
-def replace_parameters(
-    optimizers: Sequence[torch.optim.Optimizer], replaced: Mapping[nn.Parameter, nn.Parameter | None]
-) -> None:
-    """Let the optimizers step the new parameters, with fresh moments, in place of the old ones (None: of none)."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            swapped = [replaced.get(p, p) for p in group["params"]]
-            group["params"] = [p for p in swapped if p is not None]
-        for old in replaced:
-            optimizer.state.pop(old, None)
+def replace_parameters(optimizer: torch.optim.Optimizer, replaced: Mapping[nn.Parameter, nn.Parameter | None]) -> None:
+    """Let the optimizer step the new parameters, with fresh moments, in place of the old ones (None: of none)."""
+    for group in optimizer.param_groups:
+        swapped = [replaced.get(p, p) for p in group["params"]]
+        group["params"] = [p for p in swapped if p is not None]
+    for old in replaced:
+        optimizer.state.pop(old, None)

@@ -50,27 +50,29 @@ def record_inputs(
 
 def fold_inputs_(transformer: nn.Module, family: Family, inputs: Inputs) -> dict[str, ChannelGrid]:
     """Fold every input whose layers were recorded, in the transformer and in the recorded rows, both in place. Returns what
-    was folded, by the name of the first layer that reads it, for `apply_folds_`."""
+    was folded, by the input's name, for `apply_folds_`."""
     folds = {}
     for source in family.foldable_inputs(transformer):
         if not all(name in inputs for name in source.layers):
             continue  # a layer left in full precision
-        shift, scale = channel_grid(torch.cat(inputs[source.layers[0]]))
-        fold = ChannelGrid(shift, scale if source.scales else torch.ones_like(scale))
+        shifts, scales = zip(*(channel_grid(torch.cat(inputs[name])) for name in source.layers), strict=True)
+        scale = torch.stack(scales).log().mean(0).exp() if source.scales else torch.ones_like(scales[0])
+        fold = ChannelGrid(shifts[0] if source.shifts else torch.zeros_like(shifts[0]), scale)
         fold_(transformer, source, fold)
         for name in source.layers:
             inputs[name] = [(rows - fold.shift) / fold.scale for rows in inputs[name]]
-        folds[source.layers[0]] = fold
+        folds[source.name] = fold
     return folds
 
 
 def apply_folds_(transformer: nn.Module, family: Family, folds: Mapping[str, ChannelGrid]) -> None:
     """Do to a fresh transformer what `fold_inputs_` did to another copy. Raises ValueError for a fold of another model."""
-    sources = {source.layers[0]: source for source in family.foldable_inputs(transformer)}
-    if unknown := sorted(folds.keys() - sources.keys()):
+    sources = family.foldable_inputs(transformer)
+    if unknown := sorted(folds.keys() - {source.name for source in sources}):
         raise ValueError(f"the input of {unknown[0]} cannot be folded in this model; run calibration with this model")
-    for name, fold in folds.items():
-        fold_(transformer, sources[name], fold)
+    for source in sources:  # in their order: an input is scaled with others before it is shifted
+        if source.name in folds:
+            fold_(transformer, source, folds[source.name])
 
 
 def search_grids(

@@ -22,7 +22,7 @@ from qvgen.phi.rank_decay import RankDecaySchedule
 from qvgen.training.loss import LOSSES
 from qvgen.training.optim import (
     OptimizerSettings,
-    build_optimizers,
+    build_optimizer,
     learning_rate_factor,
     set_learning_rate,
 )
@@ -56,7 +56,7 @@ class StepRecord:
 
 
 class Trainer:
-    """Student, optimizers and step of one run. `student` must come from `prepare_`, with Φ or adapters attached if the method
+    """Student, optimizer and step of one run. `student` must come from `prepare_`, with Φ or adapters attached if the method
     has them; a method that trains in full precision takes the plain model."""
 
     def __init__(
@@ -73,7 +73,7 @@ class Trainer:
         self.family, self.data = family, data
         self.schedule, self.settings, self.method = schedule, settings, method
         self.step = 0
-        self.optimizers = build_optimizers(student, settings.optimizer, method.optimizer)
+        self.optimizer = build_optimizer(student, settings.optimizer)
         self.average: dict[str, torch.Tensor] | None = None
         if settings.ema_decay is not None:
             self.average = {n: p.detach().clone() for n, p in self._averaged()}
@@ -85,18 +85,17 @@ class Trainer:
         for step in range(self.step, until):
             started = time.perf_counter()
             phi = self.schedule.at(step)
-            replace_parameters(self.optimizers, set_phi_(self.student, phi, self.settings.redecompose))
+            replace_parameters(self.optimizer, set_phi_(self.student, phi, self.settings.redecompose))
             factor = learning_rate_factor(step, self.schedule.total_steps, self.settings.optimizer)
-            set_learning_rate(self.optimizers, factor)
+            set_learning_rate(self.optimizer, factor)
 
             loss = self._loss(step)
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"loss is {loss.item()} at step {step}; lower qat.learning_rate or check the data")
             loss.backward()
             norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.settings.max_grad_norm)
-            for optimizer in self.optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
             self._update_average()
             self.step = step + 1
             if on_step is not None:

@@ -1,18 +1,14 @@
-"""Optimizers of a quantization-aware run: their parameter groups, their learning-rate curve."""
+"""Optimizer of a quantization-aware run: its parameter groups, its learning-rate curve."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
 from qvgen.nn.swap import qat_layers
-
-OptimizerKind = Literal["adamw", "muon"]
 
 
 @dataclass(frozen=True)
@@ -26,25 +22,18 @@ class OptimizerSettings:
     final_learning_rate: float  # last over first
 
 
-def build_optimizers(
-    model: nn.Module, settings: OptimizerSettings, kind: OptimizerKind = "adamw"
-) -> list[torch.optim.Optimizer]:
-    """Optimizers of everything that is trainable; each group's full learning rate is its `base_lr`.
+def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW over everything that is trainable; each group's full learning rate is its `base_lr`.
 
-    "adamw": AdamW with four groups: matrices and Φ (decayed), vectors such as biases and norms, weight quantizers, clips.
-    Only the first is decayed; the public code decays scales, zero points and clips as well, which pulls them to zero.
-    "muon": the same, but the weights of quantized layers are stepped by Muon (torch.optim.Muon): momentum, made orthogonal,
-    with steps as large in root mean square as AdamW's, so that one learning rate serves both.
+    Four groups: matrices and Φ (decayed), vectors such as biases and norms, weight quantizers, clips. Only the first is
+    decayed; the public code decays scales, zero points and clips as well, which pulls them to zero.
     """
-    quantizers, clips, weights = [], [], []
+    quantizers, clips = [], []
     for _, layer in qat_layers(model):
         quantizers += list(layer.weight_quantizer.parameters())
-        weights.append(layer.weight)
         if layer.input_quantizer is not None:
             clips += list(layer.input_quantizer.parameters())
     special = {id(p) for p in (*quantizers, *clips)}
-    orthogonal = [p for p in weights if p.requires_grad] if kind == "muon" else []
-    special |= {id(p) for p in orthogonal}
     others = [p for p in model.parameters() if id(p) not in special]
     groups = [
         ("weights", [p for p in others if p.ndim >= 2], settings.learning_rate, settings.weight_decay),
@@ -52,7 +41,7 @@ def build_optimizers(
         ("quantizers", quantizers, settings.quantizer_learning_rate, 0.0),
         ("clips", clips, settings.clip_learning_rate, 0.0),
     ]
-    adamw = torch.optim.AdamW(
+    return torch.optim.AdamW(
         [
             {"name": name, "params": trained, "lr": rate, "base_lr": rate, "weight_decay": decay}
             for name, parameters, rate, decay in groups
@@ -61,11 +50,6 @@ def build_optimizers(
         betas=settings.betas,
         foreach=True,
     )
-    if not orthogonal:
-        return [adamw]
-    rate = settings.learning_rate
-    group = {"name": "orthogonal", "params": orthogonal, "lr": rate, "base_lr": rate}
-    return [adamw, torch.optim.Muon([group], weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw")]
 
 
 def learning_rate_factor(step: int, total_steps: int, settings: OptimizerSettings) -> float:
@@ -78,7 +62,6 @@ def learning_rate_factor(step: int, total_steps: int, settings: OptimizerSetting
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor

@@ -157,7 +157,7 @@ def _write_singular_values(case: Path) -> None:
     values = [[math.exp(-i * (0.06 + step / 900)) for i in range(rank)] for step, rank in zip(steps, ranks, strict=True)]
     share = [sum(v < 0.3 for v in row) / max(1, len(row)) for row in values]
     (case / "singular_values.json").write_text(
-        json.dumps({"step": steps, "share_small": share, "rank": ranks, "values": values})
+        json.dumps({"limit": 0.5, "step": steps, "share_small": share, "rank": ranks, "values": values})
     )
 
 

@@ -93,13 +93,13 @@ def test_a_method_gives_a_packed_model_that_loads(prepared: SimpleNamespace, met
 
 @pytest.mark.parametrize("method", ["efficientdm", "qvgen", "qvgen+", "qdm"])
 def test_stop_and_continue_equals_uninterrupted(prepared: SimpleNamespace, method: str, tmp_path: Path) -> None:
-    """Adapters, Φ, Muon's momentum and scaled inputs all survive in the training state."""
+    """Adapters, Φ and scaled inputs all survive in the training state."""
     params = settings(method)
     whole, _, sources, _ = trained(prepared, params, tmp_path)
     first, second = build_trainer(params, sources), build_trainer(params, sources)
     first.run(5)
-    save_training_state(tmp_path / "state.safetensors", first.student, first.optimizers, None, first.step)
-    second.step = load_training_state(tmp_path / "state.safetensors", second.student, second.optimizers, None)
+    save_training_state(tmp_path / "state.safetensors", first.student, first.optimizer, None, first.step)
+    second.step = load_training_state(tmp_path / "state.safetensors", second.student, second.optimizer, None)
     second.run(params.schedule.total_steps)
     wanted, found = whole.student.state_dict(), finish(second, params, sources).state_dict()
     assert wanted.keys() == found.keys()

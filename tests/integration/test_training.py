@@ -19,7 +19,7 @@ from qvgen.nn.swap import add_phi_, convert_, prepare_, qat_layers, set_phi_
 from qvgen.phi.rank_decay import RankDecaySchedule
 from qvgen.quant.scheme import QuantScheme
 from qvgen.training.loop import LoopSettings, StepRecord, Trainer
-from qvgen.training.optim import OptimizerSettings, build_optimizers, learning_rate_factor
+from qvgen.training.optim import OptimizerSettings, build_optimizer, learning_rate_factor
 
 SCHEME = QuantScheme(timestep_groups=5)
 SCHEDULE = RankDecaySchedule(initial_rank=4, hold_steps=3, phase_steps=2, final_steps=3)  # 3 + 3 * 2 + 3 = 12 steps
@@ -124,9 +124,9 @@ def test_stop_and_continue_equals_uninterrupted(tmp_path: Path, cut: int, ema: f
 
     first = trainer("wan", settings=settings)
     first.run(cut)
-    save_training_state(tmp_path / "state.safetensors", first.student, first.optimizers, first.average, first.step)
+    save_training_state(tmp_path / "state.safetensors", first.student, first.optimizer, first.average, first.step)
     second, continued = trainer("wan", settings=settings), []
-    second.step = load_training_state(tmp_path / "state.safetensors", second.student, second.optimizers, second.average)
+    second.step = load_training_state(tmp_path / "state.safetensors", second.student, second.optimizer, second.average)
     assert second.step == cut
     second.run(SCHEDULE.total_steps, lambda _, r: continued.append(r.loss))
     assert continued == rows[cut:]
@@ -136,13 +136,13 @@ def test_stop_and_continue_equals_uninterrupted(tmp_path: Path, cut: int, ema: f
 
 def test_damaged_or_foreign_state_is_refused(tmp_path: Path) -> None:
     run, path = trainer("wan"), tmp_path / "state.safetensors"
-    save_training_state(path, run.student, run.optimizers, None, 0)
+    save_training_state(path, run.student, run.optimizer, None, 0)
     other = trainer("wan", RankDecaySchedule(0, hold_steps=2))
     with pytest.raises(ValueError, match="another method or rank"):
-        load_training_state(path, other.student, other.optimizers, None)
+        load_training_state(path, other.student, other.optimizer, None)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a usable training state"):
-        load_training_state(path, run.student, run.optimizers, None)
+        load_training_state(path, run.student, run.optimizer, None)
 
 
 def test_phi_starts_nearer_to_the_teacher() -> None:
@@ -181,7 +181,7 @@ def test_each_sample_is_quantized_by_its_own_timestep() -> None:
 
 def test_quantizer_parameters_are_never_decayed() -> None:
     run = trainer("wan")
-    groups = {g["name"]: g for g in build_optimizers(run.student, OPTIMIZER)[0].param_groups}
+    groups = {g["name"]: g for g in build_optimizer(run.student, OPTIMIZER).param_groups}
     assert {n: g["weight_decay"] for n, g in groups.items()} == {
         "weights": 1e-4,
         "vectors": 0.0,

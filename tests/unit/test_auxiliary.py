@@ -63,7 +63,7 @@ def test_new_factors_survive_the_next_optimizer_step() -> None:
         phi.delta().square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    replace_parameters([optimizer], phi.truncate(4))
+    replace_parameters(optimizer, phi.truncate(4))
     new = phi.phi_up.detach().clone()
     phi.delta().square().sum().backward()
     optimizer.step()
@@ -76,6 +76,6 @@ def test_new_factors_survive_the_next_optimizer_step() -> None:
 def test_decays_to_nothing() -> None:
     phi = low_rank()
     optimizer = torch.optim.AdamW(phi.parameters())
-    replace_parameters([optimizer], phi.truncate(0))
+    replace_parameters(optimizer, phi.truncate(0))
     assert phi.rank == 0 and optimizer.param_groups[0]["params"] == []
     assert torch.equal(phi.delta(), torch.zeros(24, 40))

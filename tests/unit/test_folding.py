@@ -52,12 +52,13 @@ def test_folding_changes_the_inputs_and_not_the_model(name: str) -> None:
     with torch.no_grad():
         before = family.predict(model, *inputs)
     sources = family.foldable_inputs(model)
-    assert len(sources) == 2 * (5 if name == "wan" else 3)
+    assert len(sources) == (3 + 2 * 5 if name == "wan" else 2 * 3)
+    assert len({source.name for source in sources}) == len(sources)
     assert {layer for source in sources for layer in source.layers} <= {n for n, _ in model.named_modules()}
     generator = torch.Generator().manual_seed(2)
     for source in sources:
         x = read_inputs(model, family, inputs, source.layers[0])
-        shift = torch.randn(x.shape[1], generator=generator)
+        shift = torch.randn(x.shape[1], generator=generator) if source.shifts else torch.zeros(x.shape[1])
         scale = torch.rand(x.shape[1], generator=generator) + 0.5 if source.scales else torch.ones(x.shape[1])
         fold_(model, source, ChannelGrid(shift, scale))
         torch.testing.assert_close(
@@ -75,6 +76,9 @@ def test_impossible_folds_are_refused() -> None:
         fold_(model, fixed, ChannelGrid(torch.zeros(4), 2 * torch.ones(4)))
     with pytest.raises(ValueError, match="positive scales"):
         fold_(model, fixed, ChannelGrid(torch.zeros(4), torch.zeros(4)))
+    shared = FoldableInput(("0",), shift_fold(torch.zeros(4)), shifts=False)
+    with pytest.raises(ValueError, match="scaled, not shifted"):
+        fold_(model, shared, ChannelGrid(torch.ones(4), torch.ones(4)))
     bare = FoldableInput(("1",), shift_fold(torch.zeros(4)), scales=False)
     with pytest.raises(ValueError, match="1 has no bias"):
         fold_(model, bare, ChannelGrid(torch.zeros(4), torch.ones(4)))
