@@ -111,7 +111,7 @@ def find_uses(home: Path, data: str) -> tuple[str, list[Use]]:
         for version in client.search_model_versions(f"name = '{model.name}'"):
             lineage = _lineage(client, model.name, int(version.version), runs)
             if steps := uses(lineage, md5):
-                aliases = sorted(alias for alias, value in model.aliases.items() if value == version.version)
+                aliases = sorted(alias for alias, value in model.aliases.items() if int(value) == int(version.version))
                 stages = list(dict.fromkeys(step.stage for step, _ in steps))
                 found.append(Use(f"{model.name}/{version.version}", aliases, stages, steps[0][1]))
     return md5, found

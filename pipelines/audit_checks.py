@@ -13,6 +13,8 @@ from pipelines.audit_project import Blobs, Kept, Project
 from stages._dvc import fingerprint
 from stages.register import IDENTITY, MEASURED, PACKED, _leaves
 
+_ANEW = "delete the version in MLflow, then `dvc repro --force register`"
+_REDO = "delete the version in MLflow, then `dvc repro --force` from a clean tree"
 _SHA256 = "sha256."
 _LONGEST_PARAM = 6000  # characters; stages/_tracking.py cuts there
 
@@ -33,7 +35,7 @@ def registry_checks(lineage: Lineage) -> Iterator[Check]:
     """Version, logged model, fingerprint and every run."""
     tags, model, source = lineage.version.tags, lineage.model, lineage.source
     if model is None:
-        yield Check("logged model", False, f"{lineage.version.source} is deleted; restore it in MLflow, or register anew")
+        yield Check("logged model", False, f"{lineage.version.source} is deleted; {_ANEW}")
     else:
         keys = [key for key in tags if key == IDENTITY or key.startswith((_SHA256, "dvc."))]
         differing = [key for key in keys if model.tags.get(key) != tags[key]]
@@ -41,18 +43,18 @@ def registry_checks(lineage: Lineage) -> Iterator[Check]:
             "logged model",
             [f"tag {key} of the version is {tags[key]}, of the logged model {model.tags.get(key)}" for key in differing],
             f"{model.model_id}, with the version's {len(keys)} hashes",
-            "somebody changed a tag: trust neither, run `dvc repro -f register`",
+            f"somebody changed a tag: {_ANEW}",
         )
     if source is None:
         run = lineage.version.run_id
-        yield Check("runs", False, f"the registering run {run} is not in MLflow; restore it from a backup, or register anew")
+        yield Check("runs", False, f"the registering run {run} is not in MLflow; {_ANEW}")
         return
     parts = [source.deps.get(path) for path in (PACKED, *MEASURED)]
     yield _verdict(
         "fingerprint",
         [] if fingerprint(parts) == tags.get(IDENTITY) else [f"tag {IDENTITY} is not the hash of what {source} read"],
         f"of {PACKED} and its metrics, as {source} read them",
-        "the version was not made by this run: register anew",
+        f"the version was not made by this run: {_ANEW}",
     )
     yield from _run_checks(lineage, source)
 
@@ -77,14 +79,11 @@ def _run_checks(lineage: Lineage, source: Step) -> Iterator[Check]:
 
 def git_checks(lineage: Lineage, project: Project) -> Iterator[Check]:
     """Commit, code, sources, parameters: what git holds of what the runs recorded."""
-    commits = [step.commit or "" for step in _all(lineage)]
-    absent = [f"{step}: commit {step.commit or 'not recorded'}" for step in _all(lineage) if not _known(step, project)]
-    yield _verdict(
-        "commit",
-        [f"{fault} is not in this repository" for fault in absent],
-        ", ".join(dict.fromkeys(commit[:12] for commit in commits)),
-        "`git fetch --all`, or the commit was rewritten or never pushed",
-    )
+    commits = dict.fromkeys(step.commit or "" for step in _all(lineage))
+    found = [commit for commit in commits if project.has_commit(commit)]
+    faults = [f"commit {commit or '(not recorded)'} is not in this repository" for commit in commits if commit not in found]
+    faults += [f"commit {commit} is on no branch: a clone lacks it" for commit in found if not project.is_kept(commit)]
+    yield _verdict("commit", faults, ", ".join(c[:12] for c in commits), "`git fetch --all`, or `git branch NAME COMMIT`")
     steps = [step for step in lineage.steps if _known(step, project)]
     orphans = {(step.id, path) for step, path in lineage.orphans}
     code, gaps, count = [], [], 0
@@ -101,8 +100,10 @@ def git_checks(lineage: Lineage, project: Project) -> Iterator[Check]:
                 code.append(f"{path} of {step} was {md5}, its .dvc file in commit {(step.commit or '')[:12]} says {kept.md5}")
             elif not (kept.source or kept.always) and (step.id, path) in orphans:
                 gaps.append(f"no run in MLflow wrote {path} ({md5}), which {step} read")
-    yield _verdict("code", code, f"{count} files and folders have the recorded hashes in git", "commit what really ran")
-    yield _verdict("producers", gaps, "every input of every run was written by a recorded run", "`dvc repro -f` its stage")
+    yield _verdict(
+        "code", code, f"{count} files and folders have the recorded hashes in git", f"commit what really ran, or {_REDO}"
+    )
+    yield _verdict("producers", gaps, "every input of every run was written by a recorded run", _REDO)
     yield _params_check(steps, project)
 
 
@@ -205,7 +206,7 @@ def _stored(blobs: Blobs, md5: str) -> tuple[int, list[str]]:
 def _sha256_check(lineage: Lineage, blobs: Blobs) -> Check:
     tags = {key.removeprefix(_SHA256): value for key, value in lineage.version.tags.items() if key.startswith(_SHA256)}
     if not tags:
-        return Check("sha256", False, "the version has no sha256 of its weights; register it anew")
+        return Check("sha256", False, f"the version has no sha256 of its weights; {_ANEW}")
     try:
         files = blobs.files(lineage.packed[1])
     except (FileNotFoundError, ValueError):
@@ -265,7 +266,7 @@ def _all(lineage: Lineage) -> list[Step]:
 
 
 def _known(step: Step, project: Project) -> bool:
-    return bool(step.commit) and project.has_commit(step.commit or "")
+    return project.has_commit(step.commit or "")
 
 
 def _json(content: bytes | None) -> dict[str, Any]:

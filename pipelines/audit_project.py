@@ -54,7 +54,13 @@ class Project:
         return done.stdout if done.returncode == 0 else None
 
     def has_commit(self, commit: str) -> bool:
-        return self.git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}") is not None
+        return bool(commit) and self.git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}") is not None
+
+    def is_kept(self, commit: str) -> bool:
+        """Whether a branch, a tag or HEAD leads to the commit."""
+        if self.git("merge-base", "--is-ancestor", commit, "HEAD") is not None:
+            return True
+        return bool(self.git("for-each-ref", "--count=1", "--contains", commit))
 
     def later_commits(self, commit: str, path: str) -> list[str]:
         """Commits of any branch or tag that come after `commit` and change `path`, the oldest first."""

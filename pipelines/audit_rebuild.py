@@ -44,13 +44,14 @@ def rebuild(lineage: Lineage, project: Project, cache: Path) -> Check:
         variables |= {"MLFLOW_TRACKING_URI": f"sqlite:///{clone / 'mlflow.db'}"}  # a rebuild is no run of the project
         for name in ("DVC_ROOT", "DVC_STAGE", "QVGEN_PARENT_RUN_ID", "QVGEN_EXECUTION"):
             variables.pop(name, None)
+        stderr = 2  # stdout is for the report
         for command, folder in (
             (["git", "clone", "--quiet", str(project.root), str(clone)], Path(temporary)),
             (["git", "checkout", "--quiet", lineage.commits[0]], clone),
             ([*dvc, "cache", "dir", "--local", str(_cache_dir(cache))], clone),
             ([*dvc, "repro", "--force", stage], clone),
         ):
-            done = subprocess.run(command, cwd=folder, env=variables, stdout=sys.stderr)  # stdout is for the report
+            done = subprocess.run(command, cwd=folder, env=variables, stdout=stderr)
             if done.returncode:
                 return Check("rebuild", False, f"`{shlex.join(command)}` failed with exit code {done.returncode}; see above")
         made = _outputs(clone, lineage)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.gate import Rule, evaluate_gate
 from qvgen.params import Params, load_params
-from stages._promotions import move_alias, promotions
+from stages._promotions import alias_version, move_alias, promotions
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -61,12 +61,14 @@ def promote(
     with locked(home):
         wanted = _find(home, client, name, version, alias)
         number = int(wanted.version)
-        current = client.get_registered_model(name).aliases.get(CHAMPION)
-        champion = None if current is None else int(current)
-        history = promotions(client, name, CHAMPION)
-        if champion == number and history and history[-1].version == number:
-            return Outcome(name, number, champion, True, False, (), f"{name} version {number} is champion already")
-        rival = None if champion in (None, number) else client.get_model_version(name, str(champion))
+        champion, history = alias_version(client, name, CHAMPION), promotions(client, name, CHAMPION)
+        recorded = history[-1].version if history else None
+        if recorded == number:
+            moved = move_alias(client, name, CHAMPION, number, reason="")  # recorded, so the gate has decided already
+            message = f"{name} version {number} is champion " + ("again, as recorded" if moved else "already")
+            return Outcome(name, number, champion, True, moved, (), message)
+        # An alias that was moved by hand does not lower the bar.
+        rival = _version(client, name, recorded if recorded is not None else champion if champion != number else None)
         rules = tuple(_judge(client, params, wanted, rival))
         failed = [rule.name for rule in rules if not rule.ok]
         if failed and not force:
@@ -129,6 +131,12 @@ def _find(home: Path, client: MlflowClient, name: str, version: int | None, alia
         wish = f"version {version}" if version is not None else f"alias {alias}"
         where = public_uri(client.tracking_uri, home)
         raise ValueError(f"the registry at {where} has no {name} with {wish}; `dvc repro register` makes one") from None
+
+
+def _version(client: MlflowClient, name: str, number: int | None) -> ModelVersion | None:
+    """None also for a version that was deleted."""
+    found = client.search_model_versions(f"name = '{name}' and version_number = {number}") if number is not None else []
+    return found[0] if found else None
 
 
 def _judge(client: MlflowClient, params: Params, wanted: ModelVersion, rival: ModelVersion | None) -> list[Rule]:

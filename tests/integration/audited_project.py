@@ -131,9 +131,8 @@ def run(root: Path, *command: str, **variables: str) -> tuple[int, str]:
 
 
 def set_psnr(root: Path, value: float) -> None:
-    """Commit another measurement for the next run."""
+    """Another measurement for the next run, not committed."""
     path = root / "assets/evaluate.json"
     content = json.loads(path.read_text())
     content["packed"]["psnr_db"] = value
     path.write_text(json.dumps(content))
-    commit(root, f"psnr_db {value}")
