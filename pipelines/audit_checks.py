@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.audit_lineage import Lineage, Step
-from pipelines.audit_project import Blobs, Kept, Project
+from pipelines.audit_project import WORKTREE, Blobs, Kept, Project
 from stages._dvc import fingerprint
-from stages.register import IDENTITY, MEASURED, PACKED, _leaves
+from stages.register import IDENTITY, MEASURED, PACKED, leaves
 
 _ANEW = "delete the version in MLflow, then `dvc repro --force register`"
 _REDO = "delete the version in MLflow, then `dvc repro --force` from a clean tree"
@@ -127,20 +127,21 @@ def lock_check(lineage: Lineage, project: Project) -> tuple[Check, str | None]:
     if source is None or not _known(source, project):
         return Check("dvc.lock", False, "without the run's commit there is no dvc.lock to look at"), None
     start = source.commit or ""
-    best: list[str] | None = None
     for commit in [start, *project.later_commits(start, "dvc.lock")]:
         faults = _lock_faults(lineage, project, commit)
         if not faults:
             where = "the commit of the run" if commit == start else f"a later commit than the run's, {start[:12]}"
             return Check("dvc.lock", True, f"{commit[:12]} ({where}) has every hash"), commit
-        best = faults if best is None or len(faults) < len(best) else best
-    reason = (best or [""])[0]
-    fix = "commit dvc.lock as the run left it (`dvc repro` restores it)"
+    here = _lock_faults(lineage, project, WORKTREE)
+    if here:
+        reason, fix = here[0], "commit dvc.lock as these runs left it"
+    else:
+        reason, fix = "only the file in this checkout has them", '`git add dvc.lock metrics && git commit -m "Results"`'
     return Check("dvc.lock", False, f"dvc.lock with these hashes is not committed: {reason}; {fix}"), None
 
 
 def _lock_faults(lineage: Lineage, project: Project, commit: str) -> list[str]:
-    faults, (packed, md5) = [], lineage.packed
+    faults, (packed, md5), where = [], lineage.packed, commit[:12] or "this checkout"
     locked: dict[str, str] = {}
     for step in lineage.steps:
         entry = project.lock_entry(commit, step.stage) or {}
@@ -148,12 +149,12 @@ def _lock_faults(lineage: Lineage, project: Project, commit: str) -> list[str]:
             listed = {item["path"]: item.get("md5") for item in entry.get(kind, [])}
             locked |= listed
             faults += [
-                f"in {commit[:12]} {path} of {step.stage} is {listed.get(path, 'absent')}, recorded {value}"
+                f"in {where} {path} of {step.stage} is {listed.get(path, 'absent')}, recorded {value}"
                 for path, value in recorded.items()
                 if listed.get(path) != value
             ]
     if locked.get(packed) != md5:
-        faults.append(f"in {commit[:12]} {packed} is {locked.get(packed, 'absent')}, the version says {md5}")
+        faults.append(f"in {where} {packed} is {locked.get(packed, 'absent')}, the version says {md5}")
     return faults
 
 
@@ -231,7 +232,7 @@ def _metrics_check(lineage: Lineage, project: Project, in_git: dict[str, str], l
     numbers: dict[str, float] = {}
     if not faults:
         for path in MEASURED:
-            numbers |= _leaves(_json(contents.get(path)))[0]
+            numbers |= leaves(_json(contents.get(path)))[0]
         registered = {m.key: m.value for m in (lineage.model.metrics if lineage.model else None) or []}
         faults += [
             f"{name} is {registered.get(name, 'absent')} in the registry, {value} in {lock_commit[:12]}"
@@ -248,7 +249,7 @@ def environment_check(lineage: Lineage, project: Project, texts: dict[str, str])
         first, *packages = recorded.splitlines()
         return Check("environment", True, f"{first.lstrip('# ')}, {len(packages)} packages, recorded by the parent run")
     commit = lineage.commits[0] if lineage.commits else ""
-    if project.show(commit, "constraints.txt") is not None:
+    if commit and project.show(commit, "constraints.txt") is not None:
         return Check("environment", True, f"pinned by constraints.txt in {commit[:12]}; the run itself recorded none")
     return Check("environment", False, f"neither recorded by the run nor pinned in {commit[:12] or 'any commit'}")
 

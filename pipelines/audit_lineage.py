@@ -65,8 +65,10 @@ class Runs:
                 self._writers.setdefault(output, []).append(step)
 
     def producer(self, path: str, md5: str, before: int) -> Step | None:
-        """The last run that wrote these bytes to `path` and started no later than `before`, deleted or not."""
-        return next((step for step in reversed(self._writers.get((path, md5), [])) if step.started <= before), None)
+        """The last run that wrote these bytes to `path` and started no later than `before`, deleted or not; if all are later
+        (two hosts, two clocks) the first. None if no run did."""
+        writers = self._writers.get((path, md5), [])
+        return next((step for step in reversed(writers) if step.started <= before), writers[0] if writers else None)
 
     def trace(self, source: str) -> list[Step]:
         """The run `source` and all that it rests on, nearest first; [] if MLflow has no such run."""

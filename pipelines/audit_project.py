@@ -13,9 +13,10 @@ from typing import Any
 import yaml
 
 from pipelines.dag import _address
-from stages._dvc import _flatten
+from stages._dvc import flatten
 
 BLOCK = 1 << 22  # bytes read at a time
+WORKTREE = ""  # in place of a commit: the files that are checked out
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,9 @@ class Project:
         return done.stdout.decode(errors="replace").rstrip("\n") if done.returncode == 0 else None
 
     def show(self, commit: str, path: str) -> bytes | None:
-        """Content of a file at a commit; None if it is not there. `path` is relative to the project."""
+        """Content of a file at a commit or in WORKTREE; None if it is not there. `path` is relative to the project."""
+        if commit == WORKTREE:
+            return (self.root / path).read_bytes() if (self.root / path).is_file() else None
         done = self._git("show", f"{commit}:./{path}")
         return done.stdout if done.returncode == 0 else None
 
@@ -85,7 +88,7 @@ class Project:
         for file in files:
             content = self.show(commit, file)
             tree = {} if content is None else parse_yaml(content.decode(), file)
-            found |= {key: str(value) for key, value in _flatten(tree or {}).items()}
+            found |= {key: str(value) for key, value in flatten(tree or {}).items()}
         return found
 
     def at(self, commit: str) -> Snapshot:
@@ -109,8 +112,9 @@ class Project:
                 for stage in stages
                 for out in stage.outs
             }
+            hashes = _Hashes()
             code = {
-                (_address(stage), dep.def_path): _hash_of(dep)
+                (_address(stage), dep.def_path): hashes[dep]
                 for stage in stages
                 for dep in stage.deps
                 if not hasattr(dep, "read_params") and dep.def_path not in outs
@@ -121,11 +125,20 @@ class Project:
         return subprocess.run(["git", *command], cwd=self.root, capture_output=True)
 
 
-def _hash_of(dep: Any) -> str | None:
-    try:
-        return dep.get_hash().value
-    except FileNotFoundError:  # not in git at that commit
-        return None
+class _Hashes:
+    """DVC's hashes of dependencies, each path once: many stages share a folder."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, str | None] = {}
+
+    def __getitem__(self, dep: Any) -> str | None:
+        path = str(dep.fs_path)
+        if path not in self._known:
+            try:
+                self._known[path] = dep.get_hash().value
+            except FileNotFoundError:  # not in git at that commit
+                self._known[path] = None
+        return self._known[path]
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def describe(stage: Stage) -> dict[str, Any]:
     identity = fingerprint([stage.facts.deps[path] for path in (PACKED, *MEASURED)])
     metrics: dict[str, float] = {}
     for path in MEASURED:
-        numbers, texts = _leaves(json.loads((stage.root / path).read_text()))
+        numbers, texts = leaves(json.loads((stage.root / path).read_text()))
         metrics |= numbers
         tags |= texts
     params = {"quantization": scheme.name, "layers": str(layers), "format_version": str(config["format_version"])}
@@ -101,13 +101,13 @@ def _create(client: MlflowClient, experiment: str, run_id: str, wish: dict[str, 
     return mlflow.register_model(model.model_uri, wish["name"], tags=tags)
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> tuple[dict[str, float], dict[str, str]]:
+def leaves(tree: dict[str, Any], prefix: str = "") -> tuple[dict[str, float], dict[str, str]]:
     """Numbers and texts of a metrics file, by dotted name; lists and nulls are left out."""
     numbers: dict[str, float] = {}
     texts: dict[str, str] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            inner_numbers, inner_texts = _leaves(value, f"{prefix}{key}.")
+            inner_numbers, inner_texts = leaves(value, f"{prefix}{key}.")
             numbers |= inner_numbers
             texts |= inner_texts
         elif isinstance(value, int | float):

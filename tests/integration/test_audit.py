@@ -191,7 +191,14 @@ def test_a_lock_on_another_branch_counts(project: Path) -> None:
     toy.git(project, "reset", "-q", "--hard", "HEAD~1")
     assert failed(project) == {}
     toy.git(project, "branch", "-qD", "retrain/1")
-    assert failed(project).keys() == {"dvc.lock", "metrics"}
+    faults = failed(project)
+    assert faults.keys() == {"dvc.lock", "metrics"} and "is absent" in faults["dvc.lock"]
+
+
+def test_what_was_not_committed_yet(project: Path) -> None:
+    """As after the first `make repro`: the files are there, but nobody else has them."""
+    toy.git(project, "reset", "-q", "HEAD~1")
+    assert "only the file in this checkout has them; `git add dvc.lock" in failed(project)["dvc.lock"]
 
 
 def test_a_commit_that_is_gone(project: Path) -> None:
