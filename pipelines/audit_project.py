@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -158,16 +159,14 @@ class Blobs:
         folder's list is nowhere, ValueError if it is damaged."""
         if not md5.endswith(".dir"):
             return {"": md5}
-        from dvc_data.hashfile.hash_info import HashInfo
-        from dvc_data.hashfile.tree import ObjectFormatError, Tree
-
         for store in self._stores():
             if store.exists(md5):
+                with store.fs.open(store.oid_to_path(md5), "rb") as file:
+                    content = file.read()
                 try:
-                    tree = Tree.load(store, HashInfo("md5", md5))
-                except ObjectFormatError as error:
-                    raise ValueError(str(error)) from None
-                return {"/".join(key): str(info.value) for key, _, info in tree if info}
+                    return {str(entry["relpath"]): str(entry["md5"]) for entry in json.loads(content)}
+                except (ValueError, TypeError, KeyError):
+                    raise ValueError(f"{store.oid_to_path(md5)} is damaged: it is no list of files") from None
         raise FileNotFoundError(md5)
 
     def fault(self, md5: str) -> str | None:

@@ -116,6 +116,10 @@ def test_tampered_and_missing_data(project: Path) -> None:
     _spoil(project, "1.txt", "artifacts/data")
     assert failed(project).keys() == {"data"}
     for blob in (project / ".dvc/cache/files/md5").rglob("*.dir"):
+        blob.chmod(0o644)
+        blob.write_text("[")
+    assert "it is no list of files" in failed(project)["packed model"]
+    for blob in (project / ".dvc/cache/files/md5").rglob("*.dir"):
         blob.unlink()
     assert failed(project).keys() == {"data", "packed model", "sha256"}
 
