@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.audit_checks import (
     Check,
-    data_checks,
-    environment_check,
     git_checks,
     lock_check,
     registry_checks,
 )
+from pipelines.audit_data import data_checks, environment_check
 from pipelines.audit_lineage import Lineage, Runs, read_lineage, uses
 from pipelines.audit_project import Project, current_hash, open_blobs
 from pipelines.audit_rebuild import commands, rebuild

@@ -73,7 +73,10 @@ def generate(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def repro(context: typer.Context) -> None:
-    """Run every stage that is not up to date, then show the results. More arguments go to `dvc repro`."""
+    """Run every stage that is not up to date, show the results, and make the new model champion if it passes the gate.
+
+    More arguments go to `dvc repro`.
+    """
     from pipelines.promote import promote_after_run
     from pipelines.repro import repro as run
     from pipelines.results import show
