@@ -71,17 +71,74 @@ def generate(
     print(out)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def repro(context: typer.Context) -> None:
-    """Run every stage that is not up to date, then show the results. More arguments go to `dvc repro`."""
-    from pipelines.repro import repro as run
+@app.command()
+def repro(
+    targets: Annotated[list[str] | None, typer.Argument(help="Stages, with what they need [default: all]")] = None,
+) -> None:
+    """Run every stage that is not up to date as a Prefect flow, then show the results.
+
+    Without a Prefect server on 127.0.0.1:4200 (`qvgen ui`) or at PREFECT_API_URL, a temporary one is started: some 20 s. `dvc repro`
+    does the same without Prefect.
+    """
+    from pipelines.prefect_home import use_prefect
     from pipelines.results import show
 
     root = project_root()
-    code = run(root, context.args)
-    if code:
-        raise typer.Exit(code)
-    show(root)
+    use_prefect(root)
+    from pipelines.flow import StageError, run_pipeline
+
+    try:
+        run_pipeline(root, targets)
+    except StageError as error:
+        raise ValueError(str(error)) from None
+    if not targets:
+        show(root)
+
+
+@app.command()
+def serve(
+    cron: Annotated[
+        str | None, typer.Option(help="minute hour day month weekday [default: flow.schedule of params.yaml]")
+    ] = None,
+) -> None:
+    """Retrain on a schedule, and on demand (`prefect deployment run qvgen-retrain/retrain`), if anything has changed.
+
+    Needs a Prefect server (`qvgen ui`, or PREFECT_API_URL): a temporary one has no scheduler.
+    """
+    from pipelines.prefect_home import answers, use_prefect
+    from qvgen.params import load_params
+
+    root = project_root()
+    api = use_prefect(root)
+    if api is None or not answers(api):
+        raise ValueError(f"no Prefect server answers at {api or '127.0.0.1:4200'}: start `qvgen ui`, or set PREFECT_API_URL")
+    settings = load_params(root / "params.yaml").flow
+    from pipelines.retrain import serve as wait
+
+    wait(root, cron or settings.schedule, settings.timezone)
+
+
+lineage = typer.Typer(no_args_is_help=True, help="The record of runs in MLflow.")
+app.add_typer(lineage, name="lineage")
+
+
+@lineage.command()
+def sync(as_json: Annotated[bool, typer.Option("--json", help="For programs")] = False) -> None:
+    """Send what MLflow has not got yet, such as while its server was down, and record stages that were up to date."""
+    import json
+    from dataclasses import asdict
+
+    from pipelines.lineage import sync as run
+
+    done = run(project_root())
+    if as_json:
+        print(json.dumps(asdict(done)))
+    else:
+        print(f"{len(done.sent)} runs sent, {len(done.unsent)} left")
+        for name, reason in done.unsent.items():
+            print(f"  {name}: {reason}")
+    if done.unsent:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -22,6 +22,23 @@ def read_graph(root: Path) -> Graph:
         return {_address(s): {_address(up) for up in graph.successors(s)} for s in repo.index.stages if s in graph}
 
 
+def read_changed(root: Path) -> set[str]:
+    """Addresses of the stages that are not up to date by themselves, whatever becomes of the stages they need: something
+    differs from dvc.lock, or an output is missing, or the stage always runs."""
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo, repo.lock:
+        return {_address(stage) for stage in repo.index.stages if stage.status(check_updates=False)}
+
+
+def read_always_changed(root: Path) -> set[str]:
+    """Addresses of the stages that run every time."""
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        return {_address(stage) for stage in repo.index.stages if stage.always_changed}
+
+
 def _address(stage: Any) -> str:
     """As DVC writes it in the root; its own `addressing` is relative to the current folder."""
     return stage.name if stage.path_in_repo == "dvc.yaml" else f"{stage.path_in_repo}:{stage.name}"

@@ -26,6 +26,11 @@ class DvcFacts:
         return self.address.rpartition(":")[2]
 
     @property
+    def tags(self) -> dict[str, str]:
+        """What a run in MLflow is found by."""
+        return {"dvc.stage": self.address, "dvc.key": self.key} | {f"dvc.dep.{path}": md5 for path, md5 in self.deps.items()}
+
+    @property
     def key(self) -> str:
         """`<stage>-<hash>`: the same for the same command, dependencies and parameters, and for nothing else."""
         return f"{self.name}-{fingerprint([self.command, self.deps, self.params])[:16]}"

@@ -1,0 +1,2 @@
+def promote_after_run(root):
+    return ""
