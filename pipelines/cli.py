@@ -77,8 +77,8 @@ def repro(
 ) -> None:
     """Run every stage that is not up to date as a Prefect flow, then show the results.
 
-    Without a Prefect server on 127.0.0.1:4200 (`qvgen ui`) or at PREFECT_API_URL, a temporary one is started: some 20 s. `dvc repro`
-    does the same without Prefect.
+    Without a Prefect server on 127.0.0.1:4200 (`qvgen ui`) or at PREFECT_API_URL, a temporary one is started: some 20 s.
+    `dvc repro` does the same without Prefect.
     """
     from pipelines.prefect_home import use_prefect
     from pipelines.results import show

@@ -1,4 +1,4 @@
-"""Scheduled retraining: run the pipeline if anything has changed, keep the result on a branch, promote the model if it is good.
+"""Scheduled retraining: run the pipeline if anything has changed, keep the results on a branch, promote a good model.
 
 `qvgen serve` gives this flow a schedule. Import it only after `use_prefect` (pipelines/prefect_home.py).
 """

@@ -6,12 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 ROOT = Path(__file__).parents[2]
+PATIENCE = 300  # seconds, on a busy machine
 STAGE = """
 import time
 from stages._run import stage_main
@@ -31,7 +35,7 @@ def run(stage):
 stage_main(%r, run)
 """
 NEEDS = {"a": "", "b": "a", "c": "a", "d": "bc"}
-IGNORED = (".qvgen/", "artifacts/", "mlflow.db*", "mlruns/", "ask", "started", "__pycache__/")
+IGNORED = (".qvgen/", "artifacts/", "mlflow.db*", "mlruns/", "ask", "started", "run_flow.py", "__pycache__/")
 
 
 def make(root: Path, settings: dict[str, Any] | None = None) -> Path:
@@ -78,3 +82,22 @@ def run(root: Path, *arguments: str, seconds: float = 600, **variables: str) -> 
     process = start(root, *arguments, **variables)
     output, _ = process.communicate(timeout=seconds)
     return process.returncode, output
+
+
+def wait_until(condition: Callable[[], Any], explain: Callable[[], str] = lambda: "", seconds: float = PATIENCE) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"it did not happen in time: {explain()[-3000:]}"
+        time.sleep(0.2)
+    return found
+
+
+def processes_in(project: Path) -> list[str]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.cwd() == str(project) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+        except psutil.Error:
+            continue
+    return found
