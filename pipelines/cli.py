@@ -118,6 +118,53 @@ def serve(
     wait(root, cron or settings.schedule, settings.timezone)
 
 
+@app.command()
+def status(
+    targets: Annotated[list[str] | None, typer.Argument(help="Stages, with what they need [default: all]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs")] = False,
+) -> None:
+    """Which stages would run, and why."""
+    from pipelines.status import read_status, show
+
+    if as_json:
+        import json
+        from dataclasses import asdict
+
+        found = read_status(project_root(), targets or ())
+        print(json.dumps([asdict(entry) | {"runs": entry.runs} for entry in found]))
+    else:
+        show(project_root(), targets or ())
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="For programs")] = False) -> None:
+    """Is everything set up? A line per check, each with its remedy. Exit code 1: something has failed."""
+    from pipelines.doctor import examine, show
+
+    checks = examine(project_root())
+    if as_json:
+        import json
+        from dataclasses import asdict
+
+        print(json.dumps([asdict(check) for check in checks]))
+    else:
+        show(checks)
+    if any(check.verdict == "FAIL" for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def ui(
+    browser: Annotated[bool, typer.Option(help="Open a browser")] = True,
+    mlflow_port: Annotated[int, typer.Option()] = 5000,
+    prefect_port: Annotated[int, typer.Option()] = 4200,
+) -> None:
+    """MLflow and Prefect on 127.0.0.1, until Ctrl-C. What runs there already is used."""
+    from pipelines.ui import show
+
+    raise typer.Exit(show(project_root(), mlflow_port, prefect_port, browser))
+
+
 lineage = typer.Typer(no_args_is_help=True, help="The record of runs in MLflow.")
 app.add_typer(lineage, name="lineage")
 

@@ -19,7 +19,7 @@ def read_graph(root: Path) -> Graph:
     with Repo(str(root)) as repo:
         graph = repo.index.graph
         # In the order of the files: the graph's own differs from run to run.
-        return {_address(s): {_address(up) for up in graph.successors(s)} for s in repo.index.stages if s in graph}
+        return {stage_address(s): {stage_address(up) for up in graph.successors(s)} for s in repo.index.stages if s in graph}
 
 
 def read_changed(root: Path) -> set[str]:
@@ -28,7 +28,7 @@ def read_changed(root: Path) -> set[str]:
     from dvc.repo import Repo
 
     with Repo(str(root)) as repo, repo.lock:
-        return {_address(stage) for stage in repo.index.stages if stage.status(check_updates=False)}
+        return {stage_address(stage) for stage in repo.index.stages if stage.status(check_updates=False)}
 
 
 def read_always_changed(root: Path) -> set[str]:
@@ -36,10 +36,10 @@ def read_always_changed(root: Path) -> set[str]:
     from dvc.repo import Repo
 
     with Repo(str(root)) as repo:
-        return {_address(stage) for stage in repo.index.stages if stage.always_changed}
+        return {stage_address(stage) for stage in repo.index.stages if stage.always_changed}
 
 
-def _address(stage: Any) -> str:
+def stage_address(stage: Any) -> str:
     """As DVC writes it in the root; its own `addressing` is relative to the current folder."""
     return stage.name if stage.path_in_repo == "dvc.yaml" else f"{stage.path_in_repo}:{stage.name}"
 

@@ -29,12 +29,12 @@ KEPT = ("dvc.lock", "metrics", "reports")  # what the pipeline writes and git ke
 WEBHOOK = "QVGEN_WEBHOOK"  # address that is told of a failure
 
 
-def notify(_flow: Any, run: Any, state: State) -> None:
+def notify(flow: Any, flow_run: Any, state: State) -> None:
     """POST {"text": ...} to the address in QVGEN_WEBHOOK, if there is one: what chat programs take."""
     address = os.environ.get(WEBHOOK)
     if not address:
         return
-    text = f"qvgen retraining {run.name}: {state.name}: {state.message or ''}"[:1000]
+    text = f"qvgen retraining {flow_run.name}: {state.name}: {state.message or ''}"[:1000]
     request = urllib.request.Request(address, json.dumps({"text": text}).encode(), {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=10):

@@ -56,7 +56,7 @@ def read_dvc_facts(root: Path, address: str) -> DvcFacts:
         params: dict[str, Any] = {}
         for dep in stage.deps:
             if hasattr(dep, "read_params"):
-                params |= _flatten(dep.read_params())
+                params |= flatten(dep.read_params())
             elif dep.exists:
                 deps[dep.def_path] = dep.get_hash().value
             else:
@@ -83,11 +83,11 @@ def restore_outputs(root: Path, facts: DvcFacts) -> None:
                 out.checkout()
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
 
 
