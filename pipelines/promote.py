@@ -1,2 +1,0 @@
-def promote_after_run(root):
-    return ""
