@@ -91,8 +91,13 @@ def repro(
         run_pipeline(root, targets)
     except StageError as error:
         raise ValueError(str(error)) from None
-    if not targets:
-        show(root)
+    if targets:
+        return
+    from pipelines.promote import promote_after_run
+
+    show(root)
+    if verdict := promote_after_run(root):
+        print(verdict)
 
 
 @app.command()
@@ -223,6 +228,64 @@ def results(
         print(markdown_table(root))
     else:
         show(root)
+
+
+@app.command()
+def promote(
+    name: Annotated[str | None, typer.Argument(help="Registered model [default: register.name of params.yaml]")] = None,
+    version: Annotated[int | None, typer.Option(min=1, help="Instead of an alias")] = None,
+    alias: Annotated[str, typer.Option(help="Whose version")] = "challenger",
+    force: Annotated[bool, typer.Option("--force", help="Even if rules fail; needs --reason")] = False,
+    reason: Annotated[str | None, typer.Option(help="Recorded in the registry")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The same, for programs")] = False,
+) -> None:
+    """Make the challenger champion if it passes the gate of params.yaml. Exit code 1: it does not, and the champion stays."""
+    import json
+
+    from pipelines.promote import promote as run
+    from qvgen.params import load_params
+
+    root = project_root()
+    params = load_params(root / "params.yaml")
+    outcome = run(root, params, name, version=version, alias=alias, force=force, reason=reason)
+    if as_json:
+        print(json.dumps(outcome.as_dict(), indent=2))
+    else:
+        print("\n".join([*map(str, outcome.rules), outcome.message]))
+    if not outcome.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def audit(
+    model: Annotated[str | None, typer.Argument(help="NAME@ALIAS or NAME/VERSION, such as qvgen@champion")] = None,
+    data: Annotated[str | None, typer.Option("--uses", help="Path or DVC hash: list the versions that used it")] = None,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Also make it again in a clone and compare: hours")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The same, for programs")] = False,
+) -> None:
+    """From a registered model back to its data, code and parameters, every claim checked. Exit code 1: one does not hold."""
+    import json
+    from dataclasses import asdict
+
+    if (model is None) == (data is None):
+        raise ValueError("give either a model, such as qvgen@champion, or --uses PATH")
+    from pipelines.audit import audit as run
+    from pipelines.audit import find_uses
+
+    root = project_root()
+    if data is not None:
+        md5, found = find_uses(root, data)
+        if as_json:
+            print(json.dumps({"md5": md5, "uses": [asdict(use) for use in found]}, indent=2))
+            return
+        for use in found:
+            print(f"{use.model} ({', '.join(use.aliases) or 'no alias'}): {use.path}, read by {', '.join(use.stages)}")
+        print(f"{md5}: {len(found)} model versions")
+        return
+    report = run(root, str(model), rebuild_too=rebuild)
+    print(json.dumps(report.as_dict(), indent=2) if as_json else report)
+    if not report.ok:
+        raise typer.Exit(1)
 
 
 @app.command()

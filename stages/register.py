@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages._dvc import fingerprint
 from stages._journal import now, read_receipt
+from stages._promotions import move_alias
 from stages._run import Stage, stage_main
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def describe(stage: Stage) -> dict[str, Any]:
     identity = fingerprint([stage.facts.deps[path] for path in (PACKED, *MEASURED)])
     metrics: dict[str, float] = {}
     for path in MEASURED:
-        numbers, texts = _leaves(json.loads((stage.root / path).read_text()))
+        numbers, texts = leaves(json.loads((stage.root / path).read_text()))
         metrics |= numbers
         tags |= texts
     params = {"quantization": scheme.name, "layers": str(layers), "format_version": str(config["format_version"])}
@@ -71,12 +72,12 @@ def describe(stage: Stage) -> dict[str, Any]:
 
 def register_version(client: MlflowClient, experiment: str, run_id: str, wish: dict[str, Any]) -> ModelVersion:
     """What a journal entry "register" asks for: the version of exactly this model, created if there is
-    none, with the alias set. The forwarder calls it, under a lock. Raises what MLflow raises.
+    none, with the alias set and recorded. The forwarder calls it, under a lock. Raises what MLflow raises.
     """
     name, identity = wish["name"], wish["identity"]
     known = client.search_model_versions(f"name = '{name}' and tags.`{IDENTITY}` = '{identity}'", max_results=1)
     version = known[0] if known else _create(client, experiment, run_id, wish)
-    client.set_registered_model_alias(name, wish["alias"], version.version)
+    move_alias(client, name, wish["alias"], int(version.version), reason=f"registered by run {version.run_id}")
     return version
 
 
@@ -100,13 +101,13 @@ def _create(client: MlflowClient, experiment: str, run_id: str, wish: dict[str, 
     return mlflow.register_model(model.model_uri, wish["name"], tags=tags)
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> tuple[dict[str, float], dict[str, str]]:
+def leaves(tree: dict[str, Any], prefix: str = "") -> tuple[dict[str, float], dict[str, str]]:
     """Numbers and texts of a metrics file, by dotted name; lists and nulls are left out."""
     numbers: dict[str, float] = {}
     texts: dict[str, str] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            inner_numbers, inner_texts = _leaves(value, f"{prefix}{key}.")
+            inner_numbers, inner_texts = leaves(value, f"{prefix}{key}.")
             numbers |= inner_numbers
             texts |= inner_texts
         elif isinstance(value, int | float):

@@ -1,0 +1,187 @@
+"""`qvgen audit`: from a version in the model registry to data, code, parameters and environment, every claim checked.
+
+Reads only; `--rebuild` works in a temporary clone. `--uses` asks the other way round: which versions used this data?
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.audit_checks import (
+    Check,
+    data_checks,
+    environment_check,
+    git_checks,
+    lock_check,
+    registry_checks,
+)
+from pipelines.audit_lineage import Lineage, Runs, read_lineage, uses
+from pipelines.audit_project import Project, current_hash, open_blobs
+from pipelines.audit_rebuild import commands, rebuild
+from stages._promotions import promotions
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import RegisteredModel
+
+_HASH = re.compile(r"[0-9a-f]{32}(\.dir)?")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an audit found; `rebuild`: shell commands that make the packed model again."""
+
+    model: str
+    checks: list[Check]
+    rebuild: list[str]
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"ok": self.ok, "checks": [asdict(check) for check in self.checks], "rebuild": self.rebuild}
+
+    def __str__(self) -> str:
+        failed = sum(not check.ok for check in self.checks)
+        verdict = f"{failed} of {len(self.checks)} checks FAIL" if failed else f"all {len(self.checks)} checks pass"
+        lines = [self.model, *map(str, self.checks), f"{self.model}: {verdict}"]
+        return "\n".join([*lines, *(["", "To rebuild it:", *self.rebuild] if self.rebuild else [])])
+
+
+@dataclass(frozen=True)
+class Use:
+    """A model version whose lineage read some data."""
+
+    model: str
+    aliases: list[str]
+    stages: list[str]
+    path: str
+
+
+def audit(home: Path, reference: str, *, rebuild_too: bool = False) -> Report:
+    """Every check on the version that `reference` (NAME@ALIAS or NAME/VERSION) names.
+
+    Raises ValueError for another form of reference and for a model or version that the registry does not have, and what
+    MLflow and DVC raise.
+    """
+    from stages._tracking import connect
+
+    name, alias, number = _parse(reference)
+    client, _ = connect(home)
+    model = _model(client, name)
+    checks: list[Check] = []
+    if alias is not None:
+        checks.append(_alias_check(client, model, alias))
+        if alias not in model.aliases:
+            return Report(reference, checks, [])
+        number = int(model.aliases[alias])
+    lineage = _lineage(client, name, number, {})
+    project = Project(home)
+    checks += registry_checks(lineage)
+    if lineage.source is None:
+        return Report(f"{name} version {number}", checks, [])
+    checks += git_checks(lineage, project)
+    check, lock_commit = lock_check(lineage, project)
+    checks.append(check)
+    with open_blobs(home) as blobs:
+        checks += data_checks(lineage, project, blobs, lock_commit)
+        cache = Path(blobs.cache.path)
+    checks.append(environment_check(lineage, project, _texts(client, lineage)))
+    if rebuild_too:
+        checks.append(rebuild(lineage, project, cache))
+    return Report(f"{name} version {number}", checks, commands(lineage, project, cache))
+
+
+def find_uses(home: Path, data: str) -> tuple[str, list[Use]]:
+    """The DVC hash of `data` (a hash, or a path that dvc.yaml names) and the versions of all models that used it.
+
+    Raises ValueError for a path that DVC does not know.
+    """
+    from stages._tracking import connect
+
+    md5 = data if _HASH.fullmatch(data) else current_hash(home, data)
+    client, _ = connect(home)
+    found: list[Use] = []
+    runs: dict[str, Runs] = {}
+    for model in client.search_registered_models():
+        for version in client.search_model_versions(f"name = '{model.name}'"):
+            lineage = _lineage(client, model.name, int(version.version), runs)
+            if steps := uses(lineage, md5):
+                aliases = sorted(alias for alias, value in model.aliases.items() if int(value) == int(version.version))
+                stages = list(dict.fromkeys(step.stage for step, _ in steps))
+                found.append(Use(f"{model.name}/{version.version}", aliases, stages, steps[0][1]))
+    return md5, found
+
+
+def _parse(reference: str) -> tuple[str, str | None, int]:
+    if match := re.fullmatch(r"([^@/]+)@([^@/]+)", reference):
+        return match[1], match[2], 0
+    if match := re.fullmatch(r"([^@/]+)/v?(\d+)", reference):
+        return match[1], None, int(match[2])
+    raise ValueError(f"{reference!r} names no model version: give NAME@ALIAS, such as qvgen@champion, or NAME/VERSION")
+
+
+def _model(client: MlflowClient, name: str) -> RegisteredModel:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        known = ", ".join(model.name for model in client.search_registered_models()) or "none"
+        raise ValueError(f"the registry has no model {name!r}; it has: {known}") from None
+
+
+def _alias_check(client: MlflowClient, model: RegisteredModel, alias: str) -> Check:
+    version, history = model.aliases.get(alias), promotions(client, model.name, alias)
+    if version is None:
+        known = ", ".join(sorted(model.aliases)) or "none"
+        return Check("alias", False, f"{model.name} has no alias {alias} (it has: {known}); `qvgen promote` sets champion")
+    if not history:
+        return Check("alias", False, f"{alias} is version {version}, but no promotion is recorded; use `qvgen promote`")
+    newest = history[-1]
+    if newest.version != int(version):
+        moved = f"{alias} is version {version}, the newest record (number {len(history)}) says {newest.version}"
+        return Check("alias", False, f"{moved}: moved by hand, or cut short; `qvgen promote` decides and records")
+    how = f"forced by {newest.by}" if newest.forced else f"set by {newest.by}"
+    return Check("alias", True, f"{alias} is version {version}, {how}: {newest.reason} (record {len(history)})")
+
+
+def _lineage(client: MlflowClient, name: str, number: int, runs: dict[str, Runs]) -> Lineage:
+    """`runs`: experiments read so far, by id."""
+    from mlflow.exceptions import MlflowException
+
+    from stages._tracking import EXPERIMENT
+
+    try:
+        version = client.get_model_version(name, str(number))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise ValueError(f"{name} has no version {number}; `qvgen audit {name}@champion` audits the one in use") from None
+    try:
+        experiment = client.get_run(version.run_id or "").info.experiment_id
+    except MlflowException:  # the run is gone; the checks say so
+        found = client.get_experiment_by_name(EXPERIMENT)
+        experiment = found.experiment_id if found else ""
+    if experiment not in runs:
+        runs[experiment] = Runs(client, experiment)
+    return read_lineage(client, version, runs[experiment])
+
+
+def _texts(client: MlflowClient, lineage: Lineage) -> dict[str, str]:
+    """environment.txt of the registering run's parent, if it recorded one."""
+    from mlflow.artifacts import load_text
+
+    parent = lineage.source.parent if lineage.source else None
+    run = lineage.parents.get(parent or "")
+    if run is None or run.deleted:
+        return {}
+    names = [file.path for file in client.list_artifacts(run.id) if file.path == "environment.txt"]
+    uri = client.get_run(run.id).info.artifact_uri
+    return {name: load_text(f"{uri}/{name}") for name in names}

@@ -1,0 +1,294 @@
+"""`qvgen promote` and `qvgen audit` on a real project of git, DVC and MLflow; each way to spoil a record is caught by name."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from pipelines.audit import audit, find_uses
+from pipelines.promote import promote, promote_after_run
+from qvgen.params import load_params
+from stages._promotions import Promotion, alias_version, promotions
+from stages._tracking import connect
+from tests.integration import audited_project as toy
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+DOCS = toy.ROOT / "docs/audit.md"
+CHECKS = {
+    "alias",
+    "logged model",
+    "fingerprint",
+    "runs",
+    "parent runs",
+    "clean tree",
+    "commit",
+    "code",
+    "producers",
+    "parameters",
+    "dvc.lock",
+    "packed model",
+    "data",
+    "sha256",
+    "metrics",
+    "environment",
+}
+
+
+@pytest.fixture(autouse=True)
+def _embedded_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="module")
+def audited(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project after its first `qvgen repro` and the commit of what it wrote. Tests copy it before they change it."""
+    root = toy.make(tmp_path_factory.mktemp("audited"))
+    code, output = toy.run(root, "qvgen", "repro")
+    assert code == 0, output
+    assert "qvgen version 1 is champion now" in output, output
+    toy.commit(root, "results")
+    return root
+
+
+@pytest.fixture
+def project(audited: Path, tmp_path: Path) -> Path:
+    return copy(audited, tmp_path / "project")
+
+
+@pytest.fixture(scope="module")
+def worse(audited: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project after a second run whose videos are worse, from a tree with an uncommitted change."""
+    root = copy(audited, tmp_path_factory.mktemp("worse") / "project")
+    toy.set_psnr(root, 20.0)
+    code, output = toy.run(root, "qvgen", "repro")
+    assert code == 0, output
+    assert "qvgen version 2 fails 2 of 13 rules (psnr_db, psnr_db against champion): version 1 stays champion" in output
+    return root
+
+
+def copy(project: Path, to: Path) -> Path:
+    return Path(shutil.copytree(project, to, symlinks=True))
+
+
+def failed(project: Path, reference: str = "qvgen@champion") -> dict[str, str]:
+    """Check -> detail of those that fail."""
+    report = audit(project, reference)
+    assert report.ok == (not any(not check.ok for check in report.checks))
+    return {check.name: check.detail for check in report.checks if not check.ok}
+
+
+def test_a_good_model_passes_every_check(audited: Path) -> None:
+    report = audit(audited, "qvgen@champion")
+    assert report.ok, str(report)
+    assert {check.name for check in report.checks} == CHECKS
+    start, results = toy.git(audited, "log", "--reverse", "--format=%H").split()
+    (lock,) = (check.detail for check in report.checks if check.name == "dvc.lock")
+    assert lock == f"{results[:12]} (a later commit than the run's, {start[:12]}) has every hash"
+    assert f"git checkout {start}" in report.rebuild
+    (runs,) = (check.detail for check in report.checks if check.name == "runs")
+    assert set(runs.removeprefix("4: ").split(" <- ")) == set(toy.STAGES)
+    assert audit(audited, "qvgen/1").ok and audit(audited, "qvgen@challenger").ok
+
+
+@pytest.mark.parametrize("reference", ["qvgen", "other@champion", "qvgen/7"])
+def test_what_is_not_in_the_registry_is_refused(audited: Path, reference: str) -> None:
+    with pytest.raises(ValueError, match=r"qvgen|other"):
+        audit(audited, reference)
+
+
+def test_an_alias_that_nobody_set(audited: Path) -> None:
+    assert "has no alias staging" in failed(audited, "qvgen@staging")["alias"]
+
+
+def test_tampered_weights(project: Path) -> None:
+    _spoil(project, "transformer/weights.safetensors")
+    faults = failed(project)
+    assert faults.keys() == {"packed model", "sha256"}
+    assert "is damaged" in faults["packed model"]
+
+
+def test_tampered_and_missing_data(project: Path) -> None:
+    _spoil(project, "1.txt", "artifacts/data")
+    assert failed(project).keys() == {"data"}
+    for blob in (project / ".dvc/cache/files/md5").rglob("*.dir"):
+        blob.chmod(0o644)
+        blob.write_text("[")
+    assert "it is no list of files" in failed(project)["packed model"]
+    for blob in (project / ".dvc/cache/files/md5").rglob("*.dir"):
+        blob.unlink()
+    assert failed(project).keys() == {"data", "packed model", "sha256"}
+
+
+def test_blobs_in_the_remote_are_enough(project: Path, tmp_path: Path) -> None:
+    assert toy.run(project, "dvc", "remote", "add", "--local", "-d", "store", str(tmp_path / "remote"))[0] == 0
+    assert toy.run(project, "dvc", "push")[0] == 0
+    shutil.rmtree(project / ".dvc/cache")
+    assert failed(project) == {}
+    shutil.rmtree(tmp_path / "remote")
+    assert failed(project).keys() == {"data", "packed model", "sha256"}
+
+
+def _spoil(project: Path, name: str, out: str = "artifacts/packed") -> None:
+    from pipelines.audit_project import current_hash, open_blobs
+
+    with open_blobs(project) as blobs:
+        path = Path(blobs.cache.oid_to_path(blobs.files(current_hash(project, out))[name]))
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+
+
+@pytest.mark.parametrize("stage", ["register", "prepare"])
+def test_a_deleted_run(project: Path, stage: str) -> None:
+    client, experiment = connect(project)
+    (run,) = client.search_runs([experiment], f"tags.`dvc.stage` = '{stage}'")
+    client.delete_run(run.info.run_id)
+    assert failed(project)["runs"].startswith(f"{stage} (run {run.info.run_id}) is deleted")
+
+
+def test_a_deleted_parent_and_logged_model(project: Path) -> None:
+    client, experiment = connect(project)
+    (run,) = client.search_runs([experiment], "tags.`dvc.stage` = 'register'")
+    client.delete_run(run.data.tags["mlflow.parentRunId"])
+    assert "is deleted" in failed(project)["parent runs"]
+    (model,) = client.search_logged_models([experiment])
+    client.delete_logged_model(model.model_id)
+    assert "is deleted" in failed(project)["logged model"]
+
+
+def test_an_alias_moved_by_hand(worse: Path, tmp_path: Path) -> None:
+    project = copy(worse, tmp_path / "project")
+    client, _ = connect(project)
+    client.set_registered_model_alias("qvgen", "champion", "2")
+    assert "champion is version 2, the newest record (number 1) says 1" in failed(project)["alias"]
+    params = load_params(project / "params.yaml")
+    assert not promote(project, params).ok, "an alias moved by hand does not lower the bar"
+    repaired = promote(project, params, version=1)
+    assert repaired.ok and repaired.moved and "alias" not in failed(project)
+    assert len(promotions(client, "qvgen", "champion")) == 1
+
+
+def test_a_changed_tag_of_the_version(project: Path) -> None:
+    client, _ = connect(project)
+    client.set_model_version_tag("qvgen", "1", "dvc.md5", "0" * 32)
+    assert {"logged model", "packed model", "dvc.lock"} <= failed(project).keys()
+
+
+def test_a_changed_lock(project: Path) -> None:
+    lock = project / "dvc.lock"
+    md5 = re.findall(r"[0-9a-f]{32}\.dir", lock.read_text())[0]
+    lock.write_text(lock.read_text().replace(md5, "0" * 32 + ".dir"))
+    assert failed(project) == {}, "what is not committed is no evidence, and not held against the model"
+    toy.git(project, "commit", "-qam", "results", "--amend")
+    faults = failed(project)
+    assert faults["dvc.lock"].startswith("dvc.lock with these hashes is not committed: ")
+    assert md5 in faults["dvc.lock"]
+    assert faults.keys() == {"dvc.lock", "metrics"}
+
+
+def test_a_lock_on_another_branch_counts(project: Path) -> None:
+    toy.git(project, "branch", "retrain/1")
+    toy.git(project, "reset", "-q", "--hard", "HEAD~1")
+    assert failed(project) == {}
+    toy.git(project, "branch", "-qD", "retrain/1")
+    faults = failed(project)
+    assert faults.keys() == {"dvc.lock", "metrics"} and "is absent" in faults["dvc.lock"]
+
+
+def test_what_was_not_committed_yet(project: Path) -> None:
+    """As after the first `make repro`: the files are there, but nobody else has them."""
+    toy.git(project, "reset", "-q", "HEAD~1")
+    assert "only the file in this checkout has them; `git add dvc.lock" in failed(project)["dvc.lock"]
+
+
+def test_a_commit_that_is_gone(project: Path) -> None:
+    shutil.rmtree(project / ".git")
+    toy.git(project, "init", "-q")
+    toy.git(project, "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-q", "--allow-empty", "-m", "new")
+    assert {"commit", "dvc.lock"} <= failed(project).keys()
+
+
+def test_a_dirty_tree(worse: Path) -> None:
+    faults = failed(worse, "qvgen@challenger")
+    assert {"clean tree", "code"} <= faults.keys()
+    assert "began in a tree with uncommitted changes" in faults["clean tree"]
+    assert faults["code"].startswith("assets/evaluate.json of measure")
+
+
+def test_the_gate_keeps_the_champion_and_force_is_recorded(worse: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    project = copy(worse, tmp_path / "project")
+    monkeypatch.chdir(project)
+    from pipelines.cli import app
+
+    refused = CliRunner().invoke(app, ["promote"])
+    assert refused.exit_code == 1
+    assert re.search(r"^FAIL +psnr_db +20 >= 27 +dB, videos against full precision$", refused.output, re.MULTILINE)
+    assert "version 1 stays champion" in refused.output
+    client, _ = connect(project)
+    assert alias_version(client, "qvgen", "champion") == 1
+
+    params = load_params(project / "params.yaml")
+    with pytest.raises(ValueError, match="--reason"):
+        promote(project, params, force=True)
+    forced = CliRunner().invoke(app, ["promote", "--force", "--reason", "a demonstration", "--json"])
+    assert forced.exit_code == 0
+    assert json.loads(forced.output)["moved"]
+    first, second = promotions(client, "qvgen", "champion")
+    assert (first.version, first.forced, second.version, second.forced) == (1, False, 2, True)
+    assert second.reason == "a demonstration" and second.gate is not None
+    assert second.gate["psnr_db"] == [20.0, ">= 27", False]
+    assert alias_version(client, "qvgen", "champion") == 2
+    again = CliRunner().invoke(app, ["promote"])
+    assert again.exit_code == 0 and again.output.strip() == "qvgen version 2 is champion already"
+    assert len(promotions(client, "qvgen", "champion")) == 2
+
+
+def test_a_crash_between_record_and_alias_is_repaired(project: Path) -> None:
+    client, _ = connect(project)
+    client.delete_registered_model_alias("qvgen", "champion")
+    assert "has no alias champion" in failed(project)["alias"]
+    assert promote_after_run(project) == "qvgen version 1 is champion again, as recorded"
+    assert failed(project) == {} and len(promotions(client, "qvgen", "champion")) == 1
+
+
+def test_registering_records_the_challenger(worse: Path) -> None:
+    client, _ = connect(worse)
+    history = promotions(client, "qvgen", "challenger")
+    assert [entry.version for entry in history] == [1, 2]
+    assert all(isinstance(entry, Promotion) and "registered by run" in entry.reason for entry in history)
+
+
+def test_tracking_that_is_down_costs_one_warning(project: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert promote_after_run(project) == ""
+    assert capsys.readouterr().err.count("warning: no model was promoted") == 1
+
+
+def test_which_models_used_this_data(worse: Path) -> None:
+    md5, found = find_uses(worse, "artifacts/data")
+    assert [(use.model, use.aliases, use.stages) for use in sorted(found, key=lambda use: use.model)] == [
+        ("qvgen/1", ["champion"], ["pack"]),
+        ("qvgen/2", ["challenger"], ["pack"]),
+    ]
+    assert [use.model for use in find_uses(worse, md5.removesuffix(".dir"))[1]] == [use.model for use in found]
+    assert [use.model for use in find_uses(worse, "assets/evaluate.json")[1]] == ["qvgen/2"]
+    assert find_uses(worse, "0" * 32)[1] == []
+    with pytest.raises(ValueError, match=r"no dvc\.yaml and no \.dvc file"):
+        find_uses(worse, "nothing")
+
+
+def test_the_commands_of_the_guide_work(project: Path) -> None:
+    """Every bash block of docs/audit.md, --rebuild included."""
+    blocks = re.findall(r"```bash\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    assert len(blocks) >= 4
+    bin = project / ".qvgen" / "bin"
+    bin.mkdir(parents=True)
+    (bin / "qvgen").write_text('#!/bin/sh\nexec python -m pipelines.cli "$@"\n')
+    (bin / "qvgen").chmod(0o755)
+    for block in blocks:
+        code, output = toy.run(project, "bash", "-euc", f"PATH={bin}:$PATH\n{block}")
+        assert code == 0, f"{block}\n{output}"
