@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from pipelines.dag import Graph, read_graph, with_upstream
-from pipelines.repro import environment, only_one
+from pipelines.checkout import environment, only_one
 
 FILE = "comparison/dvc.yaml"
 REPORT = f"{FILE}:compare_report"

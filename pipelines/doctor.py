@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipelines.prefect_home import LOCAL_API, answers
-from pipelines.repro import environment
+from pipelines.checkout import environment
 from stages._tracking import public_uri, tracking_uri
 
 Verdict = Literal["PASS", "WARN", "FAIL"]

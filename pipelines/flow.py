@@ -24,7 +24,7 @@ from prefect.states import Completed, State
 from pipelines.dag import read_changed, read_graph, with_upstream
 from pipelines.guard import DEADLINE
 from pipelines.lineage import close_execution, runs_of_execution
-from pipelines.repro import environment, only_one
+from pipelines.checkout import environment, only_one
 from pipelines.runners import task_runner
 from qvgen.params import FlowSettings, load_params
 

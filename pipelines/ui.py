@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipelines.prefect_home import use_prefect
-from pipelines.repro import environment
+from pipelines.checkout import environment
 
 HOST = "127.0.0.1"
 PATIENCE = 180  # seconds until a server must answer; on a quiet machine it takes ten
