@@ -43,3 +43,12 @@ def only_one(root: Path) -> Iterator[None]:
     finally:
         owner.unlink(missing_ok=True)
         lock.release()
+
+
+def project_root() -> Path:
+    """The nearest folder, from here upwards, that holds dvc.yaml. Raises ValueError if there is none."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "dvc.yaml").is_file():
+            return folder
+    raise ValueError(f"no dvc.yaml in {here} or above: run this inside the project")

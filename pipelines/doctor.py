@@ -13,8 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-from pipelines.prefect_home import LOCAL_API, answers
 from pipelines.checkout import environment
+from pipelines.prefect_home import LOCAL_API, answers
 from stages._tracking import public_uri, tracking_uri
 
 Verdict = Literal["PASS", "WARN", "FAIL"]

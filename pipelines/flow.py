@@ -21,10 +21,10 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.runtime import flow_run, task_run
 from prefect.states import Completed, State
 
+from pipelines.checkout import environment, only_one
 from pipelines.dag import read_changed, read_graph, with_upstream
 from pipelines.guard import DEADLINE
 from pipelines.lineage import close_execution, runs_of_execution
-from pipelines.checkout import environment, only_one
 from pipelines.runners import task_runner
 from qvgen.params import FlowSettings, load_params
 

@@ -13,8 +13,8 @@ import webbrowser
 from contextlib import suppress
 from pathlib import Path
 
-from pipelines.prefect_home import use_prefect
 from pipelines.checkout import environment
+from pipelines.prefect_home import use_prefect
 
 HOST = "127.0.0.1"
 PATIENCE = 180  # seconds until a server must answer; on a quiet machine it takes ten
