@@ -1,4 +1,4 @@
-"""Commands that run and watch the pipeline as a service, and the registry of what came out. The rest is in pipelines/cli.py."""
+"""Commands that run and watch the pipeline as a service, and those of the registry. The others are in pipelines/cli.py."""
 
 from __future__ import annotations
 
