@@ -104,7 +104,7 @@ class Project:
         with Repo(str(self.root), rev=commit) as repo:
             stages = list(repo.index.stages)
             outs = {
-                out.def_path: Kept(
+                _path(repo, out): Kept(
                     bool(out.use_cache),
                     stage.is_data_source,
                     stage.always_changed,
@@ -118,12 +118,17 @@ class Project:
                 (stage_address(stage), dep.def_path): hashes[dep]
                 for stage in stages
                 for dep in stage.deps
-                if not hasattr(dep, "read_params") and dep.def_path not in outs
+                if not hasattr(dep, "read_params") and _path(repo, dep) not in outs
             }
         return Snapshot(outs, code)
 
     def _git(self, *command: str) -> subprocess.CompletedProcess[bytes]:
         return subprocess.run(["git", *command], cwd=self.root, capture_output=True)
+
+
+def _path(repo: Any, item: Any) -> str:
+    """Of an output or dependency, relative to the project: a .dvc file in a folder names it relative to that folder."""
+    return repo.fs.relpath(str(item.fs_path), repo.root_dir)
 
 
 class _Hashes:
@@ -221,7 +226,7 @@ def current_hash(root: Path, path: str) -> str:
 
     wanted = str(Path(path)).removeprefix("./").rstrip("/")
     with Repo(str(root)) as repo:
-        named = [item for stage in repo.index.stages for item in [*stage.outs, *stage.deps] if item.def_path == wanted]
+        named = [item for stage in repo.index.stages for item in [*stage.outs, *stage.deps] if _path(repo, item) == wanted]
         for item in named:
             if item.exists:
                 return item.get_hash().value

@@ -21,10 +21,12 @@ def commands(lineage: Lineage, project: Project, cache: Path) -> list[str]:
     if not lineage.commits:
         return []
     stage, (packed, md5) = _stage(lineage), lineage.packed
+    sources = " ".join(map(shlex.quote, _sources(lineage, project)))
     return [
         f"git clone {shlex.quote(str(project.root))} rebuilt && cd rebuilt",
         f"git checkout {lineage.commits[0]}",
         f"dvc cache dir --local {shlex.quote(str(_cache_dir(cache)))}",
+        *([f"dvc checkout {sources}"] if sources else []),
         f"dvc repro --force {stage}",
         f"grep -A 3 'path: {packed}' dvc.lock  # md5: {md5}",
     ]
@@ -37,6 +39,7 @@ def rebuild(lineage: Lineage, project: Project, cache: Path) -> Check:
     if not lineage.commits:
         return Check("rebuild", False, "the runs name no commit, so there is nothing to rebuild from")
     stage, (packed, md5) = _stage(lineage), lineage.packed
+    sources = _sources(lineage, project)
     with tempfile.TemporaryDirectory(prefix="qvgen-audit-") as temporary:
         clone = Path(temporary) / "rebuilt"
         dvc = [sys.executable, "-m", "dvc"]
@@ -49,6 +52,7 @@ def rebuild(lineage: Lineage, project: Project, cache: Path) -> Check:
             (["git", "clone", "--quiet", str(project.root), str(clone)], Path(temporary)),
             (["git", "checkout", "--quiet", lineage.commits[0]], clone),
             ([*dvc, "cache", "dir", "--local", str(_cache_dir(cache))], clone),
+            *([([*dvc, "checkout", *sources], clone)] if sources else []),
             ([*dvc, "repro", "--force", stage], clone),
         ):
             done = subprocess.run(command, cwd=folder, env=variables, stdout=stderr)
@@ -78,6 +82,12 @@ def _outputs(clone: Path, lineage: Lineage) -> dict[tuple[str, str], str]:
         entries = (yaml.safe_load(lock.read_text()) if lock.is_file() else {}).get("stages", {}).get(name, {})
         found |= {(stage, item["path"]): item.get("md5") for item in entries.get("outs", [])}
     return found
+
+
+def _sources(lineage: Lineage, project: Project) -> list[str]:
+    """Data that `dvc add` put into the cache: a clone has only their .dvc files."""
+    outs = {step.id: project.at(step.commit or "").outs for step in lineage.steps if project.has_commit(step.commit or "")}
+    return sorted({p for step in lineage.steps for p in step.deps if (kept := outs.get(step.id, {}).get(p)) and kept.source})
 
 
 def _stage(lineage: Lineage) -> str:

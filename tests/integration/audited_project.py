@@ -98,6 +98,7 @@ def make(root: Path) -> Path:
     git(root, "config", "user.name", "t")
     git(root, "config", "user.email", "t@t")
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=root, check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "add", "-q", "assets/raw.txt"], cwd=root, check=True)
     commit(root, "start")
     return root
 

@@ -92,6 +92,9 @@ def test_a_good_model_passes_every_check(audited: Path) -> None:
     assert f"git checkout {start}" in report.rebuild
     (runs,) = (check.detail for check in report.checks if check.name == "runs")
     assert set(runs.removeprefix("4: ").split(" <- ")) == set(toy.STAGES)
+    assert "dvc checkout assets/raw.txt" in report.rebuild
+    (data,) = (check.detail for check in report.checks if check.name == "data")
+    assert data.startswith("artifacts/data, assets/raw.txt: 4 files are in the cache")
     assert audit(audited, "qvgen/1").ok and audit(audited, "qvgen@challenger").ok
 
 
@@ -276,6 +279,7 @@ def test_which_models_used_this_data(worse: Path) -> None:
     ]
     assert [use.model for use in find_uses(worse, md5.removesuffix(".dir"))[1]] == [use.model for use in found]
     assert [use.model for use in find_uses(worse, "assets/evaluate.json")[1]] == ["qvgen/2"]
+    assert len(find_uses(worse, "assets/raw.txt")[1]) == 2
     assert find_uses(worse, "0" * 32)[1] == []
     with pytest.raises(ValueError, match=r"no dvc\.yaml and no \.dvc file"):
         find_uses(worse, "nothing")
