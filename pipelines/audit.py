@@ -6,6 +6,7 @@ Reads only; `--rebuild` works in a temporary clone. `--uses` asks the other way 
 from __future__ import annotations
 
 import re
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +22,12 @@ from pipelines.audit_checks import (
 from pipelines.audit_lineage import Lineage, Runs, read_lineage, uses
 from pipelines.audit_project import Project, current_hash, open_blobs
 from pipelines.audit_rebuild import commands, rebuild
+from pipelines.registry import find_model, find_version, open_registry
 from stages._promotions import promotions
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities.model_registry import RegisteredModel
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
 _HASH = re.compile(r"[0-9a-f]{32}(\.dir)?")
 
@@ -65,76 +67,60 @@ class Use:
 def audit(home: Path, reference: str, *, rebuild_too: bool = False) -> Report:
     """Every check on the version that `reference` (NAME@ALIAS or NAME/VERSION) names.
 
-    Raises ValueError for another form of reference and for a model or version that the registry does not have, and what
-    MLflow and DVC raise.
+    Raises ValueError for another form of reference, for what the registry does not have, if MLflow does not answer, and for a
+    dvc.yaml that DVC cannot read.
     """
-    from stages._tracking import connect
-
     name, alias, number = _parse(reference)
-    client, _ = connect(home)
-    model = _model(client, name)
-    checks: list[Check] = []
-    if alias is not None:
-        checks.append(_alias_check(client, model, alias))
-        if alias not in model.aliases:
-            return Report(reference, checks, [])
-        number = int(model.aliases[alias])
-    lineage = _lineage(client, name, number, {})
-    project = Project(home)
+    project, checks = Project(home), []
+    with open_registry(home) as client:
+        model = find_model(client, name)
+        if alias is not None:
+            checks.append(_alias_check(client, model, alias))
+            if alias not in model.aliases:
+                return Report(reference, checks, [])
+        lineage = _lineage(client, find_version(client, name, number, alias or ""), {})
+        texts = _texts(client, lineage)
+    title = f"{name} version {lineage.version.version}"
     checks += registry_checks(lineage)
     if lineage.source is None:
-        return Report(f"{name} version {number}", checks, [])
+        return Report(title, checks, [])
     checks += git_checks(lineage, project)
     check, lock_commit = lock_check(lineage, project)
     checks.append(check)
     with open_blobs(home) as blobs:
         checks += data_checks(lineage, project, blobs, lock_commit)
         cache = Path(blobs.cache.path)
-    checks.append(environment_check(lineage, project, _texts(client, lineage)))
+    checks.append(environment_check(lineage, project, texts))
     if rebuild_too:
         checks.append(rebuild(lineage, project, cache))
-    return Report(f"{name} version {number}", checks, commands(lineage, project, cache))
+    return Report(title, checks, commands(lineage, project, cache))
 
 
 def find_uses(home: Path, data: str) -> tuple[str, list[Use]]:
     """The DVC hash of `data` (a hash, or a path that dvc.yaml names) and the versions of all models that used it.
 
-    Raises ValueError for a path that DVC does not know.
+    Raises ValueError for a path that DVC does not know, and if MLflow does not answer.
     """
-    from stages._tracking import connect
-
     md5 = data if _HASH.fullmatch(data) else current_hash(home, data)
-    client, _ = connect(home)
     found: list[Use] = []
     runs: dict[str, Runs] = {}
-    for model in client.search_registered_models():
-        for version in client.search_model_versions(f"name = '{model.name}'"):
-            lineage = _lineage(client, model.name, int(version.version), runs)
-            if steps := uses(lineage, md5):
-                aliases = sorted(alias for alias, value in model.aliases.items() if int(value) == int(version.version))
-                stages = list(dict.fromkeys(step.stage for step, _ in steps))
-                found.append(Use(f"{model.name}/{version.version}", aliases, stages, steps[0][1]))
+    with open_registry(home) as client:
+        for model in client.search_registered_models():
+            for version in client.search_model_versions(f"name = '{model.name}'"):
+                if steps := uses(_lineage(client, version, runs), md5):
+                    number = int(version.version)
+                    aliases = sorted(alias for alias, value in model.aliases.items() if int(value) == number)
+                    stages = list(dict.fromkeys(step.stage for step, _ in steps))
+                    found.append(Use(f"{model.name}/{number}", aliases, stages, steps[0][1]))
     return md5, found
 
 
-def _parse(reference: str) -> tuple[str, str | None, int]:
+def _parse(reference: str) -> tuple[str, str | None, int | None]:
     if match := re.fullmatch(r"([^@/]+)@([^@/]+)", reference):
-        return match[1], match[2], 0
+        return match[1], match[2], None
     if match := re.fullmatch(r"([^@/]+)/v?(\d+)", reference):
         return match[1], None, int(match[2])
     raise ValueError(f"{reference!r} names no model version: give NAME@ALIAS, such as qvgen@champion, or NAME/VERSION")
-
-
-def _model(client: MlflowClient, name: str) -> RegisteredModel:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        known = ", ".join(model.name for model in client.search_registered_models()) or "none"
-        raise ValueError(f"the registry has no model {name!r}; it has: {known}") from None
 
 
 def _alias_check(client: MlflowClient, model: RegisteredModel, alias: str) -> Check:
@@ -152,18 +138,12 @@ def _alias_check(client: MlflowClient, model: RegisteredModel, alias: str) -> Ch
     return Check("alias", True, f"{alias} is version {version}, {how}: {newest.reason} (record {len(history)})")
 
 
-def _lineage(client: MlflowClient, name: str, number: int, runs: dict[str, Runs]) -> Lineage:
+def _lineage(client: MlflowClient, version: ModelVersion, runs: dict[str, Runs]) -> Lineage:
     """`runs`: experiments read so far, by id."""
     from mlflow.exceptions import MlflowException
 
     from stages._tracking import EXPERIMENT
 
-    try:
-        version = client.get_model_version(name, str(number))
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        raise ValueError(f"{name} has no version {number}; `qvgen audit {name}@champion` audits the one in use") from None
     try:
         experiment = client.get_run(version.run_id or "").info.experiment_id
     except MlflowException:  # the run is gone; the checks say so
@@ -176,12 +156,10 @@ def _lineage(client: MlflowClient, name: str, number: int, runs: dict[str, Runs]
 
 def _texts(client: MlflowClient, lineage: Lineage) -> dict[str, str]:
     """environment.txt of the registering run's parent, if it recorded one."""
-    from mlflow.artifacts import load_text
-
     parent = lineage.source.parent if lineage.source else None
     run = lineage.parents.get(parent or "")
     if run is None or run.deleted:
         return {}
     names = [file.path for file in client.list_artifacts(run.id) if file.path == "environment.txt"]
-    uri = client.get_run(run.id).info.artifact_uri
-    return {name: load_text(f"{uri}/{name}") for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        return {name: Path(client.download_artifacts(run.id, name, folder)).read_text() for name in names}

@@ -110,7 +110,7 @@ class Lineage:
 
 def read_lineage(client: MlflowClient, version: ModelVersion, runs: Runs) -> Lineage:
     """Walk upstream from `version`. Missing parts are left out, for the checks to find. Raises what MLflow raises."""
-    from pipelines.promote import logged_model_id
+    from pipelines.registry import logged_model_id
 
     try:
         model = _logged_model(client, logged_model_id(version))

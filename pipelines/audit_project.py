@@ -93,9 +93,14 @@ class Project:
         return found
 
     def at(self, commit: str) -> Snapshot:
-        """Outputs and code of a commit. Raises DVC's own errors for a faulty dvc.yaml there."""
+        """Outputs and code of a commit. Raises ValueError for a dvc.yaml that DVC cannot read."""
+        from dvc.exceptions import DvcException
+
         if commit not in self._snapshots:
-            self._snapshots[commit] = self._read(commit)
+            try:
+                self._snapshots[commit] = self._read(commit)
+            except DvcException as error:
+                raise ValueError(f"DVC cannot read dvc.yaml of commit {commit[:12]}: {error}") from error
         return self._snapshots[commit]
 
     def _read(self, commit: str) -> Snapshot:

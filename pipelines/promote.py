@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.gate import Rule, evaluate_gate
+from pipelines.registry import NotRegisteredError, find_version, metrics_of, open_registry
 from qvgen.params import Params, load_params
 from stages._promotions import alias_version, move_alias, promotions
 
@@ -50,16 +51,15 @@ def promote(
     """Make a version champion if it passes the gate of `params`, or with `force`, which needs a reason and is recorded.
 
     `name` defaults to register.name; the version is the given one, else that of `alias`. A move that was cut short is
-    completed. Raises ValueError if there is no such model, version or alias, and what MLflow raises.
+    completed. Raises NotRegisteredError if there is no such model, version or alias, and ValueError if MLflow does not answer.
     """
-    from stages._tracking import connect, locked
+    from stages._tracking import locked
 
     if force and not (reason or "").strip():
         raise ValueError('--force needs --reason "TEXT": it is recorded in the registry, for whoever asks later')
     name = name or params.register_.name
-    client, _ = connect(home)
-    with locked(home):
-        wanted = _find(home, client, name, version, alias)
+    with open_registry(home) as client, locked(home):
+        wanted = find_version(client, name, version, alias)
         number = int(wanted.version)
         champion, history = alias_version(client, name, CHAMPION), promotions(client, name, CHAMPION)
         recorded = history[-1].version if history else None
@@ -95,6 +95,8 @@ def promote_after_run(root: Path) -> str:
     """
     try:
         outcome = promote(root, load_params(root / "params.yaml"))
+    except NotRegisteredError as error:  # not every run gets as far as stage register
+        return f"no model to promote: {error}"
     except Exception as error:
         first, *_ = str(error).splitlines() or [""]
         print(f"warning: no model was promoted, try `qvgen promote` ({type(error).__name__}: {first[:160]})", file=sys.stderr)
@@ -102,39 +104,8 @@ def promote_after_run(root: Path) -> str:
     return "\n".join([outcome.message, *(str(rule) for rule in outcome.rules if not rule.ok)])
 
 
-def metrics_of(client: MlflowClient, version: ModelVersion) -> dict[str, float]:
-    """Metrics of a version's logged model, by dotted name. Raises ValueError if it has no logged model."""
-    metrics = client.get_logged_model(logged_model_id(version)).metrics or []
-    return {metric.key: metric.value for metric in metrics}
-
-
-def logged_model_id(version: ModelVersion) -> str:
-    """From the version's source, models:/<id>: MLflow leaves `model_id` empty in a database. Raises ValueError."""
-    scheme, _, id = (version.source or "").partition(":/")
-    if scheme != "models" or not id.startswith("m-"):
-        raise ValueError(f"{version.name} version {version.version} has source {version.source!r}, not models:/m-...")
-    return id
-
-
-def _find(home: Path, client: MlflowClient, name: str, version: int | None, alias: str) -> ModelVersion:
-    from mlflow.exceptions import MlflowException
-
-    from stages._tracking import public_uri
-
-    try:
-        if version is not None:
-            return client.get_model_version(name, str(version))
-        return client.get_model_version_by_alias(name, alias)
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise
-        wish = f"version {version}" if version is not None else f"alias {alias}"
-        where = public_uri(client.tracking_uri, home)
-        raise ValueError(f"the registry at {where} has no {name} with {wish}; `dvc repro register` makes one") from None
-
-
 def _version(client: MlflowClient, name: str, number: int | None) -> ModelVersion | None:
-    """None also for a version that was deleted."""
+    """None also for a version that was deleted, and for no number."""
     found = client.search_model_versions(f"name = '{name}' and version_number = {number}") if number is not None else []
     return found[0] if found else None
 

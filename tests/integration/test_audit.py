@@ -266,9 +266,26 @@ def test_registering_records_the_challenger(worse: Path) -> None:
 
 
 def test_tracking_that_is_down_costs_one_warning(project: Path, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
     assert promote_after_run(project) == ""
-    assert capsys.readouterr().err.count("warning: no model was promoted") == 1
+    said = capsys.readouterr().err
+    assert said.count("warning: no model was promoted") == 1 and "http://127.0.0.1:9 does not answer" in said
+    assert "secret" not in said
+    with pytest.raises(ValueError, match=r"http://127\.0\.0\.1:9 does not answer"):
+        audit(project, "qvgen@champion")
+
+
+def test_nothing_registered_is_no_failure(tmp_path: Path) -> None:
+    shutil.copy(toy.ROOT / "params.yaml", tmp_path)
+    assert promote_after_run(tmp_path).startswith("no model to promote: the registry has no model 'qvgen' (it has: none)")
+
+
+def test_a_recorded_environment_is_named(project: Path) -> None:
+    client, experiment = connect(project)
+    (run,) = client.search_runs([experiment], "tags.`dvc.stage` = 'register'")
+    client.log_text(run.data.tags["mlflow.parentRunId"], "# Python 3.11.2\na==1\nb==2\n", "environment.txt")
+    (check,) = (check for check in audit(project, "qvgen@champion").checks if check.name == "environment")
+    assert check.ok and check.detail == "Python 3.11.2, 2 packages, recorded by the parent run"
 
 
 def test_which_models_used_this_data(worse: Path) -> None:
