@@ -20,7 +20,7 @@ help:
 	@echo 'make test    all tests'
 	@echo 'make check   lint, types, import contracts, fast tests: before each commit'
 	@echo 'make sanitize   tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer (GCC): 2 minutes'
-	@echo 'make ui      the recorded runs in a browser, http://127.0.0.1:$(PORT)'
+	@echo 'make ui      recorded runs (MLflow, http://127.0.0.1:$(PORT)) and flows (Prefect, http://127.0.0.1:4200) in a browser'
 	@echo 'make clean   remove caches (results and .venv stay)'
 
 repro: $(KERNELS)
@@ -56,8 +56,7 @@ sanitize: $(INSTALLED)
 		$(TEST) -x -m 'not slow' tests/kernels || { head -n 50 $(SANITIZE)/report.* 2> /dev/null; exit 1; }
 
 ui: $(KERNELS)
-	@test -f mlflow.db || { echo 'No runs are recorded yet: run `make repro` first.' >&2; exit 1; }
-	@$(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1 --backend-store-uri sqlite:///mlflow.db
+	@$(BIN)/qvgen ui --mlflow-port $(PORT)
 
 clean:
 	@rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis

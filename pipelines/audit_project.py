@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from pipelines.dag import _address
+from pipelines.dag import stage_address
 from stages._dvc import flatten
 
 BLOCK = 1 << 22  # bytes read at a time
@@ -120,7 +120,7 @@ class Project:
             }
             hashes = _Hashes()
             code = {
-                (_address(stage), dep.def_path): hashes[dep]
+                (stage_address(stage), dep.def_path): hashes[dep]
                 for stage in stages
                 for dep in stage.deps
                 if not hasattr(dep, "read_params") and _path(repo, dep) not in outs

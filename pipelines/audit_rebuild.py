@@ -35,7 +35,7 @@ def commands(lineage: Lineage, project: Project, cache: Path) -> list[str]:
 def rebuild(lineage: Lineage, project: Project, cache: Path) -> Check:
     """Run the commands in a temporary clone and compare the packed model's hash; where it differs, name the first output
     that does. Takes as long as training."""
-    from pipelines.repro import environment
+    from pipelines.checkout import environment
 
     if not lineage.commits:
         return Check("rebuild", False, "the runs name no commit, so there is nothing to rebuild from")

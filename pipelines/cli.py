@@ -9,6 +9,9 @@ from typing import Annotated
 
 import typer
 
+from pipelines.checkout import project_root
+from pipelines.cli_operations import operations
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -71,20 +74,31 @@ def generate(
     print(out)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def repro(context: typer.Context) -> None:
-    """Run every stage that is not up to date, show the results, and make the new model champion if it passes the gate.
+@app.command()
+def repro(
+    targets: Annotated[list[str] | None, typer.Argument(help="Stages, with what they need [default: all]")] = None,
+) -> None:
+    """Run every stage that is not up to date as a Prefect flow, show the results, and make the new model champion if it passes
+    the gate.
 
-    More arguments go to `dvc repro`.
+    Without a Prefect server on 127.0.0.1:4200 (`qvgen ui`) or at PREFECT_API_URL, a temporary one is started: some 20 s.
+    `dvc repro` does the same without Prefect.
     """
-    from pipelines.promote import promote_after_run
-    from pipelines.repro import repro as run
+    from pipelines.prefect_home import use_prefect
     from pipelines.results import show
 
     root = project_root()
-    code = run(root, context.args)
-    if code:
-        raise typer.Exit(code)
+    use_prefect(root)
+    from pipelines.flow import StageError, run_pipeline
+
+    try:
+        run_pipeline(root, targets)
+    except StageError as error:
+        raise ValueError(str(error)) from None
+    if targets:
+        return
+    from pipelines.promote import promote_after_run
+
     show(root)
     if verdict := promote_after_run(root):
         print(verdict)
@@ -125,64 +139,6 @@ def results(
         print(markdown_table(root))
     else:
         show(root)
-
-
-@app.command()
-def promote(
-    name: Annotated[str | None, typer.Argument(help="Registered model [default: register.name of params.yaml]")] = None,
-    version: Annotated[int | None, typer.Option(min=1, help="Instead of an alias")] = None,
-    alias: Annotated[str, typer.Option(help="Whose version")] = "challenger",
-    force: Annotated[bool, typer.Option("--force", help="Even if rules fail; needs --reason")] = False,
-    reason: Annotated[str | None, typer.Option(help="Recorded in the registry")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The same, for programs")] = False,
-) -> None:
-    """Make the challenger champion if it passes the gate of params.yaml. Exit code 1: it does not, and the champion stays."""
-    import json
-
-    from pipelines.promote import promote as run
-    from qvgen.params import load_params
-
-    root = project_root()
-    params = load_params(root / "params.yaml")
-    outcome = run(root, params, name, version=version, alias=alias, force=force, reason=reason)
-    if as_json:
-        print(json.dumps(outcome.as_dict(), indent=2))
-    else:
-        print("\n".join([*map(str, outcome.rules), outcome.message]))
-    if not outcome.ok:
-        raise typer.Exit(1)
-
-
-@app.command()
-def audit(
-    model: Annotated[str | None, typer.Argument(help="NAME@ALIAS or NAME/VERSION, such as qvgen@champion")] = None,
-    data: Annotated[str | None, typer.Option("--uses", help="Path or DVC hash: list the versions that used it")] = None,
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="Also make it again in a clone and compare: hours")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The same, for programs")] = False,
-) -> None:
-    """From a registered model back to its data, code and parameters, every claim checked. Exit code 1: one does not hold."""
-    import json
-    from dataclasses import asdict
-
-    if (model is None) == (data is None):
-        raise ValueError("give either a model, such as qvgen@champion, or --uses PATH")
-    from pipelines.audit import audit as run
-    from pipelines.audit import find_uses
-
-    root = project_root()
-    if data is not None:
-        md5, found = find_uses(root, data)
-        if as_json:
-            print(json.dumps({"md5": md5, "uses": [asdict(use) for use in found]}, indent=2))
-            return
-        for use in found:
-            print(f"{use.model} ({', '.join(use.aliases) or 'no alias'}): {use.path}, read by {', '.join(use.stages)}")
-        print(f"{md5}: {len(found)} model versions")
-        return
-    report = run(root, str(model), rebuild_too=rebuild)
-    print(json.dumps(report.as_dict(), indent=2) if as_json else report)
-    if not report.ok:
-        raise typer.Exit(1)
 
 
 @app.command()
@@ -228,13 +184,7 @@ def proxies(
     show(videos, as_json)
 
 
-def project_root() -> Path:
-    """The nearest folder, from here upwards, that holds dvc.yaml. Raises ValueError if there is none."""
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / "dvc.yaml").is_file():
-            return folder
-    raise ValueError(f"no dvc.yaml in {here} or above: run this inside the project")
+app.add_typer(operations)  # no name: its commands stand beside the others
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
+from pipelines.checkout import environment, only_one
 from pipelines.dag import Graph, read_graph, with_upstream
-from pipelines.repro import environment, only_one
 
 FILE = "comparison/dvc.yaml"
 REPORT = f"{FILE}:compare_report"

@@ -19,10 +19,27 @@ def read_graph(root: Path) -> Graph:
     with Repo(str(root)) as repo:
         graph = repo.index.graph
         # In the order of the files: the graph's own differs from run to run.
-        return {_address(s): {_address(up) for up in graph.successors(s)} for s in repo.index.stages if s in graph}
+        return {stage_address(s): {stage_address(up) for up in graph.successors(s)} for s in repo.index.stages if s in graph}
 
 
-def _address(stage: Any) -> str:
+def read_changed(root: Path) -> set[str]:
+    """Addresses of the stages that are not up to date by themselves, whatever becomes of the stages they need: something
+    differs from dvc.lock, or an output is missing, or the stage always runs."""
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo, repo.lock:
+        return {stage_address(stage) for stage in repo.index.stages if stage.status(check_updates=False)}
+
+
+def read_always_changed(root: Path) -> set[str]:
+    """Addresses of the stages that run every time."""
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        return {stage_address(stage) for stage in repo.index.stages if stage.always_changed}
+
+
+def stage_address(stage: Any) -> str:
     """As DVC writes it in the root; its own `addressing` is relative to the current folder."""
     return stage.name if stage.path_in_repo == "dvc.yaml" else f"{stage.path_in_repo}:{stage.name}"
 

@@ -129,6 +129,16 @@ class Register(_Section):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="registered model in MLflow")
 
 
+class FlowSettings(_Section):
+    runner: Literal["threads", "dask", "ray"]
+    workers: int = Field(ge=1, le=256, description="stages that run at a time, where the graph allows it")
+    schedule: str = Field(min_length=9, description="of retraining, as in cron: minute hour day month weekday")
+    timezone: str = Field(min_length=1, description="of the schedule, such as Europe/Vienna")
+    deadline: float | None = Field(default=None, gt=0, description="seconds after which a stage is stopped; null: never")
+    deadlines: dict[str, float] = Field(default_factory=dict, description="of single stages, instead of `deadline`")
+    retries: dict[str, int] = Field(default_factory=dict, description="how often a stage that fails is tried again")
+
+
 class Gate(_Section):
     """What a challenger must reach to become champion. Limits of measured values include the limit itself."""
 
@@ -158,6 +168,7 @@ class Params(_Section):
     evaluate: Evaluate
     benchmark: Benchmark
     register_: Register = Field(alias="register")
+    flow: FlowSettings
     gate: Gate
 
     @model_validator(mode="after")

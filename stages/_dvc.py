@@ -5,9 +5,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+READ_ATTEMPTS, READ_SECONDS = 10, 0.3
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,11 @@ class DvcFacts:
         return self.address.rpartition(":")[2]
 
     @property
+    def tags(self) -> dict[str, str]:
+        """What a run in MLflow is found by."""
+        return {"dvc.stage": self.address, "dvc.key": self.key} | {f"dvc.dep.{path}": md5 for path, md5 in self.deps.items()}
+
+    @property
     def key(self) -> str:
         """`<stage>-<hash>`: the same for the same command, dependencies and parameters, and for nothing else."""
         return f"{self.name}-{fingerprint([self.command, self.deps, self.params])[:16]}"
@@ -42,7 +50,7 @@ def read_dvc_facts(root: Path, address: str) -> DvcFacts:
     Raises ValueError for a stage that dvc.yaml does not have, FileNotFoundError for a missing dependency, and DVC's own
     error for a folder that is no DVC project.
     """
-    with _open(root) as repo:
+    with _read(root) as repo:
         stage = _find(repo, address)
         deps: dict[str, str] = {}
         params: dict[str, Any] = {}
@@ -60,7 +68,7 @@ def read_dvc_facts(root: Path, address: str) -> DvcFacts:
 
 def output_hashes(root: Path, facts: DvcFacts) -> dict[str, str]:
     """Path -> DVC hash of each output of the stage. DVC finds them again in its state when it commits the stage."""
-    with _open(root) as repo:
+    with _read(root) as repo:
         return {o.def_path: o.get_hash().value for o in _find(repo, facts.address).outs if o.exists}
 
 
@@ -69,7 +77,7 @@ def restore_outputs(root: Path, facts: DvcFacts) -> None:
 
     Metrics that git keeps are not in the cache and stay away.
     """
-    with _open(root) as repo:
+    with _read(root) as repo:
         for out in _find(repo, facts.address).outs:
             if out.use_cache and out.hash_info and not out.exists and not out.changed_cache():
                 out.checkout()
@@ -83,10 +91,23 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _open(root: Path):
+def _read(root: Path):
+    """The project with all its files read. Another stage that ends at this moment rewrites dvc.lock in place, so that half of
+    it may be read: then it is read again."""
+    from dvc.exceptions import DvcException
     from dvc.repo import Repo  # 0.3 s
 
-    return Repo(str(root))
+    for attempt in range(READ_ATTEMPTS):
+        repo = Repo(str(root))
+        try:
+            repo.index.stages  # noqa: B018 (read now)
+            return repo
+        except DvcException:
+            repo.close()
+            if attempt == READ_ATTEMPTS - 1:
+                raise
+            time.sleep(READ_SECONDS)
+    raise AssertionError("unreachable")
 
 
 def _find(repo: Any, address: str) -> Any:

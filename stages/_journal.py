@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 FOLDER = Path(".qvgen") / "journal"
+MAX_DIFF = 1_000_000  # characters of uncommitted changes that are kept
 FINISH_SECONDS = 60  # how long a stage that is done waits for tracking to catch up
 _SHELLS = frozenset({"sh", "bash", "dash", "zsh", "fish", "ksh"})
 
@@ -39,7 +40,8 @@ class Journal:
     def create(cls, home: Path, name: str, pipeline: str, *, tags: Mapping[str, str], params: Mapping[str, Any]) -> Journal:
         id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{name}-{uuid.uuid4().hex[:8]}"
         journal = cls(home / FOLDER / f"{id}.jsonl")
-        journal.write("start", id=id, name=name, pipeline=pipeline, tags=dict(tags), params=dict(params))
+        fields = {"id": id, "name": name, "pipeline": pipeline, "tags": dict(tags), "params": dict(params)}
+        journal.write("start", pid=os.getpid(), **fields)
         return journal
 
     @property
@@ -146,19 +148,21 @@ class Pipeline:
     git_tags: dict[str, str]
 
 
-def open_pipeline(root: Path, home: Path) -> Pipeline:
+def open_pipeline(root: Path, home: Path, token: str | None = None) -> Pipeline:
     """The execution this process belongs to; the first stage of an execution writes its journal.
 
-    It is the run that QVGEN_PARENT_RUN_ID names, else the `dvc` process that started this stage, else this process.
+    It is the one of that token, else the run that QVGEN_PARENT_RUN_ID names, else the `dvc` process that started this stage,
+    else this process.
     """
-    given = os.environ.get("QVGEN_PARENT_RUN_ID")
-    id = f"pipeline-{given or _execution_token()}"
+    given = None if token else os.environ.get("QVGEN_PARENT_RUN_ID")
+    id = f"pipeline-{token or given or _execution_token()}"
     path = home / FOLDER / f"{id}.jsonl"
     try:
         if not path.exists():
             git_tags = _git_tags(root)
             name = f"pipeline {git_tags.get('git.commit', '')[:8]}".strip()
             start = {"event": "start", "time": now(), "id": id, "name": name, "run_id": given, "tags": git_tags}
+            start["texts"] = _circumstances(root, dirty=git_tags.get("git.dirty") == "true")
             path.parent.mkdir(parents=True, exist_ok=True)
             draft = path.with_suffix(f".{os.getpid()}")
             draft.write_text(json.dumps(start) + "\n")
@@ -203,19 +207,46 @@ def _ancestors() -> Iterator[Any]:
         yield process
 
 
+# What the pipeline itself writes while it runs.
+_WRITTEN = [f":(exclude,glob){path}" for path in ("**/dvc.lock", "metrics/**", "reports/**")]
+
+
 def _git_tags(root: Path) -> dict[str, str]:
     """Commit, and whether anything else differs from it than what the pipeline itself writes while it runs."""
-
-    def git(*command: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, timeout=30)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
+    commit = _git(root, "rev-parse", "HEAD")
     if commit is None:
         return {}
-    outside = [f":(exclude,glob){path}" for path in ("**/dvc.lock", "metrics/**", "reports/**")]
-    changes = git("--no-optional-locks", "status", "--porcelain", "--", ".", *outside)
+    changes = _git(root, "--no-optional-locks", "status", "--porcelain", "--", ".", *_WRITTEN)
     return {"git.commit": commit, "git.dirty": "true" if changes else "false"}
+
+
+def _circumstances(root: Path, dirty: bool) -> dict[str, str]:
+    """Texts that say what an execution ran with: the pipeline's files, the packages, the machine, what is not committed."""
+    import platform
+    from importlib.metadata import distributions
+
+    texts = {name: (root / name).read_text() for name in ("params.yaml", "dvc.yaml", "dvc.lock") if (root / name).is_file()}
+    packages = {f"{d.metadata['Name']}=={d.version}" for d in distributions()}
+    texts["environment.txt"] = "\n".join([f"# Python {platform.python_version()}", *sorted(packages, key=str.lower)]) + "\n"
+    cpu = next((x for x in _read("/proc/cpuinfo").splitlines() if x.startswith("model name")), "").partition(": ")[2]
+    texts["machine.txt"] = f"{platform.platform()}\n{cpu}\n{os.cpu_count()} cores\n"
+    if dirty:
+        difference = _git(root, "--no-optional-locks", "diff", "HEAD", "--", ".", *_WRITTEN) or ""
+        untracked = _git(root, "ls-files", "--others", "--exclude-standard") or ""
+        texts["uncommitted.diff"] = difference[:MAX_DIFF] + (f"\nuntracked:\n{untracked}\n" if untracked else "\n")
+    return texts
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _git(root: Path, *command: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

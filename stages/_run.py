@@ -140,8 +140,9 @@ def _execute(name: str, run: Callable[[Stage], None]) -> None:
     facts = read_dvc_facts(root, address if address.rpartition(":")[2].startswith(name) else name)
     with _alone(root, facts.name):
         pipeline = open_pipeline(root, home)
-        tags = {"dvc.stage": facts.address, "dvc.key": facts.key, **pipeline.git_tags}
-        tags |= {f"dvc.dep.{path}": value for path, value in facts.deps.items()}
+        tags = facts.tags | pipeline.git_tags
+        given = {"prefect.flow_run_id": "QVGEN_PREFECT_FLOW_RUN", "prefect.task_run_id": "QVGEN_PREFECT_TASK_RUN"}
+        tags |= {tag: os.environ[variable] for tag, variable in given.items() if variable in os.environ}
         journal = Journal.create(home, facts.name, pipeline.id, tags=tags, params=facts.params)
         stage = Stage(name=name, params=params, root=root, home=home, facts=facts, journal=journal)
         with Forwarder(journal, home):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages._journal import Journal, read_events, read_receipt, write_receipt
+from stages._mlflow import CACHED, find_producer, log_datasets, log_texts_once
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -196,7 +197,10 @@ class Sender:
         with locked(self.home):
             self._parent = self._open_parent(event["pipeline"])
         tags = event["tags"] | {"mlflow.parentRunId": self._parent}
+        if tags.get("stage.state") == CACHED:
+            tags["produced_by"] = find_producer(self._client, self._experiment, tags) or "unknown"
         self._run = self._find_or_create(event["id"], event["name"], event["time"], tags)
+        log_datasets(self._client, self._run, tags)
         params = [Param(_name(key), str(value)[:LONGEST_PARAM]) for key, value in event["params"].items()]
         for batch in _batched(params, PARAMS_PER_BATCH):
             self._client.log_batch(self._run, params=batch)
@@ -206,6 +210,7 @@ class Sender:
         """The run of the pipeline execution, shown as running while one of its stages runs."""
         (start, *_), _ = read_events(self.journal.with_name(f"{id}.jsonl"))
         run_id = start["run_id"] or self._find_or_create(id, start["name"], start["time"], start["tags"])
+        log_texts_once(self._client, run_id, start.get("texts", {}))
         if self._client.get_run(run_id).info.status == "FINISHED":
             self._client.update_run(run_id, status="RUNNING")
         return run_id
@@ -276,11 +281,12 @@ def follow(journal: Path, writer: int | None) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Send a journal to MLflow.")
-    parser.add_argument("journal", type=Path)
+    parser.add_argument("journals", type=Path, nargs="+")
     parser.add_argument("--follow", type=int, metavar="PID", help="go on until this parent process is done")
     options = parser.parse_args()
     os.nice(5)  # the stage comes first
-    sys.exit(0 if follow(options.journal.resolve(), options.follow) else 3)
+    sent = [follow(journal.resolve(), options.follow) for journal in options.journals]
+    sys.exit(0 if all(sent) else 3)
 
 
 if __name__ == "__main__":

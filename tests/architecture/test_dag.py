@@ -24,8 +24,8 @@ RUNNING = {"stages._run", "stages._outputs"}
 STARTED = {"qvgen/evaluation/memory.py"}
 # Asked for the names of the methods only.
 NAMES = {"qvgen.methods.registry"}
-# Sections of params.yaml that no stage reads: what happens after the stages.
-WITHOUT_STAGE = {"gate"}
+# Sections of params.yaml that no stage reads: how stages are run, and what happens after them.
+WITHOUT_STAGE = {"gate", "flow"}
 WITHOUT_SECTION = {
     "baselines": "does for rtn and mse what calibrate, pack and evaluate do, with their knobs",
     "hardware": "describes the machine, nothing to choose",

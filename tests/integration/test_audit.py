@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,20 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 DOCS = toy.ROOT / "docs/audit.md"
 
 
-@pytest.fixture(autouse=True)
-def _embedded_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+@pytest.fixture(scope="module", autouse=True)
+def _embedded_tracking() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield
 
 
 @pytest.fixture(scope="module")
 def audited(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project after its first `qvgen repro` and the commit of what it wrote. Tests copy it before they change it."""
+    """The project after its first `dvc repro`, the gate and the commit of what it wrote. Tests copy it before they change it."""
     root = toy.make(tmp_path_factory.mktemp("audited"))
-    code, output = toy.run(root, "qvgen", "repro")
+    code, output = toy.run(root, "dvc", "repro")
     assert code == 0, output
-    assert "qvgen version 1 is champion now" in output, output
+    assert promote_after_run(root) == "qvgen version 1 is champion now (7 rules passed)"
     toy.commit(root, "results")
     return root
 
@@ -47,9 +50,12 @@ def worse(audited: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project after a second run whose videos are worse, from a tree with an uncommitted change."""
     root = copy(audited, tmp_path_factory.mktemp("worse") / "project")
     toy.set_psnr(root, 20.0)
-    code, output = toy.run(root, "qvgen", "repro")
+    code, output = toy.run(root, "dvc", "repro")
     assert code == 0, output
-    assert "qvgen version 2 fails 2 of 13 rules (psnr_db, psnr_db against champion): version 1 stays champion" in output
+    assert (
+        "qvgen version 2 fails 2 of 13 rules (psnr_db, psnr_db against champion): version 1 stays champion"
+        in promote_after_run(root)
+    )
     return root
 
 

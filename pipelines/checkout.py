@@ -1,0 +1,54 @@
+"""What every run in this checkout shares: the environment of its processes, and that there is one run at a time."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def environment(root: Path) -> dict[str, str]:
+    """This process's variables; those of .env.defaults where they are not set; this interpreter's folder first on PATH,
+    so that the stages' `python` is this one."""
+    variables = dict(os.environ)
+    defaults = root / ".env.defaults"
+    for line in defaults.read_text().splitlines() if defaults.is_file() else ():
+        name, separator, value = line.partition("=")
+        if separator and not name.lstrip().startswith("#"):
+            variables.setdefault(name.strip(), value.strip())
+    variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables.get("PATH", os.defpath)])
+    return variables
+
+
+@contextmanager
+def only_one(root: Path) -> Iterator[None]:
+    """Hold .qvgen/repro.lock; if another run holds it, say so and wait. The lock dies with its process."""
+    from filelock import FileLock, Timeout
+
+    folder = root / ".qvgen"
+    folder.mkdir(exist_ok=True)
+    owner = folder / "repro.pid"
+    lock = FileLock(folder / "repro.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        pid = owner.read_text() if owner.exists() else "unknown"
+        print(f"Another run is active (process {pid}); waiting until it ends ...", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        owner.write_text(str(os.getpid()))
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def project_root() -> Path:
+    """The nearest folder, from here upwards, that holds dvc.yaml. Raises ValueError if there is none."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "dvc.yaml").is_file():
+            return folder
+    raise ValueError(f"no dvc.yaml in {here} or above: run this inside the project")

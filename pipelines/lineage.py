@@ -1,0 +1,127 @@
+"""`qvgen lineage sync`, and the end of an execution: what the stages' own journals cannot say.
+
+Stages write journals and a process beside each sends them (stages/_tracking.py). What is left over: journals that could not
+be sent, runs that were killed together with their sender, and stages that were up to date and therefore never ran.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.dag import read_changed, read_graph
+from stages._dvc import output_hashes, read_dvc_facts
+from stages._journal import FOLDER, Journal, open_pipeline, read_events, read_receipt
+from stages._mlflow import CACHED
+
+PREFIX = "pipeline-"  # of the journals of executions
+
+
+@dataclass(frozen=True)
+class Synced:
+    """Journals sent now, and those that could not be sent (the reason is in their receipt)."""
+
+    sent: list[str]
+    unsent: dict[str, str]
+
+
+def unsent_journals(root: Path) -> list[Path]:
+    """Journals of stages that MLflow does not have in full, oldest first; those of stages that still run are left out."""
+    found = []
+    for path in sorted((root / FOLDER).glob("*.jsonl")):
+        if path.name.startswith(PREFIX) or read_receipt(path).get("complete"):
+            continue
+        events, _ = read_events(path)
+        if events and (events[-1]["event"] == "end" or not _alive(events[0])):
+            found.append(path)
+    return found
+
+
+def sync(root: Path) -> Synced:
+    """Send every journal that is left over, and record the stages that were up to date in the newest execution.
+
+    It can be run any number of times: a run is found again by its journal's id, and MLflow keeps equal points once.
+    """
+    newest = max((root / FOLDER).glob(f"{PREFIX}*.jsonl"), key=lambda path: path.stat().st_mtime, default=None)
+    if newest is not None and not _running(root, newest.stem):
+        recorded = _recorded(root, newest.stem).keys()
+        other = any(":" in stage for stage in recorded)  # of another dvc.yaml, which leaves the rest of the pipeline alone
+        missing = set() if other else _stages_of(root) - recorded - read_changed(root)
+        record_cached(root, newest.stem.removeprefix(PREFIX), sorted(missing))
+    waiting = unsent_journals(root)
+    for path in waiting:
+        if read_events(path)[0][-1]["event"] != "end":
+            Journal(path).end("KILLED")  # with its sender: nobody has said so
+    send(root, waiting)
+    left = {path.stem: read_receipt(path).get("failed") or "not sent" for path in unsent_journals(root)}
+    return Synced([path.stem for path in waiting if path.stem not in left], left)
+
+
+def close_execution(root: Path, token: str, cached: Sequence[str]) -> None:
+    """Record the stages that an execution found up to date. Never raises: a record is no reason for a run to fail."""
+    try:
+        send(root, record_cached(root, token, cached))
+    except Exception as error:
+        print(f"warning: {len(cached)} stages that were up to date are not recorded: {error}", file=sys.stderr)
+
+
+def record_cached(root: Path, token: str, addresses: Sequence[str]) -> list[Path]:
+    """Write a journal for each stage that was up to date, a run of no length that names the run whose outputs it has."""
+    written = []
+    pipeline = open_pipeline(root, root, token) if addresses else None
+    for address in addresses:
+        assert pipeline is not None
+        facts = read_dvc_facts(root, address)
+        outs = {f"dvc.out.{path}": md5 for path, md5 in output_hashes(root, facts).items()}
+        tags = facts.tags | pipeline.git_tags | outs | {"stage.state": CACHED}
+        journal = Journal.create(root, facts.name, pipeline.id, tags=tags, params=facts.params)
+        journal.end("FINISHED")
+        written.append(journal.path)
+    return written
+
+
+def send(root: Path, journals: Sequence[Path]) -> None:
+    """Send journals to MLflow in one process; what fails is said once and stays for the next `qvgen lineage sync`."""
+    if journals:
+        command = [sys.executable, "-m", "stages._tracking", *map(str, journals)]
+        subprocess.run(command, cwd=root, check=False)
+
+
+def runs_of_execution(root: Path, token: str) -> dict[str, str]:
+    """Stage -> id of its run in MLflow, of one execution, as far as they are known."""
+    found = {stage: read_receipt(path).get("run_id") for stage, path in _recorded(root, f"{PREFIX}{token}").items()}
+    return {stage: run for stage, run in found.items() if run}
+
+
+def _recorded(root: Path, pipeline: str) -> dict[str, Path]:
+    """Stage -> its newest journal in an execution."""
+    found = {}
+    for path in sorted((root / FOLDER).glob("*.jsonl")):
+        if not path.name.startswith(PREFIX):
+            start = next(iter(read_events(path)[0]), {})
+            if start.get("pipeline") == pipeline:
+                found[start["tags"]["dvc.stage"]] = path
+    return found
+
+
+def _running(root: Path, pipeline: str) -> bool:
+    events = [read_events(path)[0] for path in _recorded(root, pipeline).values()]
+    return any(e[-1]["event"] != "end" and _alive(e[0]) for e in events if e)
+
+
+def _stages_of(root: Path) -> set[str]:
+    """Of the root's dvc.yaml."""
+    return {name for name in read_graph(root) if ":" not in name}
+
+
+def _alive(start: dict) -> bool:
+    """Whether the stage that wrote this start of a journal still runs; a process id may have gone to another since."""
+    import psutil
+
+    try:
+        return psutil.Process(start["pid"]).create_time() * 1000 <= start["time"]
+    except (KeyError, psutil.Error):
+        return False

@@ -1,0 +1,98 @@
+"""The Prefect flow around a real DVC project, with a real Prefect server, a real schedule and real kills."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from tests.integration import toy_project
+from tests.integration.toy_project import PATIENCE, processes_in, run, start, wait_until
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    return toy_project.make(tmp_path)
+
+
+def executions(project: Path) -> list[dict[str, Any]]:
+    """Stage -> tags of its run, of every execution in MLflow, oldest first."""
+    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("qvgen")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"])
+    parents = [r.info.run_id for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    children = {p: [r for r in runs if r.data.tags.get("mlflow.parentRunId") == p] for p in parents}
+    return [{r.data.tags["dvc.stage"]: r.data.tags | {"id": r.info.run_id} for r in children[p]} for p in parents]
+
+
+def record(execution: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """What must not depend on who started the stages."""
+    return {
+        stage: {key: value for key, value in tags.items() if key.startswith(("dvc.", "git."))}
+        for stage, tags in execution.items()
+    }
+
+
+def flow(project: Path, prefect_server: dict[str, str]) -> subprocess.Popen[str]:
+    script = "from pathlib import Path\nfrom pipelines.flow import run_pipeline\nprint(run_pipeline(Path.cwd()))\n"
+    (project / "run_flow.py").write_text(script)
+    return start(project, "run_flow", **prefect_server)
+
+
+def test_flow_and_dvc_repro_leave_the_same_record(project: Path, prefect_server: dict[str, str]) -> None:
+    output, _ = flow(project, prefect_server).communicate(timeout=PATIENCE)
+    assert output.count("'state': 'Completed'") == 4, output
+    output, _ = flow(project, prefect_server).communicate(timeout=PATIENCE)
+    assert output.count("'state': 'Cached'") == 4, output
+    first, cached = executions(project)
+    assert {stage: tags["produced_by"] for stage, tags in cached.items()} == {s: t["id"] for s, t in first.items()}
+    assert record(first) == record(cached)
+    assert all("prefect.task_run_id" in tags for tags in first.values())
+
+    (project / "artifacts" / "c" / "value").unlink()
+    (project / "dvc.lock").unlink()
+    code, output = run(project, "dvc", "repro", "--force", "--no-run-cache")
+    assert code == 0, output
+    assert record(executions(project)[2]) == record(first)
+
+    # DVC had these outputs before: nothing is computed again.
+    (project / "params.yaml").write_text((project / "params.yaml").read_text().replace("seed: 0", "seed: 1"))
+    assert flow(project, prefect_server).communicate(timeout=PATIENCE)[0].count("'Completed'") == 4
+    (project / "params.yaml").write_text((project / "params.yaml").read_text().replace("seed: 1", "seed: 0"))
+    output, _ = flow(project, prefect_server).communicate(timeout=PATIENCE)
+    assert output.count("'state': 'RunCache'") == 4, output
+
+
+def test_a_failure_is_named_and_what_can_run_still_runs(project: Path, prefect_server: dict[str, str]) -> None:
+    (project / "ask").write_text("fail b")
+    output, _ = flow(project, prefect_server).communicate(timeout=PATIENCE)
+    assert "2 of 4 stages failed or lack what they need: b, d" in output
+    assert (project / "artifacts" / "c").exists() and not (project / "artifacts" / "b").exists()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_stopping_a_flow_leaves_no_process(project: Path, prefect_server: dict[str, str], how: signal.Signals) -> None:
+    (project / "ask").write_text("hang b")
+    process = flow(project, prefect_server)
+    wait_until((project / "started").exists)
+    process.send_signal(how)
+    process.communicate(timeout=PATIENCE)
+    wait_until(lambda: not processes_in(project), lambda: str(processes_in(project)), 60)
+    (project / "ask").write_text("")
+    output, _ = flow(project, prefect_server).communicate(timeout=PATIENCE)
+    assert output.count("'state': 'Completed'") >= 2, output  # b and d at least; DVC's locks are free
+
+
+def test_a_stage_is_stopped_at_its_deadline(tmp_path: Path, prefect_server: dict[str, str]) -> None:
+    project = toy_project.make(tmp_path, {"deadlines": {"a": 8.0}})
+    (project / "ask").write_text("hang a")
+    output, _ = flow(project, prefect_server).communicate(timeout=PATIENCE)
+    assert "stage a took longer than 8 s; raise flow.deadlines.a" in output
+    wait_until(lambda: not processes_in(project), lambda: str(processes_in(project)), 60)

@@ -1,0 +1,82 @@
+"""Retraining on a real schedule: cron fires by itself, an overlap is cancelled, a cancelled run leaves no process."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration import toy_project
+from tests.integration.toy_project import processes_in, start, wait_until
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    return toy_project.make(tmp_path)
+
+
+@pytest.fixture
+def served(project: Path, prefect_server: dict[str, str]) -> Iterator[Path]:
+    """`qvgen serve` for the project, every minute."""
+    process = start(project, "pipelines.cli", "serve", "--cron", "* * * * *", **prefect_server)
+    try:
+        yield project
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+def flow_runs(client: Any) -> list[Any]:
+    """Runs of the deployment that have begun or ended, oldest first."""
+    from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    only = FlowFilter(name=FlowFilterName(any_=["qvgen-retrain"]))
+    runs = client.read_flow_runs(flow_filter=only, sort=FlowRunSort.EXPECTED_START_TIME_ASC)
+    return [run for run in runs if run.state.type.value != "SCHEDULED"]
+
+
+def branches(project: Path) -> list[str]:
+    command = ["git", "for-each-ref", "--format=%(refname:short)", "refs/heads/retrain"]
+    return subprocess.run(command, cwd=project, capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_a_schedule_retrains_when_something_changed(
+    served: Path, prefect_server: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.states import Cancelling
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], cwd=served, capture_output=True, text=True, check=True).stdout.strip()
+
+    head, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    with temporary_settings({PREFECT_API_URL: prefect_server["PREFECT_API_URL"]}), get_client(sync_client=True) as client:
+        # Nothing has run yet, so all stages are to do: the first run by itself does them.
+        first = wait_until(lambda: [r for r in flow_runs(client) if r.state.is_final()])[0]
+        assert first.auto_scheduled and first.state.is_completed(), first.state
+        assert (served / "artifacts" / "d" / "value").read_text() == "d 0"
+        (branch,) = branches(served)
+        assert "dvc.lock" in git("ls-tree", "--name-only", branch)
+        assert git("rev-parse", "HEAD") == head and git("status", "--porcelain") == f"{status}\n?? dvc.lock".strip()
+
+        second = wait_until(lambda: [r for r in flow_runs(client) if r.state.is_final() and r.id != first.id])[0]
+        assert second.state.name == "Unchanged", second.state
+
+        (served / "ask").write_text("hang b")
+        (served / "params.yaml").write_text((served / "params.yaml").read_text().replace("seed: 0", "seed: 1"))
+        wait_until((served / "started").exists)
+        overlap = wait_until(lambda: [r for r in flow_runs(client) if r.state.is_cancelled()])
+        assert overlap, "a run that would overlap is cancelled"
+        running = next(r for r in flow_runs(client) if r.state.is_running())
+        client.set_flow_run_state(running.id, Cancelling(), force=True)
+        wait_until(lambda: client.read_flow_run(running.id).state.is_cancelled(), lambda: str(flow_runs(client)))
+        hung = [line for line in processes_in(served) if "stages.b" in line or "guard" in line]
+        wait_until(lambda: not [x for x in processes_in(served) if "stages.b" in x or "guard" in x], lambda: str(hung), 60)
+    assert branches(served) == [branch]  # a run that did not finish keeps nothing
