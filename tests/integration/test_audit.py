@@ -31,7 +31,7 @@ def _embedded_tracking() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def audited(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project after its first `dvc repro`, the gate and the commit of what it wrote. Tests copy it before they change it."""
+    """The project after its first run, the gate and the commit of what it wrote. Tests copy it before they change it."""
     root = toy.make(tmp_path_factory.mktemp("audited"))
     code, output = toy.run(root, "dvc", "repro")
     assert code == 0, output
@@ -66,7 +66,6 @@ def copy(project: Path, to: Path) -> Path:
 def failed(project: Path, reference: str = "qvgen@champion") -> dict[str, str]:
     """Check -> detail of those that fail."""
     report = audit(project, reference)
-    assert report.ok == (not any(not check.ok for check in report.checks))
     return {check.name: check.detail for check in report.checks if not check.ok}
 
 
@@ -283,7 +282,7 @@ def test_which_models_used_this_data(worse: Path) -> None:
         ("qvgen/1", ["champion"], ["pack"]),
         ("qvgen/2", ["challenger"], ["pack"]),
     ]
-    assert [use.model for use in find_uses(worse, md5.removesuffix(".dir"))[1]] == [use.model for use in found]
+    assert find_uses(worse, md5.removesuffix(".dir"))[1] == found
     assert [use.model for use in find_uses(worse, "assets/evaluate.json")[1]] == ["qvgen/2"]
     assert len(find_uses(worse, "assets/raw.txt")[1]) == 2
     assert find_uses(worse, "0" * 32)[1] == []
