@@ -84,17 +84,25 @@ def repro(
     Without a Prefect server on 127.0.0.1:4200 (`qvgen ui`) or at PREFECT_API_URL, a temporary one is started: some 20 s.
     `dvc repro` does the same without Prefect.
     """
-    from pipelines.prefect_home import use_prefect
+    import signal
+
+    from pipelines.prefect_home import some_server
     from pipelines.results import show
 
     root = project_root()
-    use_prefect(root)
-    from pipelines.flow import StageError, run_pipeline
-
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell that starts us with `&` would ignore Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     try:
-        run_pipeline(root, targets)
-    except StageError as error:
-        raise ValueError(str(error)) from None
+        with some_server(root):
+            from pipelines.flow import StageError, run_pipeline
+
+            try:
+                run_pipeline(root, targets)
+            except StageError as error:
+                raise ValueError(str(error)) from None
+    except KeyboardInterrupt:
+        print("\nInterrupted. Finished stages are kept and training goes on from its last checkpoint: run it again.")
+        raise
     if targets:
         return
     from pipelines.promote import promote_after_run

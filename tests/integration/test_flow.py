@@ -96,3 +96,14 @@ def test_a_stage_is_stopped_at_its_deadline(tmp_path: Path, prefect_server: dict
     output, _ = flow(project, prefect_server).communicate(timeout=PATIENCE)
     assert "stage a took longer than 8 s; raise flow.deadlines.a" in output
     wait_until(lambda: not processes_in(project), lambda: str(processes_in(project)), 60)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_stopping_qvgen_repro_stops_its_temporary_server_too(project: Path, how: signal.Signals) -> None:
+    (project / "ask").write_text("hang a")
+    process = start(project, "pipelines.cli", "repro")
+    wait_until((project / "started").exists)
+    process.send_signal(how)
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert how == signal.SIGKILL or "run it again" in output
+    wait_until(lambda: not processes_in(project), lambda: str(processes_in(project)), 60)
