@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import urllib.request
 from pathlib import Path
+
+from pipelines.health import fetch
 
 LOCAL_API = "http://127.0.0.1:4200/api"
 _STARTUP_SECONDS = 120  # of a temporary server; Prefect's own 20 are not enough on a busy machine
@@ -27,8 +28,4 @@ def use_prefect(root: Path) -> str | None:
 
 def answers(api: str, seconds: float = 1.0) -> bool:
     """Whether a Prefect server answers at this address."""
-    try:
-        with urllib.request.urlopen(f"{api}/health", timeout=seconds) as reply:
-            return reply.status == 200
-    except (OSError, ValueError):
-        return False
+    return fetch(f"{api.rstrip('/')}/health", seconds) is not None
