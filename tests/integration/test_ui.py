@@ -38,10 +38,14 @@ def test_ui_starts_both_servers_and_leaves_nothing(project: Path) -> None:
     code, output = run(project, "pipelines.cli", "ui", "--no-browser")
     assert code == 1 and "no runs are recorded yet" in output
     assert run(project, "dvc", "repro", "a")[0] == 0
+    (project / "mlflow.db").rename(project / "other.db")  # MLflow's own default is mlflow.db in the current folder
+    code, output = run(project, "pipelines.cli", "ui", "--no-browser")
+    assert code == 1 and "no runs are recorded yet" in output
     ports = free_port(), free_port()
     options = ["--no-browser", "--mlflow-port", str(ports[0]), "--prefect-port", str(ports[1])]
-    # A server that the user has named for flows must not be what the page of this one asks.
-    process = start(project, "pipelines.cli", "ui", *options, PREFECT_API_URL="http://127.0.0.1:9/api")
+    # The second: a server that the user has named for flows must not be what the page of this one asks.
+    variables = {"MLFLOW_TRACKING_URI": f"sqlite:///{project}/other.db", "PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    process = start(project, "pipelines.cli", "ui", *options, **variables)
     try:
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(2)]
@@ -52,7 +56,7 @@ def test_ui_starts_both_servers_and_leaves_nothing(project: Path) -> None:
                 assert reply.status == 200
         with urllib.request.urlopen(f"http://127.0.0.1:{ports[1]}/ui-settings", timeout=30) as reply:
             assert json.load(reply)["api_url"] == f"http://127.0.0.1:{ports[1]}/api"
-        second = start(project, "pipelines.cli", "ui", *options)
+        second = start(project, "pipelines.cli", "ui", *options, **variables)
         assert second.stdout is not None
         assert [second.stdout.readline() for _ in range(3)] == [*lines, "Ctrl-C stops nothing: both ran already.\n"]
         second.send_signal(signal.SIGINT)
@@ -65,5 +69,5 @@ def test_ui_starts_both_servers_and_leaves_nothing(project: Path) -> None:
     wait_until(lambda: not processes_in(project), lambda: str(processes_in(project)), 60)
 
     with socket.create_server(("127.0.0.1", ports[0])):
-        code, output = run(project, "pipelines.cli", "ui", *options)
+        code, output = run(project, "pipelines.cli", "ui", *options, **variables)
     assert code == 1 and f"port {ports[0]} is taken" in output
