@@ -45,6 +45,25 @@ def only_one(root: Path) -> Iterator[None]:
         lock.release()
 
 
+def run_is_active(root: Path) -> str | None:
+    """The process that holds .qvgen/repro.lock ("unknown" if it does not say), None if nothing does.
+
+    The lock itself is asked: repro.pid outlives a process that was killed, and its number may by now be another's.
+    """
+    import fcntl
+
+    folder = root / ".qvgen"
+    try:
+        with (folder / "repro.lock").open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return None
+    except BlockingIOError:
+        owner = folder / "repro.pid"
+        return owner.read_text().strip() if owner.is_file() else "unknown"
+    return None
+
+
 def project_root() -> Path:
     """The nearest folder, from here upwards, that holds dvc.yaml. Raises ValueError if there is none."""
     here = Path.cwd()

@@ -6,14 +6,14 @@ import os
 import re
 import shutil
 import sys
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-from pipelines.checkout import environment
+from pipelines.checkout import environment, run_is_active
+from pipelines.health import accepts, fetch
 from pipelines.prefect_home import LOCAL_API, answers
 from stages._tracking import public_uri, tracking_uri
 
@@ -30,6 +30,7 @@ CRITICAL = {
     "torch": "models",
     "diffusers": "models",
 }
+_REPORT = "`QVGEN_DEBUG=1 qvgen doctor` shows where"
 QUIET = ("DO_NOT_TRACK", "MLFLOW_DISABLE_TELEMETRY", "DVC_NO_ANALYTICS", "HF_HUB_DISABLE_TELEMETRY")
 
 
@@ -51,7 +52,11 @@ def examine(root: Path) -> list[Check]:
         try:
             found += check(root)
         except Exception as error:
-            found.append(Check(check.__name__.strip("_"), "FAIL", f"cannot be checked: {type(error).__name__}: {error}"))
+            if os.environ.get("QVGEN_DEBUG") == "1":
+                raise
+            found.append(
+                Check(check.__name__.strip("_"), "FAIL", f"cannot be checked: {type(error).__name__}: {error}", _REPORT)
+            )
     return found
 
 
@@ -84,6 +89,16 @@ def _packages(root: Path) -> Iterator[Check]:
         broken = name in ("fastapi", "sqlalchemy") and _newer(installed, {"fastapi": "0.151", "sqlalchemy": "2.1"}[name])
         verdict: Verdict = "FAIL" if broken else "PASS" if same else "WARN"
         yield Check(f"package {name}", verdict, installed if same else f"{installed}; tried: {tried}", remedy)
+    different = sorted(name for name, pin in pins.items() if name not in CRITICAL and _installed(name) not in (None, pin))
+    detail = f"other versions than tried: {', '.join(different)}" if different else "as in constraints.txt"
+    yield Check("other packages", "WARN" if different else "PASS", detail, "pip install -c constraints.txt -e '.[dev]'")
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name).partition("+")[0]
+    except PackageNotFoundError:
+        return None
 
 
 def _newer(installed: str, limit: str) -> bool:
@@ -94,11 +109,18 @@ def _newer(installed: str, limit: str) -> bool:
 
 
 def _project(root: Path) -> Iterator[Check]:
-    git = (root / ".git").exists()
-    yield Check("git", "PASS" if git else "FAIL", str(root), "git clone or git init: without commits nothing can be audited")
+    git = any((folder / ".git").exists() for folder in (root, *root.parents))
+    detail = str(root) if git else f"{root} is in no git repository"
+    yield Check("git", "PASS" if git else "FAIL", detail, "git clone or git init: without commits nothing can be audited")
+    from dvc.exceptions import NotDvcRepoError
     from dvc.repo import Repo
 
-    with Repo(str(root)) as repo:
+    try:
+        project = Repo(str(root))
+    except NotDvcRepoError:
+        yield Check("dvc", "FAIL", f"{root} is no DVC project", "dvc init, or git clone the project again")
+        return
+    with project as repo:
         yield Check("dvc", "PASS", f"{len(repo.index.stages)} stages")
         remote = repo.config["core"].get("remote")
         detail = str(remote) if remote else "no default remote: data and models are on this machine only"
@@ -118,22 +140,57 @@ def _tracking(root: Path) -> Iterator[Check]:
     uri = tracking_uri(root)
     shown = public_uri(uri, root)
     if uri.startswith("http"):
-        try:
-            with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=SECONDS) as reply:
-                up = reply.status == 200
-        except (OSError, ValueError):
-            up = False
-        remedy = "start the server; runs wait in .qvgen/journal and `qvgen lineage sync` sends them"
-        yield Check("mlflow", "PASS" if up else "FAIL", f"{shown} {'answers' if up else 'does not answer'}", remedy)
+        up = fetch(f"{uri.rstrip('/')}/health", SECONDS) is not None
+    elif uri.startswith("sqlite"):
+        yield _database(Path(uri.partition("?")[0].removeprefix("sqlite:///")), shown)
         return
-    database = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite") and not database.exists():
-        yield Check("mlflow", "PASS", f"{shown}, made by the first run")
-        return
-    from mlflow import MlflowClient
+    else:
+        reachable = _reachable(uri)
+        if reachable is None:
+            yield Check("mlflow", "WARN", f"{shown}: not checked", "`mlflow experiments search` shows whether it works")
+            return
+        up = reachable
+    remedy = "start the server; runs wait in .qvgen/journal and `qvgen lineage sync` sends them"
+    yield Check("mlflow", "PASS" if up else "FAIL", f"{shown} {'answers' if up else 'does not answer'}", remedy)
 
-    experiments = MlflowClient(uri).search_experiments()
-    yield Check("mlflow", "PASS", f"{shown}, {len(experiments)} experiments")
+
+def _database(file: Path, shown: str) -> Check:
+    """Only reads: MLflow's own client would create or migrate the tables of what it is given."""
+    import sqlite3
+    from contextlib import closing
+    from importlib.util import find_spec
+
+    from alembic.script import ScriptDirectory
+
+    if not file.exists():
+        return Check("mlflow", "PASS", f"{shown}, made by the first run")
+    try:
+        with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, timeout=SECONDS)) as database:
+            revisions = [row[0] for row in database.execute("select version_num from alembic_version")]
+    except sqlite3.Error as error:
+        return Check("mlflow", "FAIL", f"{shown} is no MLflow database: {error}", "move the file away: the next run makes one")
+    spec = find_spec("mlflow")  # where it is, without the seconds that importing it takes
+    assert spec is not None and spec.submodule_search_locations
+    scripts = Path(spec.submodule_search_locations[0]) / "store" / "db_migrations"
+    current = ScriptDirectory(str(scripts)).get_heads()
+    if revisions != current:
+        detail = f"{shown} has schema {', '.join(revisions) or 'none'}; this MLflow needs {', '.join(current)}"
+        return Check("mlflow", "FAIL", detail, "copy the file, then: mlflow db upgrade ADDRESS")
+    return Check("mlflow", "PASS", f"{shown}, schema is current")
+
+
+def _reachable(uri: str) -> bool | None:
+    """Whether the database server accepts connections; None if the address does not say where it is."""
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(uri)
+        port = parts.port or {"postgresql": 5432, "mysql": 3306, "mssql": 1433}.get(parts.scheme.partition("+")[0])
+    except ValueError:  # its text could hold a part of the password
+        return None
+    if not parts.hostname or not port:
+        return None
+    return accepts(parts.hostname, port, SECONDS)
 
 
 def _journals(root: Path) -> Iterator[Check]:
@@ -147,7 +204,8 @@ def _journals(root: Path) -> Iterator[Check]:
 def _prefect(root: Path) -> Iterator[Check]:
     api = os.environ.get("PREFECT_API_URL", LOCAL_API)
     up = answers(api, SECONDS)
-    detail = f"{api} {'answers' if up else 'does not answer: flows start a temporary server, schedules need this one'}"
+    state = "answers" if up else "does not answer: flows start a temporary server, schedules need this one"
+    detail = f"{public_uri(api, root)} {state}"
     yield Check("prefect", "PASS" if up else "WARN", detail, "qvgen ui, or set PREFECT_API_URL")
 
 
@@ -156,10 +214,8 @@ def _locks(root: Path) -> Iterator[Check]:
 
     import psutil
 
-    owner = root / ".qvgen" / "repro.pid"
-    holder = owner.read_text().strip() if owner.is_file() else ""
-    busy = holder.isdigit() and psutil.pid_exists(int(holder))
-    yield Check("running", "PASS", f"process {holder} runs the pipeline" if busy else "nothing")
+    holder = run_is_active(root)
+    yield Check("running", "PASS", f"process {holder} holds .qvgen/repro.lock" if holder else "nothing")
     file = root / ".dvc" / "tmp" / "rwlock"
     held = json.loads(file.read_text() or "{}") if file.is_file() else {}
     entries = [

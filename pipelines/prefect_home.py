@@ -8,10 +8,11 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from pipelines.health import fetch
 
 LOCAL_API = "http://127.0.0.1:4200/api"
 STARTUP_SECONDS = 180  # of a temporary server; ten on a quiet machine
@@ -63,8 +64,4 @@ def some_server(root: Path) -> Iterator[None]:
 
 def answers(api: str, seconds: float = 1.0) -> bool:
     """Whether a Prefect server answers at this address."""
-    try:
-        with urllib.request.urlopen(f"{api}/health", timeout=seconds) as reply:
-            return reply.status == 200
-    except (OSError, ValueError):
-        return False
+    return fetch(f"{api.rstrip('/')}/health", seconds) is not None

@@ -11,6 +11,7 @@ from pipelines.dag import read_graph, stage_address, with_upstream
 from stages._dvc import flatten
 
 _WORDS = {"modified": "changed", "new": "is new", "deleted": "is missing", "not in cache": "is not in DVC's cache"}
+_SAID = {"changed command": "the command changed"}
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,15 @@ def read_status(root: Path, targets: Sequence[str] = ()) -> list[StageStatus]:
         reasons = {name: tuple(_reasons(stages[name])) for name in chosen}
     found: dict[str, StageStatus] = {}
     for name in TopologicalSorter({name: sorted(graph[name]) for name in chosen}).static_order():
-        upstream = tuple(up for up in sorted(graph[name]) if found[up].runs)
+        # A frozen stage does not follow its dependencies.
+        upstream = () if stages[name].frozen else tuple(up for up in sorted(graph[name]) if found[up].runs)
         found[name] = StageStatus(name, reasons[name], upstream)
     return list(found.values())
 
 
 def show(root: Path, targets: Sequence[str] = ()) -> None:
     found = read_status(root, targets)
-    width = max(len(status.stage) for status in found)
+    width = max((len(status.stage) for status in found), default=0)
     for status in found:
         said = list(status.reasons) + ([f"after {', '.join(status.upstream)}"] if status.upstream else [])
         first, *more = said or ["up to date"]
@@ -60,8 +62,9 @@ def show(root: Path, targets: Sequence[str] = ()) -> None:
 
 def _reasons(stage: Any) -> Iterator[str]:
     """From what DVC calls the status of a stage: texts, and {"changed deps" or "changed outs": {path: what}}."""
-    if stage.always_changed:
+    if stage.always_changed or stage.is_callback:  # a callback has neither dependencies nor outputs
         yield "runs every time"
+    if stage.is_callback:
         return
     if not any(part.hash_info for part in (*stage.deps, *stage.outs)):  # dvc.lock does not have it
         yield "never ran"
@@ -69,7 +72,8 @@ def _reasons(stage: Any) -> Iterator[str]:
     for entries in stage.status(check_updates=False).values():
         for entry in entries:
             if isinstance(entry, str):
-                yield entry
+                if entry != "always changed":
+                    yield _SAID.get(entry, entry)
                 continue
             for kind, changes in entry.items():
                 for path, change in changes.items():

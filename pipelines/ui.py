@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
 import webbrowser
 from contextlib import suppress
 from pathlib import Path
 
 from pipelines.checkout import environment
+from pipelines.health import fetch
 from pipelines.prefect_home import use_prefect
+from stages._tracking import EXPERIMENT, public_uri, tracking_uri
 
 HOST = "127.0.0.1"
 PATIENCE = 180  # seconds until a server must answer; on a quiet machine it takes ten
@@ -22,19 +24,31 @@ PATIENCE = 180  # seconds until a server must answer; on a quiet machine it take
 
 def show(root: Path, mlflow_port: int, prefect_port: int, browser: bool) -> int:
     """Start what does not run yet, print both addresses, wait, and stop what was started. Raises ValueError if nothing is
-    recorded yet, if a port is taken by something else, or if a server does not come up.
+    recorded yet, if a port is taken by something else, if a server does not come up, or if MLFLOW_TRACKING_URI names one that
+    does not answer: a server elsewhere is only shown.
     """
-    given = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if not given.startswith("http") and not (root / "mlflow.db").is_file():
+    store = tracking_uri(root)
+    if store.startswith("sqlite") and not Path(store.partition("?")[0].removeprefix("sqlite:///")).is_file():
         raise ValueError("no runs are recorded yet: run `make repro` first")
+    elsewhere = store.startswith("http")
+    mlflow = store.rstrip("/") if elsewhere else f"http://{HOST}:{mlflow_port}"
+    if elsewhere and not _answers(f"{mlflow}/health"):
+        raise ValueError(f"MLFLOW_TRACKING_URI is {public_uri(mlflow, root)}, which does not answer: start it, or unset it")
     use_prefect(root)
-    mlflow = given.rstrip("/") if given.startswith("http") else f"http://{HOST}:{mlflow_port}"
     prefect = f"http://{HOST}:{prefect_port}"
     python = [sys.executable, "-m"]
-    store = ["--backend-store-uri", given or f"sqlite:///{root / 'mlflow.db'}"]
     commands = {
-        (mlflow, "/health"): [*python, "mlflow", "ui", "--host", HOST, "--port", str(mlflow_port), "--workers", "1", *store],
         (prefect, "/api/health"): [*python, "prefect", "server", "start", "--host", HOST, "--port", str(prefect_port)],
+    }
+    if not elsewhere:
+        commands[mlflow, "/health"] = [
+            *python, "mlflow", "ui", "--host", HOST, "--port", str(mlflow_port), "--workers", "1"
+        ]  # fmt: skip
+    variables = {
+        # Not as an argument: everybody on this machine can read those, and the store's address may hold a password.
+        "MLFLOW_BACKEND_STORE_URI": store,
+        # Else the page asks PREFECT_API_URL, or port 4200 whatever its own port is.
+        "PREFECT_SERVER_UI_API_URL": f"{prefect}/api",
     }
     started: list[subprocess.Popen[bytes]] = []
     told: list[int] = []
@@ -43,17 +57,16 @@ def show(root: Path, mlflow_port: int, prefect_port: int, browser: bool) -> int:
     try:
         for (address, health), command in commands.items():
             if not _answers(address + health):
-                started.append(_start(root, address, command))
+                started.append(_start(root, address, command, variables))
         for address, health in commands:
             _wait(root, address, health, started, told)
         if not told:
-            print(
-                f"MLflow:  {mlflow}\nPrefect: {prefect}\nCtrl-C stops {'both' if len(started) == 2 else 'what was started'}."
-            )
-            sys.stdout.flush()
+            link = _experiment(mlflow, public_uri(mlflow, root))
+            stops = ("nothing: both ran already", "what was started", "both")[len(started)]
+            print(f"MLflow:  {link}\nPrefect: {prefect}\nCtrl-C stops {stops}.", flush=True)
             if browser:
                 with suppress(webbrowser.Error):
-                    webbrowser.open(mlflow)
+                    webbrowser.open(link)
         while not told:
             if ended := [p for p in started if p.poll() is not None]:
                 raise ValueError(f"a server ended with exit code {ended[0].returncode}; see {root / '.qvgen/logs/ui.log'}")
@@ -63,7 +76,16 @@ def show(root: Path, mlflow_port: int, prefect_port: int, browser: bool) -> int:
     return 0
 
 
-def _start(root: Path, address: str, command: list[str]) -> subprocess.Popen[bytes]:
+def _experiment(mlflow: str, shown: str) -> str:
+    """The page of the experiment that stages report to; before the first run, the start page."""
+    reply = fetch(f"{mlflow}/api/2.0/mlflow/experiments/get-by-name?experiment_name={EXPERIMENT}", 5)
+    try:
+        return f"{shown}/#/experiments/{json.loads(reply or '')['experiment']['experiment_id']}"
+    except (ValueError, KeyError, TypeError):
+        return shown
+
+
+def _start(root: Path, address: str, command: list[str], variables: dict[str, str]) -> subprocess.Popen[bytes]:
     port = int(address.rpartition(":")[2])
     with socket.socket() as probe:
         if probe.connect_ex((HOST, port)) == 0:
@@ -74,7 +96,7 @@ def _start(root: Path, address: str, command: list[str]) -> subprocess.Popen[byt
         return subprocess.Popen(
             command,
             cwd=root,
-            env=environment(root),
+            env=environment(root) | variables,
             stdout=file,
             stderr=file,
             stdin=subprocess.DEVNULL,
@@ -91,11 +113,7 @@ def _wait(root: Path, address: str, health: str, started: list[subprocess.Popen[
 
 
 def _answers(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(address, timeout=2) as reply:
-            return reply.status == 200
-    except (OSError, ValueError):
-        return False
+    return fetch(address, 3) is not None
 
 
 def _stop(started: list[subprocess.Popen[bytes]]) -> None:

@@ -1,0 +1,55 @@
+"""Does a server answer? In a bounded time, whatever it does, and without showing its password."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import socket
+import threading
+import urllib.request
+from collections.abc import Callable
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+
+def fetch(address: str, seconds: float) -> bytes | None:
+    """What a GET of the http(s) address brings with status 200 within `seconds`, all in all; else None. Never raises.
+
+    `user:password@` in the address is sent as basic authentication, as MLflow's client does.
+    """
+
+    def ask() -> bytes | None:
+        parts = urlsplit(address)
+        login, _, host = parts.netloc.rpartition("@")
+        request = urllib.request.Request(urlunsplit(parts._replace(netloc=host)))
+        if login:
+            request.add_header("Authorization", "Basic " + base64.b64encode(unquote(login).encode()).decode())
+        with urllib.request.urlopen(request, timeout=seconds) as reply:
+            return reply.read() if reply.status == 200 else None
+
+    return _within(seconds, ask)
+
+
+def accepts(host: str, port: int, seconds: float) -> bool:
+    """Whether a connection to the port succeeds within `seconds`. Never raises."""
+
+    def connect() -> bool:
+        socket.create_connection((host, port), seconds).close()
+        return True
+
+    return bool(_within(seconds, connect))
+
+
+def _within(seconds: float, ask: Callable[[], bytes | bool | None]) -> bytes | None:
+    """In a thread, because timeouts of sockets start again with every byte and address, and leave out the look-up of names."""
+    found: list = []
+
+    def run() -> None:
+        try:
+            found.append(ask())
+        except (OSError, ValueError, http.client.HTTPException):  # the last: what answers does not speak HTTP
+            found.append(None)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else None
