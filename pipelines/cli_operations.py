@@ -27,7 +27,10 @@ def serve(
     root = project_root()
     api = use_prefect(root)
     if api is None or not answers(api):
-        raise ValueError(f"no Prefect server answers at {api or '127.0.0.1:4200'}: start `qvgen ui`, or set PREFECT_API_URL")
+        from stages._tracking import public_uri  # without a password
+
+        where = public_uri(api, root) if api else "127.0.0.1:4200"
+        raise ValueError(f"no Prefect server answers at {where}: start `qvgen ui`, or set PREFECT_API_URL")
     settings = load_params(root / "params.yaml").flow
     from pipelines.retrain import serve as wait
 
