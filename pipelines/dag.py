@@ -19,7 +19,11 @@ def read_graph(root: Path) -> Graph:
     with Repo(str(root)) as repo:
         graph = repo.index.graph
         # In the order of the files: the graph's own differs from run to run.
-        return {stage_address(s): {stage_address(up) for up in graph.successors(s)} for s in repo.index.stages if s in graph}
+        return {
+            stage_address(s): {stage_address(up) for up in graph.successors(s) if not up.is_data_source}
+            for s in stages_of(repo)
+            if s in graph
+        }
 
 
 def read_changed(root: Path) -> set[str]:
@@ -28,7 +32,7 @@ def read_changed(root: Path) -> set[str]:
     from dvc.repo import Repo
 
     with Repo(str(root)) as repo, repo.lock:
-        return {stage_address(stage) for stage in repo.index.stages if stage.status(check_updates=False)}
+        return {stage_address(stage) for stage in stages_of(repo) if stage.status(check_updates=False)}
 
 
 def read_always_changed(root: Path) -> set[str]:
@@ -36,12 +40,19 @@ def read_always_changed(root: Path) -> set[str]:
     from dvc.repo import Repo
 
     with Repo(str(root)) as repo:
-        return {stage_address(stage) for stage in repo.index.stages if stage.always_changed}
+        return {stage_address(stage) for stage in stages_of(repo) if stage.always_changed}
 
 
 def stage_address(stage: Any) -> str:
     """As DVC writes it in the root; its own `addressing` is relative to the current folder."""
+    if stage.is_data_source:  # a .dvc file, which has no name
+        return stage.path_in_repo
     return stage.name if stage.path_in_repo == "dvc.yaml" else f"{stage.path_in_repo}:{stage.name}"
+
+
+def stages_of(repo: Any) -> list[Any]:
+    """Those that run something, in the order of the files: .dvc files, which `dvc add` writes, are data."""
+    return [stage for stage in repo.index.stages if not stage.is_data_source]
 
 
 def with_upstream(graph: Graph, wanted: set[str]) -> set[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.dag import read_graph, stage_address, with_upstream
+from pipelines.dag import read_graph, stage_address, stages_of, with_upstream
 from stages._dvc import flatten
 
 _WORDS = {"modified": "changed", "new": "is new", "deleted": "is missing", "not in cache": "is not in DVC's cache"}
@@ -37,7 +37,7 @@ def read_status(root: Path, targets: Sequence[str] = ()) -> list[StageStatus]:
     graph = read_graph(root)
     chosen = with_upstream(graph, set(targets) or {name for name in graph if ":" not in name})
     with Repo(str(root)) as repo, repo.lock:
-        stages = {stage_address(stage): stage for stage in repo.index.stages}
+        stages = {stage_address(stage): stage for stage in stages_of(repo)}
         reasons = {name: tuple(_reasons(stages[name])) for name in chosen}
     found: dict[str, StageStatus] = {}
     for name in TopologicalSorter({name: sorted(graph[name]) for name in chosen}).static_order():

@@ -58,6 +58,8 @@ def make(root: Path, settings: dict[str, Any] | None = None) -> Path:
     for command in ("git init -q", "git config user.name t", "git config user.email t@t"):
         subprocess.run(command.split(), cwd=root, check=True)
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=root, check=True)
+    (root / "raw.txt").write_text("data that no stage makes")
+    subprocess.run([sys.executable, "-m", "dvc", "add", "-q", "raw.txt"], cwd=root, check=True)
     subprocess.run(["git", "add", "-A"], cwd=root, check=True)
     subprocess.run(["git", "commit", "-qm", "start"], cwd=root, check=True)
     return root
