@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,25 @@ def stage_address(stage: Any) -> str:
 def stages_of(repo: Any) -> list[Any]:
     """Those that run something, in the order of the files: .dvc files, which `dvc add` writes, are data."""
     return [stage for stage in repo.index.stages if not stage.is_data_source]
+
+
+def in_order(graph: Graph) -> list[str]:
+    """The stages, each after those it needs."""
+    return list(TopologicalSorter({name: sorted(needs & graph.keys()) for name, needs in graph.items()}).static_order())
+
+
+def waiting_for_all(graph: Graph, alone: Iterable[str]) -> Graph:
+    """What else each stage of `alone` has to wait for so that no other stage runs beside it: all that does not need it.
+
+    An item of a matrix stage is meant by the name of its stage too.
+    """
+    names, edges, further = set(alone), {name: set(needs) for name, needs in graph.items()}, Graph()
+    for name in in_order(graph):
+        if {name, name.partition("@")[0]} & names:
+            after = {other for other in graph if name in with_upstream(edges, {other})}
+            further[name] = graph.keys() - after - graph[name]
+            edges[name] |= further[name]
+    return further
 
 
 def with_upstream(graph: Graph, wanted: set[str]) -> set[str]:

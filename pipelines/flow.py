@@ -16,13 +16,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, get_run_logger, task
+from prefect import allow_failure, flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.runtime import flow_run, task_run
 from prefect.states import Completed, State
 
 from pipelines.checkout import environment, only_one
-from pipelines.dag import read_changed, read_graph, with_upstream
+from pipelines.dag import in_order, read_changed, read_graph, waiting_for_all, with_upstream
 from pipelines.guard import DEADLINE
 from pipelines.lineage import close_execution, runs_of_execution
 from pipelines.runners import task_runner
@@ -30,6 +30,9 @@ from qvgen.params import FlowSettings, load_params
 
 CACHED, RUN_CACHE, RAN = "Cached", "RunCache", "Completed"  # names of states, as Prefect shows them
 _SAID = {"didn't change, skipping": CACHED, "is cached - skipping run": RUN_CACHE}  # by DVC, about the stage
+# Threads of OpenMP that wait for one whose core another stage has taken would keep the other cores busy: two trainings side by
+# side took 5 times as long as one (LOG.md). Nothing is computed differently.
+SHARED = {"OMP_WAIT_POLICY": "PASSIVE"}
 _children: set[subprocess.Popen[str]] = set()
 _children_lock = threading.Lock()
 
@@ -114,12 +117,15 @@ def _run(
 ) -> dict[str, tuple[str, float]]:
     """Stage -> name of its final state, seconds. A stage whose upstream failed stays NotReady."""
     changed, futures = read_changed(root), {}
-    for name in _in_order(graph):
+    apart = waiting_for_all(graph, settings.alone)
+    for name in in_order({name: needs | apart.get(name, set()) for name, needs in graph.items()}):
         base = name.partition("@")[0]
         configured = run_stage.with_options(retries=settings.retries.get(base, 0), retry_delay_seconds=10)
         needs = [futures[up] for up in sorted(graph[name])]
         deadline = settings.deadlines.get(base, settings.deadline)
-        futures[name] = configured.submit(name, str(root), needs, name not in changed, deadline, variables)
+        also = [allow_failure(futures[other]) for other in sorted(apart.get(name, ()))]
+        beside = variables | (SHARED if settings.workers > 1 and name not in apart else {})
+        futures[name] = configured.submit(name, str(root), needs, name not in changed, deadline, beside, wait_for=also)
     states = {}
     for name, future in futures.items():
         started = time.monotonic()
@@ -134,12 +140,6 @@ def _seconds(future: Any, waited: float) -> float:
     with suppress(Exception), get_client(sync_client=True) as client:
         return client.read_task_run(future.task_run_id).total_run_time.total_seconds()
     return waited
-
-
-def _in_order(graph: dict[str, set[str]]) -> list[str]:
-    from graphlib import TopologicalSorter
-
-    return list(TopologicalSorter({name: sorted(needs & graph.keys()) for name, needs in graph.items()}).static_order())
 
 
 def mermaid(graph: dict[str, set[str]], states: dict[str, str]) -> str:

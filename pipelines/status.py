@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.dag import read_graph, stage_address, stages_of, with_upstream
+from pipelines.dag import in_order, read_graph, stage_address, stages_of, with_upstream
 from stages._dvc import flatten
 
 _WORDS = {"modified": "changed", "new": "is new", "deleted": "is missing", "not in cache": "is not in DVC's cache"}
@@ -30,8 +30,6 @@ class StageStatus:
 def read_status(root: Path, targets: Sequence[str] = ()) -> list[StageStatus]:
     """Every stage of the root's dvc.yaml, or `targets` and what they need, in the order they run. Raises ValueError for a
     stage that no dvc.yaml has."""
-    from graphlib import TopologicalSorter
-
     from dvc.repo import Repo
 
     graph = read_graph(root)
@@ -40,7 +38,7 @@ def read_status(root: Path, targets: Sequence[str] = ()) -> list[StageStatus]:
         stages = {stage_address(stage): stage for stage in stages_of(repo)}
         reasons = {name: tuple(_reasons(stages[name])) for name in chosen}
     found: dict[str, StageStatus] = {}
-    for name in TopologicalSorter({name: sorted(graph[name]) for name in chosen}).static_order():
+    for name in in_order({name: graph[name] for name in chosen}):
         # A frozen stage does not follow its dependencies.
         upstream = () if stages[name].frozen else tuple(up for up in sorted(graph[name]) if found[up].runs)
         found[name] = StageStatus(name, reasons[name], upstream)

@@ -132,6 +132,7 @@ class Register(_Section):
 class FlowSettings(_Section):
     runner: Literal["threads", "dask", "ray"]
     workers: int = Field(ge=1, le=256, description="stages that run at a time, where the graph allows it")
+    alone: list[str] = Field(default_factory=list, description="stages beside which no other runs: they measure time")
     schedule: str = Field(min_length=9, description="of retraining, as in cron: minute hour day month weekday")
     timezone: str = Field(min_length=1, description="of the schedule, such as Europe/Vienna")
     deadline: float | None = Field(default=None, gt=0, description="seconds after which a stage is stopped; null: never")
