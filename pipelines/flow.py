@@ -123,7 +123,7 @@ def _run(
         configured = run_stage.with_options(retries=settings.retries.get(base, 0), retry_delay_seconds=10)
         needs = [futures[up] for up in sorted(graph[name])]
         deadline = settings.deadlines.get(base, settings.deadline)
-        also = [allow_failure(futures[other]) for other in sorted(apart.get(name, ()))]
+        also: list[Any] = [allow_failure(futures[other]) for other in sorted(apart.get(name, ()))]
         beside = variables | (SHARED if settings.workers > 1 and name not in apart else {})
         futures[name] = configured.submit(name, str(root), needs, name not in changed, deadline, beside, wait_for=also)
     states = {}
