@@ -120,10 +120,10 @@ def _run(
     apart = waiting_for_all(graph, settings.alone)
     for name in in_order({name: needs | apart.get(name, set()) for name, needs in graph.items()}):
         base = name.partition("@")[0]
-        configured = run_stage.with_options(retries=settings.retries.get(base, 0), retry_delay_seconds=10)
+        configured: Any = run_stage.with_options(retries=settings.retries.get(base, 0), retry_delay_seconds=10)
         needs = [futures[up] for up in sorted(graph[name])]
         deadline = settings.deadlines.get(base, settings.deadline)
-        also: list[Any] = [allow_failure(futures[other]) for other in sorted(apart.get(name, ()))]
+        also = [allow_failure(futures[other]) for other in sorted(apart.get(name, ()))]
         beside = variables | (SHARED if settings.workers > 1 and name not in apart else {})
         futures[name] = configured.submit(name, str(root), needs, name not in changed, deadline, beside, wait_for=also)
     states = {}
