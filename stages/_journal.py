@@ -10,12 +10,15 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from stages._system import SystemMonitor
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 FOLDER = Path(".qvgen") / "journal"
@@ -35,6 +38,8 @@ class Journal:
 
     path: Path
     _broken: bool = field(default=False, repr=False)
+    _ended: bool = field(default=False, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @classmethod
     def create(cls, home: Path, name: str, pipeline: str, *, tags: Mapping[str, str], params: Mapping[str, Any]) -> Journal:
@@ -49,16 +54,20 @@ class Journal:
         return self.path.stem
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one line. A full disk is reported once and never stops the stage."""
+        """Append one line; after the end of the run nothing is added. A full disk is reported once and never stops the stage."""
         line = json.dumps({"event": event, "time": now(), **fields}, default=str)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(line + "\n")
-        except OSError as error:
-            if not self._broken:
-                print(f"warning: {self.path} cannot be written ({error}); the run goes on unrecorded", file=sys.stderr)
-            self._broken = True
+        with self._lock:  # the system metrics come from a thread of their own
+            if self._ended:
+                return
+            self._ended = event == "end"
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a") as file:
+                    file.write(line + "\n")
+            except OSError as error:
+                if not self._broken:
+                    print(f"warning: {self.path} cannot be written ({error}); the run goes on unrecorded", file=sys.stderr)
+                self._broken = True
 
     def end(self, status: Status) -> None:
         self.write("end", status=status)
@@ -108,7 +117,8 @@ def write_receipt(journal: Path, receipt: Mapping[str, Any]) -> None:
 
 
 class Forwarder:
-    """Context manager around a stage: a process of its own that sends the journal to MLflow while the stage works.
+    """Context manager around a stage: a process of its own that sends the journal to MLflow while the stage works, and a thread
+    that adds system metrics to it.
 
     MLflow takes seconds to import and may hang or fail; here it can do neither to the stage.
     """
@@ -116,6 +126,7 @@ class Forwarder:
     def __init__(self, journal: Journal, home: Path) -> None:
         self._journal, self._home = journal, home
         self._process: subprocess.Popen[bytes] | None = None
+        self._monitor: SystemMonitor | None = None
 
     def __enter__(self) -> Forwarder:
         command = [sys.executable, "-m", "stages._tracking", str(self._journal.path), "--follow", str(os.getpid())]
@@ -127,9 +138,12 @@ class Forwarder:
             )
         except OSError as error:
             print(f"warning: tracking did not start ({error}); the journal is complete", file=sys.stderr)
+        self._monitor = SystemMonitor(self._journal)
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if self._monitor is not None:
+            self._monitor.stop()
         if self._process is None:
             return
         try:

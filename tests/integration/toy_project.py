@@ -45,7 +45,7 @@ def make(root: Path, settings: dict[str, Any] | None = None) -> Path:
     for shared in (ROOT / "stages").glob("_*.py"):
         (root / "stages" / shared.name).symlink_to(shared)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params["flow"] |= settings or {}
+    params["flow"] |= {"workers": 2} | (settings or {})
     (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     stages = {}
     for name, needs in NEEDS.items():
