@@ -9,12 +9,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.dag import read_changed, read_graph
+from pipelines.results import markdown_table
 from stages._dvc import output_hashes, read_dvc_facts
-from stages._journal import FOLDER, Journal, open_pipeline, read_events, read_receipt
+from stages._journal import FOLDER, LAST, Journal, open_pipeline, read_events, read_receipt
 from stages._mlflow import CACHED
 
 PREFIX = "pipeline-"  # of the journals of executions
@@ -29,13 +31,14 @@ class Synced:
 
 
 def unsent_journals(root: Path) -> list[Path]:
-    """Journals of stages that MLflow does not have in full, oldest first; those of stages that still run are left out."""
+    """Journals that MLflow does not have in full, oldest first; those of stages that still run, and of executions that are not
+    closed, are left out."""
     found = []
     for path in sorted((root / FOLDER).glob("*.jsonl")):
-        if path.name.startswith(PREFIX) or read_receipt(path).get("complete"):
+        if read_receipt(path).get("complete"):
             continue
         events, _ = read_events(path)
-        if events and (events[-1]["event"] == "end" or not _alive(events[0])):
+        if events and (events[-1]["event"] in LAST or not (path.name.startswith(PREFIX) or _alive(events[0]))):
             found.append(path)
     return found
 
@@ -51,9 +54,11 @@ def sync(root: Path) -> Synced:
         other = any(":" in stage for stage in recorded)  # of another dvc.yaml, which leaves the rest of the pipeline alone
         missing = set() if other else _stages_of(root) - recorded - read_changed(root)
         record_cached(root, newest.stem.removeprefix(PREFIX), sorted(missing))
+        if not other:
+            record_results(root, newest)
     waiting = unsent_journals(root)
     for path in waiting:
-        if read_events(path)[0][-1]["event"] != "end":
+        if read_events(path)[0][-1]["event"] not in LAST:
             Journal(path).end("KILLED")  # with its sender: nobody has said so
     send(root, waiting)
     left = {path.stem: read_receipt(path).get("failed") or "not sent" for path in unsent_journals(root)}
@@ -61,9 +66,11 @@ def sync(root: Path) -> Synced:
 
 
 def close_execution(root: Path, token: str, cached: Sequence[str]) -> None:
-    """Record the stages that an execution found up to date. Never raises: a record is no reason for a run to fail."""
+    """Record the stages that an execution found up to date, and what came out of it. Never raises: a record is no reason for a
+    run to fail."""
     try:
-        send(root, record_cached(root, token, cached))
+        journals = record_cached(root, token, cached)
+        send(root, [*journals, *record_results(root, root / FOLDER / f"{PREFIX}{token}.jsonl")])
     except Exception as error:
         print(f"warning: {len(cached)} stages that were up to date are not recorded: {error}", file=sys.stderr)
 
@@ -81,6 +88,24 @@ def record_cached(root: Path, token: str, addresses: Sequence[str]) -> list[Path
         journal.end("FINISHED")
         written.append(journal.path)
     return written
+
+
+def record_results(root: Path, journal: Path) -> list[Path]:
+    """Close the journal of an execution, once, with what a person looks for on its page in MLflow: the table of results as the
+    run's description, the pictures, and dvc.lock as it is now."""
+    if not journal.exists() or read_events(journal)[0][-1]["event"] in LAST:
+        return []
+    execution = Journal(journal)
+    if (lock := root / "dvc.lock").is_file():
+        execution.write("text", name="results/dvc.lock", text=lock.read_text())
+    with suppress(ValueError):  # nothing was measured
+        table = markdown_table(root)
+        execution.write("text", name="results/results.md", text=table + "\n")
+        execution.write("tags", tags={"mlflow.note.content": table})
+    if (sheet := root / "artifacts" / "evaluation" / "contact_sheet.png").is_file():
+        execution.write("artifact", path=str(sheet), folder="results")
+    execution.write("closed")
+    return [journal]
 
 
 def send(root: Path, journals: Sequence[Path]) -> None:
@@ -108,6 +133,10 @@ def _recorded(root: Path, pipeline: str) -> dict[str, Path]:
 
 
 def _running(root: Path, pipeline: str) -> bool:
+    """Whether one of the execution's stages runs, or the `dvc repro` that it is, which may be between two stages."""
+    pid, separator, created = pipeline.removeprefix(PREFIX).partition("-")
+    if separator and pid.isdigit() and created.isdigit() and _alive({"pid": int(pid), "time": int(created) + 1}):
+        return True
     events = [read_events(path)[0] for path in _recorded(root, pipeline).values()]
     return any(e[-1]["event"] != "end" and _alive(e[0]) for e in events if e)
 

@@ -22,6 +22,7 @@ from stages._system import SystemMonitor
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 FOLDER = Path(".qvgen") / "journal"
+LAST = ("end", "closed")  # events after which nothing comes: of a stage's journal, of an execution's
 MAX_DIFF = 1_000_000  # characters of uncommitted changes that are kept
 FINISH_SECONDS = 60  # how long a stage that is done waits for tracking to catch up
 _SHELLS = frozenset({"sh", "bash", "dash", "zsh", "fish", "ksh"})
@@ -54,12 +55,12 @@ class Journal:
         return self.path.stem
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one line; after the end of the run nothing is added. A full disk is reported once and never stops the stage."""
+        """Append one line, unless the run has ended. A full disk is reported once and never stops the stage."""
         line = json.dumps({"event": event, "time": now(), **fields}, default=str)
         with self._lock:  # the system metrics come from a thread of their own
             if self._ended:
                 return
-            self._ended = event == "end"
+            self._ended = event in LAST
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("a") as file:
@@ -117,8 +118,8 @@ def write_receipt(journal: Path, receipt: Mapping[str, Any]) -> None:
 
 
 class Forwarder:
-    """Context manager around a stage: a process of its own that sends the journal to MLflow while the stage works, and a thread
-    that adds system metrics to it.
+    """Context manager around a stage: a process of its own sends the journal to MLflow while the stage works; a thread adds
+    system metrics to it.
 
     MLflow takes seconds to import and may hang or fail; here it can do neither to the stage.
     """

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages._journal import Journal, read_events, read_receipt, write_receipt
+from stages._journal import LAST, Journal, read_events, read_receipt, write_receipt
 from stages._mlflow import CACHED, find_producer, log_datasets, log_texts_once
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Sender:
         self.journal = journal
         self.home = journal.parents[2]
         self.unsent: list[dict[str, Any]] = []
-        self.ended = False  # whether the stage has said how it ended
+        self.ended = False  # whether the stage has said how it ended, or the execution that nothing comes any more
         self._offset = 0
         self._client: MlflowClient
         self._experiment = self._run = self._parent = ""
@@ -124,7 +124,7 @@ class Sender:
     def read(self) -> None:
         events, self._offset = read_events(self.journal, self._offset)
         self.unsent += events
-        self.ended |= any(event["event"] == "end" for event in events)
+        self.ended |= any(event["event"] in LAST for event in events)
 
     def send(self) -> None:
         """Send all that was read. Raises what MLflow raises; what was not sent then is sent by the next call."""
@@ -168,8 +168,11 @@ class Sender:
     def _send_one(self, event: dict[str, Any]) -> None:
         client, run = self._client, self._run
         match event["event"]:
-            case "start":
+            case "start" if "pipeline" in event:
                 self._open_run(event)
+            case "start":  # of an execution, the parent of its stages' runs
+                self._run = self._parent_of(event)
+                self._note(run_id=self._run, complete=False)
             case "tags":
                 self._log_tags(run, event["tags"])
             case "text":
@@ -209,10 +212,14 @@ class Sender:
     def _open_parent(self, id: str) -> str:
         """The run of the pipeline execution, shown as running while one of its stages runs."""
         (start, *_), _ = read_events(self.journal.with_name(f"{id}.jsonl"))
-        run_id = start["run_id"] or self._find_or_create(id, start["name"], start["time"], start["tags"])
-        log_texts_once(self._client, run_id, start.get("texts", {}))
+        run_id = self._parent_of(start)
         if self._client.get_run(run_id).info.status == "FINISHED":
             self._client.update_run(run_id, status="RUNNING")
+        return run_id
+
+    def _parent_of(self, start: dict[str, Any]) -> str:
+        run_id = start["run_id"] or self._find_or_create(start["id"], start["name"], start["time"], start["tags"])
+        log_texts_once(self._client, run_id, start.get("texts", {}))
         return run_id
 
     def _close_parent(self, end: dict[str, Any]) -> None:
