@@ -13,8 +13,7 @@ from typing import Any
 
 import yaml
 
-from pipelines.dag import stage_address
-from stages._dvc import flatten
+from stages._dvc import flatten, stage_address
 
 BLOCK = 1 << 22  # bytes read at a time
 WORKTREE = ""  # in place of a commit: the files that are checked out

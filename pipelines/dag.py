@@ -7,6 +7,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
+from stages._dvc import stage_address
+
 Graph = dict[str, set[str]]  # address of a stage -> addresses of the stages that it needs
 
 
@@ -43,13 +45,6 @@ def read_always_changed(root: Path) -> set[str]:
 
     with Repo(str(root)) as repo:
         return {stage_address(stage) for stage in stages_of(repo) if stage.always_changed}
-
-
-def stage_address(stage: Any) -> str:
-    """As DVC writes it in the root; its own `addressing` is relative to the current folder."""
-    if stage.is_data_source:  # a .dvc file, which has no name
-        return stage.path_in_repo
-    return stage.name if stage.path_in_repo == "dvc.yaml" else f"{stage.path_in_repo}:{stage.name}"
 
 
 def stages_of(repo: Any) -> list[Any]:

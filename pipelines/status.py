@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.dag import in_order, read_graph, stage_address, stages_of, with_upstream
-from stages._dvc import flatten
+from pipelines.dag import in_order, read_graph, stages_of, with_upstream
+from stages._dvc import flatten, stage_address
 
 _WORDS = {"modified": "changed", "new": "is new", "deleted": "is missing", "not in cache": "is not in DVC's cache"}
 _SAID = {"changed command": "the command changed"}

@@ -6,6 +6,8 @@ import difflib
 import hashlib
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +52,7 @@ def read_dvc_facts(root: Path, address: str) -> DvcFacts:
     Raises ValueError for a stage that dvc.yaml does not have, FileNotFoundError for a missing dependency, and DVC's own
     error for a folder that is no DVC project.
     """
-    with _read(root) as repo:
-        stage = _find(repo, address)
+    with _opened(root, address) as stage:
         deps: dict[str, str] = {}
         params: dict[str, Any] = {}
         for dep in stage.deps:
@@ -63,13 +64,13 @@ def read_dvc_facts(root: Path, address: str) -> DvcFacts:
                 raise FileNotFoundError(
                     f"{dep.def_path} does not exist; `dvc repro {address}` makes what {address} depends on"
                 )
-        return DvcFacts(stage.addressing, str(stage.cmd), deps, params, tuple(out.def_path for out in stage.outs))
+        return DvcFacts(stage_address(stage), str(stage.cmd), deps, params, tuple(out.def_path for out in stage.outs))
 
 
 def output_hashes(root: Path, facts: DvcFacts) -> dict[str, str]:
     """Path -> DVC hash of each output of the stage. DVC finds them again in its state when it commits the stage."""
-    with _read(root) as repo:
-        return {o.def_path: o.get_hash().value for o in _find(repo, facts.address).outs if o.exists}
+    with _opened(root, facts.address) as stage:
+        return {o.def_path: o.get_hash().value for o in stage.outs if o.exists}
 
 
 def restore_outputs(root: Path, facts: DvcFacts) -> None:
@@ -77,10 +78,17 @@ def restore_outputs(root: Path, facts: DvcFacts) -> None:
 
     Metrics that git keeps are not in the cache and stay away.
     """
-    with _read(root) as repo:
-        for out in _find(repo, facts.address).outs:
+    with _opened(root, facts.address) as stage:
+        for out in stage.outs:
             if out.use_cache and out.hash_info and not out.exists and not out.changed_cache():
                 out.checkout()
+
+
+def stage_address(stage: Any) -> str:
+    """Of DVC's stage, as DVC writes it in the root; its own `addressing` is relative to the current folder."""
+    if stage.is_data_source:  # a .dvc file, which has no name
+        return stage.path_in_repo
+    return stage.name if stage.path_in_repo == "dvc.yaml" else f"{stage.path_in_repo}:{stage.name}"
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -91,29 +99,37 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read(root: Path):
-    """The project with all its files read. Another stage that ends at this moment rewrites dvc.lock in place, so that half of
-    it may be read: then it is read again."""
+@contextmanager
+def _opened(root: Path, address: str) -> Iterator[Any]:
+    """DVC's stage of that address.
+
+    Another stage that ends at this moment rewrites dvc.lock in place, so that half of it may be read: then it is read again.
+    """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo  # 0.3 s
 
     for attempt in range(READ_ATTEMPTS):
-        repo = Repo(str(root))
-        try:
-            repo.index.stages  # noqa: B018 (read now)
-            return repo
-        except DvcException:
-            repo.close()
-            if attempt == READ_ATTEMPTS - 1:
-                raise
-            time.sleep(READ_SECONDS)
-    raise AssertionError("unreachable")
+        with Repo(str(root)) as repo:
+            try:
+                stage = _find(repo, address)
+            except DvcException:
+                if attempt == READ_ATTEMPTS - 1:
+                    raise
+                time.sleep(READ_SECONDS)
+            else:
+                yield stage
+                return
 
 
 def _find(repo: Any, address: str) -> Any:
     """The stage of that address, or the only one of that name, whichever dvc.yaml it stands in."""
-    stages = {stage.addressing: stage for stage in repo.index.stages}
-    found = [stages[address]] if address in stages else [s for a, s in stages.items() if a.endswith(f":{address}")]
+    from dvc.stage.exceptions import StageFileDoesNotExistError, StageNotFound
+
+    file, _, name = address.rpartition(":")
+    with suppress(StageFileDoesNotExistError, StageNotFound):  # one file: the whole project takes seconds
+        return repo.stage.load_one(str(Path(repo.root_dir) / (file or "dvc.yaml")), name)
+    stages = {stage_address(stage): stage for stage in repo.index.stages}
+    found = [stage for known, stage in stages.items() if known.endswith(f":{address}")]
     if len(found) != 1:
         close = difflib.get_close_matches(address, stages, n=5, cutoff=0.3)
         raise ValueError(f"no dvc.yaml has a stage {address!r}; close: {', '.join(close) or ', '.join(sorted(stages)[:5])}")
