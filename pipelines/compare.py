@@ -85,7 +85,8 @@ def _repro(root: Path, name: str, variables: dict[str, str]) -> bool:
     """One stage, upstream left alone. Its output goes to a log."""
     log = root / LOGS / f"{name.rpartition(':')[2]}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
+    dvc = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", name]
+    command = [sys.executable, "-m", "pipelines.guard", "--", *dvc]  # it ends with this process, however that ends
     started = time.monotonic()
     with log.open("w") as file:
         done = subprocess.run(command, cwd=root, env=variables, stdout=file, stderr=subprocess.STDOUT, check=False)

@@ -38,7 +38,7 @@ class Journal:
     """Append-only record of one stage run. `id` is the file's name and the tag `journal.id` of the MLflow run."""
 
     path: Path
-    _broken: bool = field(default=False, repr=False)
+    _waiting: list[str] = field(default_factory=list, repr=False)  # lines that found no room
     _ended: bool = field(default=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -55,20 +55,32 @@ class Journal:
         return self.path.stem
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one line, unless the run has ended. A full disk is reported once and never stops the stage."""
+        """Append one line, unless the run has ended. A full disk never stops the stage: it is said once, and what found no
+        room is written as soon as there is some."""
         line = json.dumps({"event": event, "time": now(), **fields}, default=str)
         with self._lock:  # the system metrics come from a thread of their own
-            if self._ended:
-                return
-            self._ended = event in LAST
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.path.open("a") as file:
-                    file.write(line + "\n")
-            except OSError as error:
-                if not self._broken:
-                    print(f"warning: {self.path} cannot be written ({error}); the run goes on unrecorded", file=sys.stderr)
-                self._broken = True
+            if not self._ended:
+                self._ended = event in LAST
+                self._append([line])
+
+    def flush(self) -> bool:
+        """Try again to write what found no room. Returns whether all is written."""
+        with self._lock:
+            return not self._waiting or self._append([])
+
+    def _append(self, lines: list[str]) -> bool:
+        # A line that was cut short for lack of room ends with the first newline; a reader skips it.
+        text = "\n".join(["", *self._waiting, *lines] if self._waiting else lines) + "\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(text)
+            self._waiting.clear()
+        except OSError as error:
+            if not self._waiting:
+                print(f"warning: {self.path} cannot be written ({error}); the run goes on", file=sys.stderr)
+            self._waiting += lines
+        return not self._waiting
 
     def end(self, status: Status) -> None:
         self.write("end", status=status)
@@ -147,8 +159,11 @@ class Forwarder:
             self._monitor.stop()
         if self._process is None:
             return
+        ends = time.monotonic() + (FINISH_SECONDS if error is None else FINISH_SECONDS / 4)
         try:
-            self._process.wait(FINISH_SECONDS if error is None else FINISH_SECONDS / 4)
+            while not self._journal.flush() and time.monotonic() < ends:
+                time.sleep(1)
+            self._process.wait(max(0.0, ends - time.monotonic()))
         except subprocess.TimeoutExpired:
             print("tracking is slow; it catches up in the background", file=sys.stderr)
         except KeyboardInterrupt:  # impatience with tracking must not fail a stage that is done
@@ -176,17 +191,18 @@ def open_pipeline(root: Path, home: Path, token: str | None = None) -> Pipeline:
         if not path.exists():
             git_tags = _git_tags(root)
             name = f"pipeline {git_tags.get('git.commit', '')[:8]}".strip()
-            start = {"event": "start", "time": now(), "id": id, "name": name, "run_id": given, "tags": git_tags}
+            start = {"event": "start", "time": now(), "id": id, "name": name, "run_id": given}
+            start["tags"] = git_tags | ({"dvc.exp_name": os.environ["DVC_EXP_NAME"]} if "DVC_EXP_NAME" in os.environ else {})
             start["texts"] = _circumstances(root, dirty=git_tags.get("git.dirty") == "true")
             path.parent.mkdir(parents=True, exist_ok=True)
             draft = path.with_suffix(f".{os.getpid()}")
-            draft.write_text(json.dumps(start) + "\n")
             try:
+                draft.write_text(json.dumps(start) + "\n")
                 os.link(draft, path)  # fails where a stage that runs beside this one was first
             except FileExistsError:
                 pass
             finally:
-                draft.unlink()
+                draft.unlink(missing_ok=True)
         return Pipeline(id, read_events(path)[0][0]["tags"])
     except OSError as error:
         print(f"warning: {path} cannot be written ({error})", file=sys.stderr)

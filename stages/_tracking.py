@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 EXPERIMENT = "qvgen"
-FLUSH_SECONDS = 3.0
-RETRY_SECONDS = 30.0
+FLUSH_SECONDS, RETRY_SECONDS = 3.0, 30.0
 METRICS_PER_BATCH, PARAMS_PER_BATCH, TAGS_PER_BATCH = 1000, 100, 100  # MLflow's limits
 LONGEST_TAG, LONGEST_PARAM = 5000, 6000
 APART = ("artifact", "text", "register")  # other stores: one that fails must not hold up the metrics
@@ -198,7 +197,7 @@ class Sender:
         from mlflow.entities import Param
 
         with locked(self.home):
-            self._parent = self._open_parent(event["pipeline"])
+            self._parent = self._open_parent(event["pipeline"], event["time"])
         tags = event["tags"] | {"mlflow.parentRunId": self._parent}
         if tags.get("stage.state") == CACHED:
             tags["produced_by"] = find_producer(self._client, self._experiment, tags) or "unknown"
@@ -209,10 +208,11 @@ class Sender:
             self._client.log_batch(self._run, params=batch)
         self._note(run_id=self._run, parent_run_id=self._parent, complete=False)
 
-    def _open_parent(self, id: str) -> str:
+    def _open_parent(self, id: str, time: int) -> str:
         """The run of the pipeline execution, shown as running while one of its stages runs."""
-        (start, *_), _ = read_events(self.journal.with_name(f"{id}.jsonl"))
-        run_id = self._parent_of(start)
+        path = self.journal.with_name(f"{id}.jsonl")
+        unknown = {"id": id, "name": "pipeline", "time": time, "run_id": None, "tags": {}}  # its journal found no room
+        run_id = self._parent_of(read_events(path)[0][0] if path.exists() else unknown)
         if self._client.get_run(run_id).info.status == "FINISHED":
             self._client.update_run(run_id, status="RUNNING")
         return run_id
