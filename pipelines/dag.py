@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,15 @@ from typing import Any
 from stages._dvc import stage_address
 
 Graph = dict[str, set[str]]  # address of a stage -> addresses of the stages that it needs
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The stages that a run goes through, and how they stand."""
+
+    graph: Graph
+    changed: frozenset[str]  # not up to date by themselves, whatever becomes of the stages they need
+    always: frozenset[str]  # of these, those that run every time
 
 
 def read_graph(root: Path) -> Graph:
@@ -21,30 +31,36 @@ def read_graph(root: Path) -> Graph:
     from dvc.repo import Repo
 
     with Repo(str(root)) as repo:
-        graph = repo.index.graph
-        # In the order of the files: the graph's own differs from run to run.
-        return {
-            stage_address(s): {stage_address(up) for up in graph.successors(s) if not up.is_data_source}
-            for s in stages_of(repo)
-            if s in graph
-        }
+        return _graph(repo)
 
 
-def read_changed(root: Path) -> set[str]:
-    """Addresses of the stages that are not up to date by themselves, whatever becomes of the stages they need: something
-    differs from dvc.lock, or an output is missing, or the stage always runs."""
+def read_pipeline(root: Path, targets: Iterable[str] = ()) -> Pipeline:
+    """The stages of the root's dvc.yaml, or `targets`, with all that they need. Stages of other files, such as those of a
+    comparison, are none of its business. Raises ValueError for a stage that no dvc.yaml has, and DVC's own errors."""
     from dvc.repo import Repo
 
     with Repo(str(root)) as repo, repo.lock:
-        return {stage_address(stage) for stage in stages_of(repo) if stage.status(check_updates=False)}
+        whole = _graph(repo)
+        chosen = with_upstream(whole, set(targets) or pipeline_stages(whole))
+        stages = {name: stage for stage in stages_of(repo) if (name := stage_address(stage)) in chosen}
+        changed = frozenset(name for name, stage in stages.items() if stage.status(check_updates=False))
+        always = frozenset(name for name in changed if stages[name].always_changed)
+        return Pipeline({name: needs for name, needs in whole.items() if name in chosen}, changed, always)
 
 
-def read_always_changed(root: Path) -> set[str]:
-    """Addresses of the stages that run every time."""
-    from dvc.repo import Repo
+def pipeline_stages(graph: Graph) -> set[str]:
+    """Those of the root's dvc.yaml: what runs if nothing else is said."""
+    return {name for name in graph if ":" not in name}
 
-    with Repo(str(root)) as repo:
-        return {stage_address(stage) for stage in stages_of(repo) if stage.always_changed}
+
+def _graph(repo: Any) -> Graph:
+    graph = repo.index.graph
+    # In the order of the files: the graph's own differs from run to run.
+    return {
+        stage_address(s): {stage_address(up) for up in graph.successors(s) if not up.is_data_source}
+        for s in stages_of(repo)
+        if s in graph
+    }
 
 
 def stages_of(repo: Any) -> list[Any]:

@@ -22,7 +22,7 @@ from prefect.runtime import flow_run, task_run
 from prefect.states import Completed, State
 
 from pipelines.checkout import environment, only_one
-from pipelines.dag import in_order, read_changed, read_graph, waiting_for_all, with_upstream
+from pipelines.dag import Graph, Pipeline, in_order, read_pipeline, waiting_for_all
 from pipelines.guard import DEADLINE
 from pipelines.lineage import close_execution, runs_of_execution
 from pipelines.runners import task_runner
@@ -87,11 +87,9 @@ def pipeline(root: str, targets: list[str] | None = None) -> list[dict[str, Any]
     with only_one(folder):
         execution = f"prefect-{flow_run.id}"
         variables = {"QVGEN_EXECUTION": execution, "QVGEN_PREFECT_FLOW_RUN": str(flow_run.id)}
-        graph = read_graph(folder)
-        chosen = with_upstream(graph, set(targets) if targets else {name for name in graph if ":" not in name})
-        graph = {name: needs for name, needs in graph.items() if name in chosen}
+        read = read_pipeline(folder, targets or ())
         with _stopping_children():
-            states = _run(folder, graph, settings, variables)
+            states = _run(folder, read, settings, variables)
         close_execution(folder, execution, [name for name, (state, _) in states.items() if state == CACHED])
     runs = runs_of_execution(folder, execution)
     rows = [
@@ -99,7 +97,7 @@ def pipeline(root: str, targets: list[str] | None = None) -> list[dict[str, Any]
         for name, (state, seconds) in states.items()
     ]
     create_table_artifact(rows, key="stages", description="What became of each stage, and its run in MLflow")
-    create_markdown_artifact(mermaid(graph, {name: state for name, (state, _) in states.items()}), key="dag")
+    create_markdown_artifact(mermaid(read.graph, {name: state for name, (state, _) in states.items()}), key="dag")
     failed = [row["stage"] for row in rows if row["state"] not in (CACHED, RUN_CACHE, RAN)]
     if failed:
         raise StageError(f"{len(failed)} of {len(rows)} stages failed or lack what they need: {', '.join(failed)}")
@@ -112,11 +110,9 @@ def run_pipeline(root: Path, targets: list[str] | None = None) -> list[dict[str,
     return pipeline.with_options(task_runner=task_runner(settings.runner, settings.workers))(str(root), targets)
 
 
-def _run(
-    root: Path, graph: dict[str, set[str]], settings: FlowSettings, variables: dict[str, str]
-) -> dict[str, tuple[str, float]]:
+def _run(root: Path, read: Pipeline, settings: FlowSettings, variables: dict[str, str]) -> dict[str, tuple[str, float]]:
     """Stage -> name of its final state, seconds. A stage whose upstream failed stays NotReady."""
-    changed, futures = read_changed(root), {}
+    graph, futures = read.graph, {}
     apart = waiting_for_all(graph, settings.alone)
     for name in in_order({name: needs | apart.get(name, set()) for name, needs in graph.items()}):
         base = name.partition("@")[0]
@@ -125,7 +121,9 @@ def _run(
         deadline = settings.deadlines.get(base, settings.deadline)
         also = [allow_failure(futures[other]) for other in sorted(apart.get(name, ()))]
         beside = variables | (SHARED if settings.workers > 1 and name not in apart else {})
-        futures[name] = configured.submit(name, str(root), needs, name not in changed, deadline, beside, wait_for=also)
+        futures[name] = configured.submit(
+            name, str(root), needs, name not in pipeline.changed, deadline, beside, wait_for=also
+        )
     states = {}
     for name, future in futures.items():
         started = time.monotonic()
@@ -142,7 +140,7 @@ def _seconds(future: Any, waited: float) -> float:
     return waited
 
 
-def mermaid(graph: dict[str, set[str]], states: dict[str, str]) -> str:
+def mermaid(graph: Graph, states: dict[str, str]) -> str:
     """The graph as a mermaid flowchart in Markdown, each stage with its state."""
     number = {name: f"s{i}" for i, name in enumerate(graph)}
     nodes = [f'    {number[name]}["{name}<br/>{states.get(name, "")}"]' for name in graph]

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.dag import read_changed, read_graph
+from pipelines.dag import read_pipeline
 from pipelines.results import markdown_table
 from stages._dvc import output_hashes, read_dvc_facts
 from stages._journal import FOLDER, LAST, Journal, open_pipeline, read_events, read_receipt
@@ -52,7 +52,8 @@ def sync(root: Path) -> Synced:
     if newest is not None and not _running(root, newest.stem):
         recorded = _recorded(root, newest.stem).keys()
         other = any(":" in stage for stage in recorded)  # of another dvc.yaml, which leaves the rest of the pipeline alone
-        missing = set() if other else _stages_of(root) - recorded - read_changed(root)
+        read = read_pipeline(root)
+        missing = set() if other else read.graph.keys() - recorded - read.changed
         record_cached(root, newest.stem.removeprefix(PREFIX), sorted(missing))
         if not other:
             record_results(root, newest)
@@ -139,11 +140,6 @@ def _running(root: Path, pipeline: str) -> bool:
         return True
     events = [read_events(path)[0] for path in _recorded(root, pipeline).values()]
     return any(e[-1]["event"] != "end" and _alive(e[0]) for e in events if e)
-
-
-def _stages_of(root: Path) -> set[str]:
-    """Of the root's dvc.yaml."""
-    return {name for name in read_graph(root) if ":" not in name}
 
 
 def _alive(start: dict) -> bool:

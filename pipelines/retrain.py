@@ -20,7 +20,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 from prefect.states import Completed, State
 
-from pipelines.dag import read_always_changed, read_changed
+from pipelines.dag import read_pipeline
 from pipelines.flow import run_pipeline
 from pipelines.promote import promote_after_run
 
@@ -51,7 +51,8 @@ def retrain(root: str, force: bool = False) -> State:
     A failure leaves champion, branch and checkout as they were. State Unchanged: nothing had changed.
     """
     folder = Path(root)
-    reasons = sorted(read_changed(folder) - read_always_changed(folder))
+    read = read_pipeline(folder)
+    reasons = sorted(read.changed - read.always)
     if not reasons and not force:
         return Completed(name="Unchanged", message="data, code and parameters are those of dvc.lock")
     print(f"changed: {', '.join(reasons) or 'nothing, but it was asked for'}")

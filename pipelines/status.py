@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.dag import in_order, read_graph, stages_of, with_upstream
+from pipelines.dag import in_order, pipeline_stages, read_graph, stages_of, with_upstream
 from stages._dvc import flatten, stage_address
 
 _WORDS = {"modified": "changed", "new": "is new", "deleted": "is missing", "not in cache": "is not in DVC's cache"}
@@ -33,7 +33,7 @@ def read_status(root: Path, targets: Sequence[str] = ()) -> list[StageStatus]:
     from dvc.repo import Repo
 
     graph = read_graph(root)
-    chosen = with_upstream(graph, set(targets) or {name for name in graph if ":" not in name})
+    chosen = with_upstream(graph, set(targets) or pipeline_stages(graph))
     with Repo(str(root)) as repo, repo.lock:
         stages = {stage_address(stage): stage for stage in stages_of(repo)}
         reasons = {name: tuple(_reasons(stages[name])) for name in chosen}

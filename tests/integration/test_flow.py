@@ -40,6 +40,12 @@ def record(execution: dict[str, Any]) -> dict[str, dict[str, str]]:
     }
 
 
+def results(project: Path, parent: str) -> dict[str, str]:
+    """What an execution's page in MLflow has in the folder results."""
+    folder = Path(MlflowClient(f"sqlite:///{project / 'mlflow.db'}").download_artifacts(parent, "results"))
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
 def flow(project: Path, prefect_server: dict[str, str]) -> subprocess.Popen[str]:
     script = "from pathlib import Path\nfrom pipelines.flow import run_pipeline\nprint(run_pipeline(Path.cwd()))\n"
     (project / "run_flow.py").write_text(script)
@@ -55,6 +61,8 @@ def test_flow_and_dvc_repro_leave_the_same_record(project: Path, prefect_server:
     assert {stage: tags["produced_by"] for stage, tags in cached.items()} == {s: t["id"] for s, t in first.items()}
     assert record(first) == record(cached)
     assert all("prefect.task_run_id" in tags for tags in first.values())
+    assert results(project, first["a"]["mlflow.parentRunId"]) == results(project, cached["a"]["mlflow.parentRunId"])
+    assert results(project, first["a"]["mlflow.parentRunId"]) == {"dvc.lock": (project / "dvc.lock").read_text()}
 
     (project / "artifacts" / "c" / "value").unlink()
     (project / "dvc.lock").unlink()

@@ -61,6 +61,7 @@ def loss_points(uri: str) -> list[tuple[int, float]]:
     experiment = client.get_experiment_by_name("qvgen")
     assert experiment is not None
     (found,) = client.search_runs([experiment.experiment_id], "tags.`dvc.stage` = 'a' and attributes.status = 'FINISHED'")
+    assert found.data.metrics["system/process_memory_megabytes"] > 10
     return [(point.step, point.value) for point in client.get_metric_history(found.info.run_id, "loss")]
 
 

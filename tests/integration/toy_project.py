@@ -53,6 +53,10 @@ def make(root: Path, settings: dict[str, Any] | None = None) -> Path:
         deps = [f"stages/{name}.py", *(f"artifacts/{need}" for need in needs)]
         stages[name] = {"cmd": f"python -m stages.{name}", "deps": deps, "params": ["seed"], "outs": [f"artifacts/{name}"]}
     (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
+    # Nothing of the pipeline: it neither runs with it nor is a reason to run.
+    (root / "aside").mkdir()
+    aside = {"stages": {"other": {"cmd": "echo > out", "outs": ["out"]}}}
+    (root / "aside" / "dvc.yaml").write_text(yaml.safe_dump(aside))
     (root / ".gitignore").write_text("\n".join(IGNORED) + "\n")
     shutil.copy(ROOT / ".env.defaults", root)
     for command in ("git init -q", "git config user.name t", "git config user.email t@t"):
