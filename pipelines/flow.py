@@ -121,9 +121,7 @@ def _run(root: Path, read: Pipeline, settings: FlowSettings, variables: dict[str
         deadline = settings.deadlines.get(base, settings.deadline)
         also = [allow_failure(futures[other]) for other in sorted(apart.get(name, ()))]
         beside = variables | (SHARED if settings.workers > 1 and name not in apart else {})
-        futures[name] = configured.submit(
-            name, str(root), needs, name not in pipeline.changed, deadline, beside, wait_for=also
-        )
+        futures[name] = configured.submit(name, str(root), needs, name not in read.changed, deadline, beside, wait_for=also)
     states = {}
     for name, future in futures.items():
         started = time.monotonic()
