@@ -141,7 +141,7 @@ def _lineage(client: MlflowClient, version: ModelVersion, runs: dict[str, Runs])
     """`runs`: experiments read so far, by id."""
     from mlflow.exceptions import MlflowException
 
-    from stages._tracking import EXPERIMENT
+    from stages._connection import EXPERIMENT
 
     try:
         experiment = client.get_run(version.run_id or "").info.experiment_id

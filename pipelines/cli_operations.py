@@ -27,7 +27,7 @@ def serve(
     root = project_root()
     api = use_prefect(root)
     if api is None or not answers(api):
-        from stages._tracking import public_uri  # without a password
+        from stages._connection import public_uri  # without a password
 
         where = public_uri(api, root) if api else "127.0.0.1:4200"
         raise ValueError(f"no Prefect server answers at {where}: start `qvgen ui`, or set PREFECT_API_URL")

@@ -15,7 +15,7 @@ from typing import Literal
 from pipelines.checkout import environment, run_is_active
 from pipelines.health import accepts, fetch
 from pipelines.prefect_home import LOCAL_API, answers
-from stages._tracking import public_uri, tracking_uri
+from stages._connection import public_uri, tracking_uri
 
 Verdict = Literal["PASS", "WARN", "FAIL"]
 SECONDS = 3.0  # that a server which hangs may cost

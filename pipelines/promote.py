@@ -53,7 +53,7 @@ def promote(
     `name` defaults to register.name; the version is the given one, else that of `alias`. A move that was cut short is
     completed. Raises NotRegisteredError if there is no such model, version or alias, and ValueError if MLflow does not answer.
     """
-    from stages._tracking import locked
+    from stages._connection import locked
 
     if force and not (reason or "").strip():
         raise ValueError('--force needs --reason "TEXT": it is recorded in the registry, for whoever asks later')

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages._tracking import connect, public_uri, tracking_uri
+from stages._connection import connect, public_uri, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

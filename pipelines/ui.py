@@ -16,7 +16,7 @@ from pathlib import Path
 from pipelines.checkout import environment
 from pipelines.health import fetch
 from pipelines.prefect_home import use_prefect
-from stages._tracking import EXPERIMENT, public_uri, tracking_uri
+from stages._connection import EXPERIMENT, public_uri, tracking_uri
 
 HOST = "127.0.0.1"
 PATIENCE = 180  # seconds until a server must answer; on a quiet machine it takes ten

@@ -7,96 +7,27 @@ MLflow is imported here and in stages/register.py only. Sending is idempotent: a
 from __future__ import annotations
 
 import argparse
-import fcntl
 import itertools
-import logging
 import os
 import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages._connection import connect, locked, public_uri, tracking_uri, without_secrets
 from stages._journal import LAST, Journal, read_events, read_receipt, write_receipt
 from stages._mlflow import CACHED, find_producer, log_datasets, log_texts_once
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-EXPERIMENT = "qvgen"
 FLUSH_SECONDS, RETRY_SECONDS = 3.0, 30.0
 METRICS_PER_BATCH, PARAMS_PER_BATCH, TAGS_PER_BATCH = 1000, 100, 100  # MLflow's limits
 LONGEST_TAG, LONGEST_PARAM = 5000, 6000
 APART = ("artifact", "text", "register")  # other stores: one that fails must not hold up the metrics
-
-# MLflow's own defaults wait 248 s for a server that is down. Telemetry stays off.
-_DEFAULTS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "DO_NOT_TRACK": "1",
-}
-
-
-def tracking_uri(home: Path) -> str:
-    """MLFLOW_TRACKING_URI, else the embedded database of this checkout."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve() / 'mlflow.db'}"
-
-
-def public_uri(uri: str, home: Path) -> str:
-    """The same address without password, and without the folder of this checkout, fit for a tracked file."""
-    return _without_secrets(uri.partition("?")[0].replace(f"sqlite:///{home.resolve()}/", "sqlite:///"))
-
-
-def _without_secrets(text: str) -> str:
-    """`https://user:password@host` -> `https://host`."""
-    return re.sub(r"://[^/@\s]*@", "://", text)
-
-
-def connect(home: Path) -> tuple[MlflowClient, str]:
-    """A client and the id of the experiment, both created on first use. Raises what MLflow raises."""
-    for name, value in _DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    for name in ("alembic", "mlflow"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    uri = tracking_uri(home)
-    from mlflow import MlflowClient
-
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    with locked(home):  # four stages that start at once must not each create database and experiment
-        database = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-        if database is not None and not database.exists():
-            _create_database(database)
-        client = MlflowClient(uri)
-        experiment = client.get_experiment_by_name(EXPERIMENT)
-        if experiment is not None:
-            return client, experiment.experiment_id
-        # MLflow would put artifacts under the current folder, which `dvc exp run --temp` deletes.
-        location = (database.resolve().parent / "mlruns").as_uri() if database is not None else None
-        return client, client.create_experiment(EXPERIMENT, artifact_location=location)
-
-
-def _create_database(database: Path) -> None:
-    """Create the tables beside their place, so that a crash half-way leaves no half-made database."""
-    from mlflow import MlflowClient
-
-    draft = database.with_suffix(".new")
-    draft.unlink(missing_ok=True)
-    MlflowClient(f"sqlite:///{draft}").search_experiments(max_results=1)
-    draft.replace(database)
-
-
-@contextmanager
-def locked(home: Path) -> Iterator[None]:
-    """What only one process of this checkout may do at a time."""
-    folder = home / ".qvgen" / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "tracking").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _name(key: str) -> str:
@@ -251,7 +182,7 @@ class Sender:
 
     def fail(self, error: Exception) -> None:
         """Say once why nothing is sent."""
-        first, *_ = _without_secrets(str(error)).splitlines() or [""]
+        first, *_ = without_secrets(str(error)).splitlines() or [""]
         reason = f"{type(error).__name__}: {first[:120]}"
         if not read_receipt(self.journal).get("failed"):
             uri = public_uri(tracking_uri(self.home), self.home)

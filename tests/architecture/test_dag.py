@@ -17,7 +17,9 @@ STAGES = [name for name in SCRIPTS if not name.startswith("compare_")]  # of the
 # Declarations only: what a stage gets out of it is tracked by its `params`, and a new section must not retrain a model.
 UNTRACKED_MODULES = {"qvgen", "qvgen.params"}
 # These only report; an edit to them changes no result.
-REPORTING = {"stages", "stages._dvc", "stages._journal", "stages._progress", "stages._promotions", "stages._tracking"}
+REPORTING = {"stages"} | {
+    f"stages.{name}" for name in ("_connection", "_dvc", "_journal", "_promotions", "_system", "_tracking")
+}
 # What starts and ends a run changes no number, and a case of the comparison takes minutes: a hundred would run again.
 RUNNING = {"stages._run", "stages._outputs"}
 # Run as a process of its own, so imports do not show it.

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from pipelines.audit import audit, find_uses
 from pipelines.promote import promote, promote_after_run
 from qvgen.params import load_params
+from stages._connection import connect
 from stages._promotions import Promotion, alias_version, promotions
-from stages._tracking import connect
 from tests.integration import audited_project as toy
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from stages._connection import connect
 from stages._journal import read_events, read_receipt
-from stages._tracking import connect
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 

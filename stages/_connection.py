@@ -1,0 +1,91 @@
+"""Where MLflow is, and a client of it: a server, or the embedded database of this checkout."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+EXPERIMENT = "qvgen"
+
+# MLflow's own defaults wait 248 s for a server that is down. Telemetry stays off.
+_DEFAULTS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "DO_NOT_TRACK": "1",
+}
+
+
+def tracking_uri(home: Path) -> str:
+    """MLFLOW_TRACKING_URI, else the embedded database of this checkout."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve() / 'mlflow.db'}"
+
+
+def public_uri(uri: str, home: Path) -> str:
+    """The same address without password, and without the folder of this checkout, fit for a tracked file."""
+    return without_secrets(uri.partition("?")[0].replace(f"sqlite:///{home.resolve()}/", "sqlite:///"))
+
+
+def without_secrets(text: str) -> str:
+    """`https://user:password@host` -> `https://host`."""
+    return re.sub(r"://[^/@\s]*@", "://", text)
+
+
+def connect(home: Path) -> tuple[MlflowClient, str]:
+    """A client and the id of the experiment, both created on first use. Raises what MLflow raises."""
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    uri = tracking_uri(home)
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    with locked(home):  # four stages that start at once must not each create database and experiment
+        database = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+        if database is not None and not database.exists():
+            _create_database(database)
+        client = MlflowClient(uri)
+        experiment = client.get_experiment_by_name(EXPERIMENT)
+        if experiment is not None:
+            return client, experiment.experiment_id
+        # MLflow would put artifacts under the current folder, which `dvc exp run --temp` deletes.
+        location = (database.resolve().parent / "mlruns").as_uri() if database is not None else None
+        try:
+            return client, client.create_experiment(EXPERIMENT, artifact_location=location)
+        except MlflowException:
+            experiment = client.get_experiment_by_name(EXPERIMENT)
+            if experiment is None:
+                raise
+            return client, experiment.experiment_id  # another host was first
+
+
+def _create_database(database: Path) -> None:
+    """Create the tables beside their place, so that a crash half-way leaves no half-made database."""
+    from mlflow import MlflowClient
+
+    draft = database.with_suffix(".new")
+    draft.unlink(missing_ok=True)
+    MlflowClient(f"sqlite:///{draft}").search_experiments(max_results=1)
+    draft.replace(database)
+
+
+@contextmanager
+def locked(home: Path) -> Iterator[None]:
+    """What only one process of this checkout may do at a time."""
+    folder = home / ".qvgen" / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "tracking").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
