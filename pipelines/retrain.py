@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import tempfile
 import urllib.request
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,11 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 from prefect.states import Completed, State
 
+from pipelines.checkout import environment
 from pipelines.dag import read_pipeline
 from pipelines.flow import run_pipeline
 from pipelines.promote import promote_after_run
+from stages._connection import without_secrets
 
 BRANCH = "retrain/{date}"
 KEPT = ("dvc.lock", "metrics", "reports")  # what the pipeline writes and git keeps
@@ -44,11 +48,12 @@ def notify(flow: Any, flow_run: Any, state: State) -> None:
 
 
 @flow(name="qvgen-retrain", on_failure=[notify], on_crashed=[notify], log_prints=True)
-def retrain(root: str, force: bool = False) -> State:
+def retrain(root: str, force: bool = False, push: bool = False) -> State:
     """Run the pipeline of the checkout `root` if data, code or parameters changed since dvc.lock (or with `force`), commit
     dvc.lock and metrics to a branch retrain/<date>, and let the gate decide whether the new model becomes champion.
 
-    A failure leaves champion, branch and checkout as they were. State Unchanged: nothing had changed.
+    With `push`, for a checkout that does not outlive the run, data and branch go to their remotes first. A failure leaves
+    champion and checkout as they were. State Unchanged: nothing had changed.
     """
     folder = Path(root)
     read = read_pipeline(folder)
@@ -57,17 +62,43 @@ def retrain(root: str, force: bool = False) -> State:
         return Completed(name="Unchanged", message="data, code and parameters are those of dvc.lock")
     print(f"changed: {', '.join(reasons) or 'nothing, but it was asked for'}")
     rows = run_pipeline(folder)
-    commit = commit_results(folder, f"Retraining of {datetime.now(UTC):%Y-%m-%d}, Prefect run {flow_run.id}")
+    kept = commit_results(folder, f"Retraining of {datetime.now(UTC):%Y-%m-%d}, Prefect run {flow_run.id}")
+    if push:
+        publish(folder, kept.branch if kept else None)
     verdict = promote_after_run(folder)
-    report = [f"Changed: {', '.join(reasons) or 'nothing'}.", f"Kept: {commit or 'no difference to commit'}.", "", verdict]
+    report = [f"Changed: {', '.join(reasons) or 'nothing'}.", f"Kept: {kept or 'no difference to commit'}.", "", verdict]
     create_markdown_artifact("\n".join(report), key="retraining", description="What a retraining did, and the gate's verdict")
     ran = sum(row["state"] == "Completed" for row in rows)
     return Completed(message=f"{ran} of {len(rows)} stages ran; {verdict.splitlines()[0] if verdict else ''}")
 
 
-def commit_results(root: Path, message: str) -> str | None:
-    """Commit what the pipeline wrote to a new branch retrain/<date>, on top of HEAD, and return "branch (commit)"; None if
-    it wrote nothing new or this is no git repository.
+@dataclass(frozen=True)
+class Kept:
+    """Where the results of a retraining are in git."""
+
+    branch: str
+    commit: str
+
+    def __str__(self) -> str:
+        return f"{self.branch} ({self.commit[:10]})"
+
+
+def publish(root: Path, branch: str | None) -> None:
+    """Push data, and what spares another checkout the computation, then the branch: no commit shall name data that nobody else
+    has. Raises RuntimeError with what the command said."""
+    commands = [[sys.executable, "-m", "dvc", "--wait-for-lock", "push", "--run-cache"]]
+    if branch is not None:
+        commands.append(["git", "push", "--quiet", "origin", branch])
+    for command in commands:
+        done = subprocess.run(command, cwd=root, env=environment(root), capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = without_secrets(done.stderr or done.stdout).strip()  # git names its remote, password and all
+            raise RuntimeError(f"{' '.join(command[-3:])} failed, so the new model is not promoted: {said[-1000:]}")
+
+
+def commit_results(root: Path, message: str) -> Kept | None:
+    """Commit what the pipeline wrote to a new branch retrain/<date>, on top of HEAD; None if it wrote nothing new or this is
+    no git repository.
 
     The checkout, its index and its branch stay as they are: the commit is made in an index of its own.
     """
@@ -95,7 +126,7 @@ def commit_results(root: Path, message: str) -> str | None:
         commit = git(*identity, "commit-tree", tree, "-p", head, "-m", message)
         branch = BRANCH.format(date=f"{datetime.now(UTC):%Y-%m-%dT%H%M%S}")
         git("branch", branch, commit)
-        return f"{branch} ({commit[:10]})"
+        return Kept(branch, commit)
 
 
 def serve(root: Path, cron: str, timezone: str) -> None:

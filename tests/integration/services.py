@@ -162,8 +162,9 @@ def mlflow(folder: Path, store: str, artifacts: str, variables: Mapping[str, str
     """Address of an `mlflow server` that keeps runs in `store` and serves files from `artifacts` itself."""
     address = f"http://127.0.0.1:{(port := free_port())}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", store, "--artifacts-destination", artifacts]
-    with server(command, folder, f"{address}/health", variables):
+    command += ["--artifacts-destination", artifacts]
+    own = {"MLFLOW_BACKEND_STORE_URI": store}  # not on the command line, where every user of the host would see the password
+    with server(command, folder, f"{address}/health", {**variables, **own}):
         yield address
 
 

@@ -85,8 +85,26 @@ def test_a_failure_is_named_and_what_can_run_still_runs(project: Path, prefect_s
     assert (project / "artifacts" / "c").exists() and not (project / "artifacts" / "b").exists()
 
 
+def test_dask_leaves_the_same_record_as_threads(tmp_path: Path, prefect_server: dict[str, str]) -> None:
+    """With a local cluster of real worker processes."""
+    records = {}
+    for runner in ("threads", "dask"):
+        (tmp_path / runner).mkdir()
+        project = toy_project.make(tmp_path / runner, {"runner": runner})
+        output, _ = flow(project, prefect_server).communicate(timeout=PATIENCE)
+        assert output.count("'state': 'Completed'") == 4, output
+        (execution,) = executions(project)
+        # Each is a commit of its own.
+        records[runner] = {s: {k: v for k, v in tags.items() if k != "git.commit"} for s, tags in record(execution).items()}
+    assert records["dask"] == records["threads"]
+
+
+@pytest.mark.parametrize("runner", ["threads", "dask"])
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_stopping_a_flow_leaves_no_process(project: Path, prefect_server: dict[str, str], how: signal.Signals) -> None:
+def test_stopping_a_flow_leaves_no_process(
+    tmp_path: Path, prefect_server: dict[str, str], how: signal.Signals, runner: str
+) -> None:
+    project = toy_project.make(tmp_path, {"runner": runner})
     (project / "ask").write_text("hang b")
     process = flow(project, prefect_server)
     wait_until((project / "started").exists)

@@ -80,3 +80,25 @@ def test_a_schedule_retrains_when_something_changed(
         hung = [line for line in processes_in(served) if "stages.b" in line or "guard" in line]
         wait_until(lambda: not [x for x in processes_in(served) if "stages.b" in x or "guard" in x], lambda: str(hung), 60)
     assert branches(served) == [branch]  # a run that did not finish keeps nothing
+
+
+def test_a_checkout_that_does_not_stay_pushes_data_and_branch(project: Path, prefect_server: dict[str, str]) -> None:
+    """As in a pod; then without a remote for the data: the branch, which would name data that nobody has, stays here."""
+    there, data = project / ".qvgen" / "there.git", project / ".qvgen" / "data"
+    subprocess.run(["git", "init", "-q", "--bare", str(there)], check=True)
+    subprocess.run(["git", "remote", "add", "origin", str(there)], cwd=project, check=True)
+    assert toy_project.run(project, "dvc", "remote", "add", "-d", "data", str(data))[0] == 0
+    script = "from pipelines.retrain import retrain\nprint(retrain('.', push=True))\n"
+    (project / "run_flow.py").write_text(script)
+    code, output = toy_project.run(project, "run_flow", **prefect_server)
+    assert code == 0, output
+    (branch,) = branches(project)
+    assert branches(there) == [branch]
+    assert len([path for path in data.glob("files/md5/??/*") if path.is_file()]) >= 4
+    assert list((data / "runs").rglob("*")), "what spares the next checkout the computation"
+
+    (project / "params.yaml").write_text((project / "params.yaml").read_text().replace("seed: 0", "seed: 9"))
+    assert toy_project.run(project, "dvc", "remote", "remove", "data")[0] == 0
+    code, output = toy_project.run(project, "run_flow", **prefect_server)
+    assert code != 0 and "so the new model is not promoted" in output, output
+    assert branches(there) == [branch]

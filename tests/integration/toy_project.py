@@ -55,7 +55,7 @@ def make(root: Path, settings: dict[str, Any] | None = None) -> Path:
     (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
     # Nothing of the pipeline: it neither runs with it nor is a reason to run.
     (root / "aside").mkdir()
-    aside = {"stages": {"other": {"cmd": "echo > out", "outs": ["out"]}}}
+    aside = {"stages": {"other": {"cmd": "echo > out", "outs": [{"out": {"cache": False}}]}}}
     (root / "aside" / "dvc.yaml").write_text(yaml.safe_dump(aside))
     (root / ".gitignore").write_text("\n".join(IGNORED) + "\n")
     shutil.copy(ROOT / ".env.defaults", root)
