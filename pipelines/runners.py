@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from importlib import import_module
 from typing import Any
@@ -24,6 +25,7 @@ def task_runner(kind: str, workers: int) -> Any:
     except ImportError:
         raise ValueError(f"flow.runner is {kind}: pip install {PACKAGES[kind]}, or use flow.runner: threads") from None
     if kind == "dask":
+        logging.getLogger("distributed").setLevel(logging.WARNING)  # it tells of every connection
         if address := os.environ.get("DASK_ADDRESS"):
             return module.DaskTaskRunner(address=address)
         return module.DaskTaskRunner(cluster_kwargs={"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None})

@@ -41,7 +41,11 @@ class Run:
         return self.group in COMPARED and not self.variant
 
     def number(self, name: str) -> float | None:
-        """A measure of scores.json; None if it is absent or null."""
+        """A measure of scores.json; None if it is absent or null. "speedup" is that of a step over fp32, timed in turn: two
+        cases run at a time, so that milliseconds alone say little."""
+        if name == "speedup":
+            step, fp32 = self.number("step_ms"), self.number("step_ms_fp32")
+            return fp32 / step if step and fp32 else None
         value = self.scores.get(name)
         return None if value is None else float(value)
 

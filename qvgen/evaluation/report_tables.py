@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from qvgen.evaluation.report_ranking import best_without_cost, paired, ranked, summary_of, verdict
 from qvgen.evaluation.report_results import Results, Run, bits_order
-from qvgen.evaluation.report_statistics import PairedDifference, summarize
+from qvgen.evaluation.report_statistics import PairedDifference
 from qvgen.evaluation.report_words import ABSENT, MEASURES, QUALITY, method_order
 
 CSV_COLUMNS = (
@@ -20,7 +20,7 @@ CSV_COLUMNS = (
 BASELINES = ("kd", "qvgen")  # what every method is compared with, pair by pair
 _WORST_LAYERS = 3
 _README_BITS = ("W4A4", "W3A3")
-_README_COLUMNS = ("velocity_mse", "psnr_db", "ssim", "colour", "direction", "digit", "bytes", "step_ms")
+_README_COLUMNS = ("velocity_mse", "psnr_db", "ssim", "colour", "direction", "digit", "bytes", "speedup")
 
 
 @dataclass(frozen=True)
@@ -217,9 +217,4 @@ def _range(values: Sequence[float | None], form: Callable[[float], str]) -> str:
 
 
 def _ratio_to_fp32(runs: list[Run]) -> str:
-    pairs = [(run.number("step_ms"), run.number("step_ms_fp32")) for run in runs]
-    ratios = [fp32 / step for step, fp32 in pairs if step and fp32]
-    if not ratios:
-        return ABSENT
-    summary = summarize(ratios)
-    return f"{summary.mean:.2f}" + (f" ± {summary.sd:.2f}" if summary.sd is not None else "")
+    return MEASURES["speedup"].summary(summary_of(runs, "speedup"))

@@ -105,6 +105,7 @@ MEASURES: dict[str, Measure] = {
         Measure("peak_rss_mb", "peak memory", 0, "lower", unit="MB"),
         Measure("bytes", "size", 2, "lower", 1e-6, "MB", spread=False),
         Measure("step_ms", "step", 2, "lower", unit="ms"),
+        Measure("speedup", "step, times as fast as fp32", 2, "higher"),
         Measure("final_loss", "final loss", 5, "lower"),
         Measure("mean_gradient_norm", "mean gradient norm", 4, "lower"),
     )

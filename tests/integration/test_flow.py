@@ -47,9 +47,7 @@ def results(project: Path, parent: str) -> dict[str, str]:
 
 
 def flow(project: Path, prefect_server: dict[str, str]) -> subprocess.Popen[str]:
-    script = "from pathlib import Path\nfrom pipelines.flow import run_pipeline\nprint(run_pipeline(Path.cwd()))\n"
-    (project / "run_flow.py").write_text(script)
-    return start(project, "run_flow", **prefect_server)
+    return toy_project.start_flow(project, **prefect_server)
 
 
 def test_flow_and_dvc_repro_leave_the_same_record(project: Path, prefect_server: dict[str, str]) -> None:

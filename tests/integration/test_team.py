@@ -20,8 +20,6 @@ from tests.integration.toy_project import PATIENCE, run, start
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
-FLOW = "from pathlib import Path\nfrom pipelines.flow import run_pipeline\nprint(run_pipeline(Path.cwd()))\n"
-
 
 @dataclass
 class Team:
@@ -89,8 +87,7 @@ def clone(team: Team, project: Path, name: str) -> Path:
 
 
 def flow(root: Path, team: Team) -> str:
-    (root / "run_flow.py").write_text(FLOW)
-    output, _ = start(root, "run_flow", **team.variables).communicate(timeout=PATIENCE)
+    output, _ = toy_project.start_flow(root, **team.variables).communicate(timeout=PATIENCE)
     assert PASSWORD not in output
     return output
 

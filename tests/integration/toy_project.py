@@ -34,6 +34,13 @@ def run(stage):
 
 stage_main(%r, run)
 """
+FLOW = """# What `qvgen repro` runs. Dask's workers import this file as well, and must not run it.
+from pathlib import Path
+from pipelines.flow import run_pipeline
+
+if __name__ == "__main__":
+    print(run_pipeline(Path.cwd()))
+"""
 NEEDS = {"a": "", "b": "a", "c": "a", "d": "bc"}
 IGNORED = (".qvgen/", "artifacts/", "mlflow.db*", "mlruns/", "ask", "started", "run_flow.py", "__pycache__/")
 
@@ -82,6 +89,12 @@ def start(root: Path, *arguments: str, **variables: str) -> subprocess.Popen[str
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def start_flow(root: Path, **variables: str) -> subprocess.Popen[str]:
+    """The flow in a process of its own, which prints its rows."""
+    (root / "run_flow.py").write_text(FLOW)
+    return start(root, "run_flow", **variables)
 
 
 def run(root: Path, *arguments: str, seconds: float = 600, **variables: str) -> tuple[int, str]:
