@@ -130,7 +130,7 @@ def _singular_values(spectra: list[tuple[Run, dict[str, Any]]], theme: Theme) ->
     left.set_xlabel("number of the singular value, largest first")
     left.set_ylabel("over the largest")
     left.set_ylim(bottom=0)
-    left.legend(loc="upper right")
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=3)  # the curves need all of the room
     dashes = dict(zip(dict.fromkeys(r.bits for r, _ in spectra), ("-", "--", ":", "-."), strict=False))
     for other, values in spectra:
         style = line_style(other.method, theme) | {"linestyle": dashes.get(other.bits, "-"), "markersize": 4}

@@ -111,7 +111,7 @@ def postgres(*databases: str) -> Iterator[Postgres]:
     """Skips the test, with the reason, where PostgreSQL is not installed."""
     programs = _postgres_programs()
     if programs is None:
-        pytest.skip("PostgreSQL is not installed (apt-get install postgresql)")
+        pytest.skip("no PostgreSQL found: `apt-get install postgresql`, or .ci/programs as root")
     user = None if os.geteuid() else "nobody"
     # Not under pytest's folder, which only its owner may enter. A socket's path is short.
     folder = Path(tempfile.mkdtemp(prefix="qvgen-pg-"))

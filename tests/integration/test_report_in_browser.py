@@ -20,7 +20,7 @@ PATIENCE_MS = 60_000  # a busy shared core decodes slowly
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found: `apt-get install chromium`, or .ci/browser as root"),
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found: `apt-get install chromium`, or .ci/programs as root"),
 ]
 
 
