@@ -21,12 +21,16 @@ def main() -> None:
     experiment = client.get_experiment_by_name("qvgen")
     if experiment is None:
         raise SystemExit(f"{MLFLOW} has no experiment qvgen: run `make repro` first")
-    query = "tags.`dvc.stage` = 'evaluate' and attributes.status = 'FINISHED'"
-    run, *_ = client.search_runs([experiment.experiment_id], query, order_by=["attributes.start_time DESC"])
+    finished = client.search_runs(
+        [experiment.experiment_id], "attributes.status = 'FINISHED'", order_by=["attributes.start_time DESC"]
+    )
+    execution = next(run for run in finished if "mlflow.note.content" in run.data.tags)
+    qat = next(run for run in finished if run.data.tags.get("dvc.stage") == "qat" and "stage.state" not in run.data.tags)
     base = f"{MLFLOW}/#/experiments/{experiment.experiment_id}"
     pages = {
         "mlflow-runs": f"{base}/runs",
-        "mlflow-evaluate": f"{base}/runs/{run.info.run_id}",
+        "mlflow-execution": f"{base}/runs/{execution.info.run_id}",
+        "mlflow-qat": f"{base}/runs/{qat.info.run_id}/model-metrics",
         "mlflow-model": f"{MLFLOW}/#/models/qvgen",
         "prefect-runs": f"{PREFECT}/runs",
     }

@@ -48,7 +48,12 @@ def test_each_limit_alone_keeps_a_model_out(changes: dict[str, float], rule: str
 
 
 def test_a_champion_raises_the_bar() -> None:
-    better = measured(packed__psnr_db=31.0, packed__velocity_mse=0.031, speedup__over_bf16=1.6)
+    own = measured()
+    better = measured(
+        packed__psnr_db=own["packed.psnr_db"] + 2 * GATE.champion_psnr_drop_db,
+        packed__velocity_mse=own["packed.velocity_mse"] / (1.1 * GATE.champion_velocity_mse_ratio),
+        speedup__over_bf16=1.1 * own["speedup.over_bf16"] / GATE.champion_speedup_ratio,
+    )
     against = ["psnr_db against champion", "velocity_mse against champion", "speedup against champion"]
     assert failures(measured(), better) == against
     assert failures(measured(), better, same_machine=False) == against[:2]
