@@ -9,7 +9,7 @@ KERNELS := .venv/.kernels
 $(foreach line,$(shell grep '^[A-Z]' .env.defaults),$(eval export $(subst =, ?= ,$(line))))
 
 # Tests run in several processes; threads inside them would only compete.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist worksteal -q
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 -q
 
 .PHONY: help repro compare test check sanitize ui clean
 .DEFAULT_GOAL := help

@@ -92,19 +92,21 @@ def record_cached(root: Path, token: str, addresses: Sequence[str]) -> list[Path
 
 
 def record_results(root: Path, journal: Path) -> list[Path]:
-    """Close the journal of an execution, once, with what a person looks for on its page in MLflow: the table of results as the
-    run's description, the pictures, and dvc.lock as it is now."""
+    """Close the journal of an execution, once, with what a person looks for on its page in MLflow: dvc.lock as it is now, and
+    unless a stage failed the table of results as the run's description, and the pictures."""
     if not journal.exists() or read_events(journal)[0][-1]["event"] in LAST:
         return []
     execution = Journal(journal)
     if (lock := root / "dvc.lock").is_file():
         execution.write("text", name="results/dvc.lock", text=lock.read_text())
-    with suppress(ValueError):  # nothing was measured
-        table = markdown_table(root)
-        execution.write("text", name="results/results.md", text=table + "\n")
-        execution.write("tags", tags={"mlflow.note.content": table})
-    if (sheet := root / "artifacts" / "evaluation" / "contact_sheet.png").is_file():
-        execution.write("artifact", path=str(sheet), folder="results")
+    ends = [read_events(path)[0][-1] for path in _recorded(root, journal.stem).values()]
+    if all(end.get("status") == "FINISHED" for end in ends):  # else they would be those of an earlier execution
+        with suppress(ValueError):  # nothing was measured
+            table = markdown_table(root)
+            execution.write("text", name="results/results.md", text=table + "\n")
+            execution.write("tags", tags={"mlflow.note.content": table})
+        if (sheet := root / "artifacts" / "evaluation" / "contact_sheet.png").is_file():
+            execution.write("artifact", path=str(sheet), folder="results")
     execution.write("closed")
     return [journal]
 

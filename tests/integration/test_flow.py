@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from pipelines.results import markdown_table
 from tests.integration import toy_project
 from tests.integration.toy_project import PATIENCE, processes_in, run, start, wait_until
 
@@ -60,7 +61,8 @@ def test_flow_and_dvc_repro_leave_the_same_record(project: Path, prefect_server:
     assert record(first) == record(cached)
     assert all("prefect.task_run_id" in tags for tags in first.values())
     assert results(project, first["a"]["mlflow.parentRunId"]) == results(project, cached["a"]["mlflow.parentRunId"])
-    assert results(project, first["a"]["mlflow.parentRunId"]) == {"dvc.lock": (project / "dvc.lock").read_text()}
+    shown = {"dvc.lock": (project / "dvc.lock").read_text(), "results.md": markdown_table(project) + "\n"}
+    assert results(project, first["a"]["mlflow.parentRunId"]) == shown
 
     (project / "artifacts" / "c" / "value").unlink()
     (project / "dvc.lock").unlink()
@@ -81,6 +83,8 @@ def test_a_failure_is_named_and_what_can_run_still_runs(project: Path, prefect_s
     output, _ = flow(project, prefect_server).communicate(timeout=PATIENCE)
     assert "2 of 4 stages failed or lack what they need: b, d" in output
     assert (project / "artifacts" / "c").exists() and not (project / "artifacts" / "b").exists()
+    # The numbers in metrics/ are those of another execution.
+    assert results(project, executions(project)[0]["a"]["mlflow.parentRunId"]).keys() == {"dvc.lock"}
 
 
 def test_dask_leaves_the_same_record_as_threads(tmp_path: Path, prefect_server: dict[str, str]) -> None:

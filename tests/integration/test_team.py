@@ -60,10 +60,10 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
         yield Team(postgres, keys | prefect | {"MLFLOW_TRACKING_URI": mlflow}, folder)
 
 
-@pytest.fixture(scope="module")
-def project(team: Team) -> Path:
+@pytest.fixture
+def project(team: Team, request: pytest.FixtureRequest) -> Path:
     """A checkout with a remote on S3, as docs/team.md sets it up; keys come from the environment."""
-    root = team.folder / "first"
+    root = team.folder / request.node.name
     root.mkdir()
     toy_project.make(root)
     for command in (
@@ -100,14 +100,15 @@ def test_two_hosts_that_start_at_once_share_one_experiment(team: Team, project: 
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "warning" not in "".join(outputs), outputs
     assert team.postgres.query("mlflow", "SELECT count(*) FROM experiments WHERE name = 'qvgen'") == [(1,)]
-    assert len({r.data.tags["mlflow.parentRunId"] for r in team.runs("tags.`dvc.stage` = 'a'")}) == 2
+    assert len({r.data.tags["mlflow.parentRunId"] for r in team.runs("tags.`dvc.stage` = 'a'")}) >= 2
 
 
 def test_a_flow_is_recorded_in_postgresql_and_s3_and_another_host_goes_on(team: Team, project: Path) -> None:
     output = flow(project, team)
-    assert output.count("'state': 'Completed'") == 3 and output.count("'state': 'Cached'") == 1, output  # a ran before
+    assert output.count("'state': 'Completed'") == 4, output
     (parent,) = {r.data.tags["mlflow.parentRunId"] for r in team.runs("tags.`dvc.stage` = 'd'")}
-    ids = {r.info.run_id for r in team.runs(f"tags.mlflow.parentRunId = '{parent}'")} | {parent}
+    children = team.runs(f"tags.mlflow.parentRunId = '{parent}'")
+    ids = {r.info.run_id for r in children} | {parent}
     known = {row[0] for row in team.postgres.query("mlflow", "SELECT run_uuid FROM runs WHERE status = 'FINISHED'")}
     assert len(ids) == 5 and ids <= known
     assert team.postgres.query("prefect", "SELECT state_name FROM flow_run") == [("Completed",)]
@@ -115,7 +116,7 @@ def test_a_flow_is_recorded_in_postgresql_and_s3_and_another_host_goes_on(team: 
 
     code, output = run(project, "dvc", "push", **team.variables)
     assert code == 0, output
-    recorded = {tags[key] for r in team.runs() for tags in [r.data.tags] for key in tags if key.startswith("dvc.out.")}
+    recorded = {tags[key] for r in children for tags in [r.data.tags] for key in tags if key.startswith("dvc.out.")}
     stored = {key.removeprefix("dvc/files/md5/").replace("/", "") for key in team.objects("dvc/")}
     assert recorded and recorded <= stored
     git(project, "add", "dvc.lock")
@@ -127,12 +128,21 @@ def test_a_flow_is_recorded_in_postgresql_and_s3_and_another_host_goes_on(team: 
     assert (other / "artifacts" / "d" / "value").read_text() == "d 0"
     output = flow(other, team)
     assert output.count("'state': 'Cached'") == 4, output
-    cached = team.runs("tags.`stage.state` = 'cached'")[-4:]
-    finished = {r.info.run_id: r.data.tags.get("dvc.stage") for r in team.runs() if "stage.state" not in r.data.tags}
-    assert {finished[r.data.tags["produced_by"]] for r in cached} == set("abcd")
+    stages = {r.info.run_id: r.data.tags["dvc.stage"] for r in children}
+    cached = team.runs("tags.`stage.state` = 'cached'")
+    assert [stages[r.data.tags["produced_by"]] for r in cached] == [r.data.tags["dvc.stage"] for r in cached]
+    assert {r.data.tags["dvc.stage"] for r in cached} == set("abcd")
+
+    # No password is in what git or MLflow keeps.
+    kept = [project / path for path in git(project, "ls-files").splitlines()]
+    assert not [path for path in kept if path.is_file() and PASSWORD in path.read_text(errors="ignore")]
+    assert not [entry for entry in team.runs() if PASSWORD in str(entry.data.tags) + str(entry.data.params)]
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] == PASSWORD  # what is looked for is what is used
 
 
 def test_a_database_that_dies_in_the_middle_loses_nothing(team: Team, project: Path) -> None:
+    code, output = run(project, "dvc", "repro", "a", **team.variables)
+    assert code == 0, output
     before = len(team.runs())
     (project / "params.yaml").write_text((project / "params.yaml").read_text().replace("seed: 0", "seed: 5"))
     team.postgres.kill()
@@ -148,17 +158,7 @@ def test_a_database_that_dies_in_the_middle_loses_nothing(team: Team, project: P
     assert team.runs("tags.`dvc.stage` = 'a'")[-1].data.params["seed"] == "5"
 
 
-def test_no_secret_is_in_what_git_or_mlflow_keeps(team: Team, project: Path) -> None:
-    kept = git(project, "ls-files").splitlines()
-    assert not [
-        path for path in kept if (project / path).is_file() and PASSWORD in (project / path).read_text(errors="ignore")
-    ]
-    for entry in team.runs():
-        assert PASSWORD not in str(entry.data.tags) + str(entry.data.params)
-    assert os.environ["AWS_SECRET_ACCESS_KEY"] == PASSWORD  # what is looked for is what is used
-
-
-def test_the_kubernetes_deployment_is_accepted(team: Team, project: Path) -> None:
+def test_the_kubernetes_deployment_is_accepted(team: Team) -> None:
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL, temporary_settings
 

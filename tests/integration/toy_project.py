@@ -64,6 +64,8 @@ def make(root: Path, settings: dict[str, Any] | None = None) -> Path:
     (root / "aside").mkdir()
     aside = {"stages": {"other": {"cmd": "echo > out", "outs": [{"out": {"cache": False}}]}}}
     (root / "aside" / "dvc.yaml").write_text(yaml.safe_dump(aside))
+    (root / "metrics").mkdir()
+    shutil.copy(ROOT / "metrics" / "evaluate.json", root / "metrics")  # something to show as results
     (root / ".gitignore").write_text("\n".join(IGNORED) + "\n")
     shutil.copy(ROOT / ".env.defaults", root)
     for command in ("git init -q", "git config user.name t", "git config user.email t@t"):
