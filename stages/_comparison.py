@@ -63,7 +63,7 @@ def parse_case() -> Case:
 
 
 def read_settings(root: Path) -> dict[str, Any]:
-    """comparison/params.yaml: overrides, variants, clips."""
+    """comparison/params.yaml: overrides, main_prompts, clips, variants."""
     return yaml.safe_load((root / FOLDER / "params.yaml").read_text())
 
 
@@ -82,11 +82,14 @@ def case_params(root: Path, case: Case, factor: float = 1.0) -> Params:
     tree["method"], tree["seed"] = case.method, case.seed
     tree["scheme"]["weights"]["num_bits"], tree["scheme"]["input_activations"]["num_bits"] = weights, activations
     tree["qat"]["learning_rate"] *= factor
+    if case.group in ("main", "low"):
+        tree["evaluate"]["prompts"] = settings["main_prompts"]
     return validate_params(tree, f"params.yaml with comparison/params.yaml, case {case.name}")
 
 
 def reference_params(root: Path) -> Params:
-    """Parameters of the full-precision reference, and of the trial that every case is put to: those of seed 0."""
+    """Parameters of the full-precision reference, and of the trial that every case is put to (some to its first prompts
+    only): those of seed 0."""
     return case_params(root, Case("rtn", "W4A4", 0))
 
 

@@ -12,6 +12,7 @@ import json
 import resource
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,8 +113,6 @@ def training_scores(curve: list[dict[str, float]]) -> dict[str, Any]:
 
 def tuning_scores(trainer: Trainer, student: Any, sources: Sources, params: Params) -> dict[str, float]:
     """How near the packed student comes to the teacher on calibration clips: {"tuning_velocity_mse", "tuning_psnr_db"}."""
-    from dataclasses import replace
-
     from qvgen.data.precompute import LatentDataset
     from qvgen.evaluation.compare import Trial, compare, observe
     from qvgen.models.family import load_pipeline
@@ -159,6 +158,7 @@ def packed_scores(stage: Stage, student: Any, params: Params, sources: Sources, 
     from qvgen.checkpoint.packed import export_pipeline
     from qvgen.data.precompute import LatentDataset
     from qvgen.evaluation.compare import Trial, compare, load_observation, observe, velocity_mse
+    from qvgen.evaluation.similarity import psnr_db
     from qvgen.evaluation.speed import interleaved
     from qvgen.models.family import load_family, load_pipeline
     from qvgen.nn.swap import convert_
@@ -167,7 +167,10 @@ def packed_scores(stage: Stage, student: Any, params: Params, sources: Sources, 
     folder = temporary / "packed"
     export_pipeline(sources.model, student, params.effective_scheme, folder, getattr(torch, params.pack.dtype), params.method)
     trial = Trial.from_params(reference_params(stage.root), LatentDataset.open(sources.data / "held_out"))
+    prompts = params.evaluate.prompts
+    trial = replace(trial, prompts=trial.prompts[:prompts], seeds=trial.seeds[:prompts])
     reference = load_observation(stage.root / REFERENCE / "reference.safetensors")
+    reference = replace(reference, latents=reference.latents[:prompts], clips=reference.clips[:prompts])
     family, pipeline = load_family(folder), load_pipeline(folder)
     started = time.perf_counter()
     with stage.progress(trial.items, unit="item") as progress:
@@ -182,11 +185,13 @@ def packed_scores(stage: Stage, student: Any, params: Params, sources: Sources, 
     timings = interleaved(steps, STEP_REPETITIONS)
     scores = {
         **compare(reference, seen, trial),
+        "prompts": prompts,
         "bytes": sum(f.stat().st_size for f in (folder / "transformer").rglob("*") if f.is_file()),
         "step_ms": 1e3 * timings["packed"].median,
         "step_ms_fp32": 1e3 * timings["fp32"].median,
         "evaluation_seconds": seconds,
         "velocity_mse_by_timestep": dict(zip(map(str, trial.timesteps), velocity_mse(reference, seen), strict=True)),
+        "psnr_db_by_prompt": [round(float(value), 3) for value in psnr_db(reference.clips, seen.clips)],
     }
     return scores, (seen.clips, trial.prompts)
 
