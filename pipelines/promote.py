@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from pipelines.gate import Rule, evaluate_gate
 from pipelines.registry import NotRegisteredError, find_version, metrics_of, open_registry
 from qvgen.params import Params, load_params
-from stages._promotions import alias_version, move_alias, promotions
+from stages._promotions import OvertakenError, alias_version, move_alias, promotions
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION, CHALLENGER = "champion", "challenger"
+ATTEMPTS = 5  # to decide before another host does
 
 
 @dataclass(frozen=True)
@@ -60,30 +62,39 @@ def promote(
     name = name or params.register_.name
     with open_registry(home) as client, locked(home):
         wanted = find_version(client, name, version, alias)
-        number = int(wanted.version)
-        champion, history = alias_version(client, name, CHAMPION), promotions(client, name, CHAMPION)
-        recorded = history[-1].version if history else None
-        if recorded == number:
-            moved = move_alias(client, name, CHAMPION, number, reason="")  # recorded, so the gate has decided already
-            message = f"{name} version {number} is champion " + ("again, as recorded" if moved else "already")
-            return Outcome(name, number, champion, True, moved, (), message)
-        # An alias that was moved by hand does not lower the bar.
-        rival = _version(client, name, recorded if recorded is not None else champion if champion != number else None)
-        rules = tuple(_judge(client, params, wanted, rival))
-        failed = [rule.name for rule in rules if not rule.ok]
-        if failed and not force:
-            stays = f"version {champion} stays champion" if champion else "there is no champion"
-            why = f"{name} version {number} fails {len(failed)} of {len(rules)} rules ({', '.join(failed)}): {stays}"
-            return Outcome(name, number, champion, False, False, rules, why)
-        move_alias(
-            client,
-            name,
-            CHAMPION,
-            number,
-            reason=reason or "passed the gate",
-            forced=bool(failed),
-            gate={rule.name: [rule.known, rule.limit_text, rule.ok] for rule in rules},
-        )
+        for _ in range(ATTEMPTS):
+            with suppress(OvertakenError):  # there is another champion to beat
+                return _decide(client, params, wanted, force, reason)
+    raise ValueError(f"other hosts move {CHAMPION} of {name} all the time; see who does, and try again")
+
+
+def _decide(client: MlflowClient, params: Params, wanted: ModelVersion, force: bool, reason: str | None) -> Outcome:
+    """Hold `wanted` against the champion of this moment. Raises OvertakenError if there is another one before it is done."""
+    name, number = wanted.name, int(wanted.version)
+    champion, history = alias_version(client, name, CHAMPION), promotions(client, name, CHAMPION)
+    recorded = history[-1].version if history else None
+    if recorded == number:
+        moved = move_alias(client, name, CHAMPION, number, reason="")  # recorded, so the gate has decided already
+        message = f"{name} version {number} is champion " + ("again, as recorded" if moved else "already")
+        return Outcome(name, number, champion, True, moved, (), message)
+    # An alias that was moved by hand does not lower the bar.
+    rival = _version(client, name, recorded if recorded is not None else champion if champion != number else None)
+    rules = tuple(_judge(client, params, wanted, rival))
+    failed = [rule.name for rule in rules if not rule.ok]
+    if failed and not force:
+        stays = f"version {champion} stays champion" if champion else "there is no champion"
+        why = f"{name} version {number} fails {len(failed)} of {len(rules)} rules ({', '.join(failed)}): {stays}"
+        return Outcome(name, number, champion, False, False, rules, why)
+    move_alias(
+        client,
+        name,
+        CHAMPION,
+        number,
+        reason=reason or "passed the gate",
+        forced=bool(failed),
+        gate={rule.name: [rule.known, rule.limit_text, rule.ok] for rule in rules},
+        seen=len(history),
+    )
     how = f"by force, against {', '.join(failed)}" if failed else f"{len(rules)} rules passed"
     return Outcome(name, number, champion, True, True, rules, f"{name} version {number} is champion now ({how})")
 

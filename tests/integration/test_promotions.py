@@ -1,0 +1,109 @@
+"""Aliases that several hosts move at once: no record is lost, and nobody wins against a champion he was not held against."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pipelines.promote as promoting
+from pipelines.gate import Rule
+from qvgen.params import load_params
+from stages._connection import connect
+from stages._promotions import PREFIX, OvertakenError, alias_version, move_alias, promotions
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+NAME = "qvgen"
+
+
+class Interrupted:
+    """An MLflow client on which, just before the first call of `method`, `meanwhile` happens on another host."""
+
+    def __init__(self, client: Any, method: str, meanwhile: Callable[[], object]) -> None:
+        self._client, self._method, self._meanwhile = client, method, [meanwhile]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._method and self._meanwhile:
+            self._meanwhile.pop()()
+        return getattr(self._client, name)
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A registry with three versions of one model, none of them champion."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    client, _ = connect(tmp_path)
+    client.create_registered_model(NAME)
+    for _ in range(3):
+        client.create_model_version(NAME, source=str(tmp_path))
+    return client
+
+
+def champions(client: Any) -> list[int]:
+    return [move.version for move in promotions(client, NAME, "champion")]
+
+
+def test_a_move_that_another_host_overtook_is_refused(client: Any) -> None:
+    assert move_alias(client, NAME, "champion", 1, reason="first", seen=0)
+    with pytest.raises(OvertakenError, match="moved 1 times meanwhile"):
+        move_alias(client, NAME, "champion", 2, reason="late", seen=0)
+    assert champions(client) == [1] and alias_version(client, NAME, "champion") == 1
+
+
+@pytest.mark.parametrize("method", ["set_registered_model_tag", "set_registered_model_alias"])
+def test_two_hosts_in_the_middle_of_a_move(client: Any, method: str) -> None:
+    """The other one moves between this one's look and its record (it withdraws), or between record and alias (it has won)."""
+    lost = []
+
+    def other() -> None:
+        try:
+            move_alias(client, NAME, "champion", 2, reason="other", seen=0)
+        except OvertakenError:
+            lost.append(2)
+
+    try:
+        move_alias(Interrupted(client, method, other), NAME, "champion", 1, reason="this", seen=0)
+    except OvertakenError:
+        lost.append(1)
+    assert lost == ([1] if method == "set_registered_model_tag" else [2])
+    (winner,) = {1, 2} - set(lost)
+    assert champions(client) == [winner] and alias_version(client, NAME, "champion") == winner
+
+
+def test_of_moves_that_nobody_judged_the_last_one_wins_and_all_are_kept(client: Any) -> None:
+    moves = [
+        threading.Thread(target=move_alias, args=(client, NAME, "champion", v), kwargs={"reason": "r"}) for v in (1, 2, 3)
+    ]
+    for move in moves:
+        move.start()
+    for move in moves:
+        move.join()
+    history = champions(client)
+    assert sorted(history) == [1, 2, 3] and alias_version(client, NAME, "champion") == history[-1]
+    tags = client.get_registered_model(NAME).tags
+    assert len({tag.partition("-")[0] for tag in tags if tag.startswith(f"{PREFIX}champion.")}) == 3
+
+
+def test_the_gate_decides_again_if_there_is_another_champion_by_then(
+    client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Version 1 passes as long as there is no champion; version 2 becomes champion while it is held against nobody."""
+    rivals: list[str | None] = []
+
+    def judge(client: Any, params: Any, wanted: Any, rival: Any) -> list[Rule]:
+        rivals.append(None if rival is None else rival.version)
+        if len(rivals) == 1:
+            move_alias(client, NAME, "champion", 2, reason="another host")
+        return [Rule("against champion", 1.0, ">=", -math.inf if rival is None else 2.0, "")]
+
+    monkeypatch.setattr(promoting, "_judge", judge)
+    outcome = promoting.promote(tmp_path, load_params(ROOT / "params.yaml"), NAME, version=1)
+    assert [str(rival) for rival in rivals] == ["None", "2"]
+    assert not outcome.ok and "version 2 stays champion" in outcome.message
+    assert champions(client) == [2] and alias_version(client, NAME, "champion") == 2
