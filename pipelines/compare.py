@@ -23,6 +23,7 @@ REPORT = f"{FILE}:compare_report"
 RATES = "comparison/learning_rates.json"
 # A look at the order of things: one seed, one bit width, no search of learning rates (the recorded ones are used).
 FAST = (
+    "compare_code",
     "compare_reference",
     *(f"compare_case_untrained@0-W4A4-{method}" for method in ("rtn", "mse", "svdquant")),
     *(f"compare_case@0-W4A4-{method}" for method in ("kd", "qvgen", "qvgen+")),

@@ -1,7 +1,11 @@
 """dvc.yaml, stages/ and params.yaml tell one story."""
 
+import json
+import shutil
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grimp
@@ -9,7 +13,9 @@ import pytest
 import yaml
 from dvc.repo import Repo
 
+from qvgen.methods.registry import METHODS
 from qvgen.params import Params, load_params
+from stages import compare_code
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.stem for path in (ROOT / "stages").glob("[!_]*.py"))
@@ -140,11 +146,36 @@ def test_the_code_of_a_case_is_what_a_case_depends_on() -> None:
     code = comparison()["compare_code"]
     assert code["metrics"] == [{CODE: {"cache": False}}]
     check_dependencies({"deps": [dep for dep in code["deps"] if dep != "stages/compare_code.py"]}, "compare_case", RUNNING)
+    cases = {name: stage for name, stage in comparison().items() if stage["cmd"].startswith("python -m stages.compare_case ")}
+    assert len(cases) >= 6
+    for name, stage in cases.items():
+        method = stage["cmd"].split("--method ")[1].split()[0]
+        assert {CODE: ["shared", f"methods.{method}"]} in stage["params"], name
+
+
+def test_a_case_depends_on_its_own_method_only(tmp_path: Path) -> None:
+    """An edit to one method changes its entry of comparison/code.json and no other."""
+    before, after = (code_after(tmp_path / str(i), edited) for i, edited in enumerate(("", "qvgen_plus.py")))
+    assert before["shared"] == after["shared"] and before["methods"].keys() == METHODS.keys()
+    assert {name for name in METHODS if before["methods"][name] != after["methods"][name]} == {"qvgen+"}
+    assert code_after(tmp_path / "2", "method.py")["shared"] != before["shared"]
+
+
+def code_after(root: Path, edited: str) -> dict[str, Any]:
+    """comparison/code.json of a copy of the methods, one of them edited."""
+    shutil.copytree(ROOT / "qvgen/methods", root / "qvgen/methods", ignore=shutil.ignore_patterns("__pycache__"))
+    if edited:
+        with (root / "qvgen/methods" / edited).open("a") as file:
+            file.write("# edited\n")
+    facts = SimpleNamespace(deps={"qvgen/quant": "1", "qvgen/methods": edited, "stages/compare_code.py": edited})
+    written = root / "code.json"
+    compare_code.run(SimpleNamespace(root=root, facts=facts, outputs=lambda path: nullcontext(written)))  # type: ignore[arg-type]
+    return json.loads(written.read_text())
 
 
 def check_dependencies(stage: dict[str, Any], script: str, untracked: set[str]) -> None:
     deps = [dep for dep in stage["deps"] if isinstance(dep, str)]
-    if CODE in deps:  # stands for the code of a case
+    if any(CODE in params for params in stage.get("params", []) if isinstance(params, dict)):
         deps += comparison()["compare_code"]["deps"]
     own = scripts(script) - untracked
     direct = set().union(*(imports().find_modules_directly_imported_by(module) for module in own))
