@@ -93,7 +93,19 @@ def ablation_table(results: Results) -> Table | None:
         rows.append(Row(first.variant or "default", cells))
     errors = ("velocity error ↓", "with defaults", "Δ", "sd of Δ", "|Δ| / sd", "seeds won")
     columns = ("variant", "method", "bits", "seeds", *errors, "PSNR, dB ↑")
-    return Table("One setting changed at a time", columns, tuple(rows), words=2) if rows else None
+    title = "One setting changed at a time" + _fewer_prompts(results)
+    return Table(title, columns, tuple(rows), words=2) if rows else None
+
+
+def _fewer_prompts(results: Results) -> str:
+    """What to know before an ablation's PSNR is held against that of the tables above."""
+    ablation, compared = (
+        {run.number("prompts") for run in results.runs if wanted(run)} - {None}
+        for wanted in (lambda run: run.group == "ablation", lambda run: run.compared)
+    )
+    if len(ablation) != 1 or ablation == compared:
+        return ""
+    return f"; PSNR here of the first {next(iter(ablation)):.0f} prompts only"
 
 
 def tuning_table(results: Results) -> Table | None:
