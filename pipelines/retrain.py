@@ -29,7 +29,7 @@ from pipelines.promote import promote_after_run
 from stages._connection import without_secrets
 
 BRANCH = "retrain/{date}"
-KEPT = ("dvc.lock", "metrics", "reports")  # what the pipeline writes and git keeps
+KEPT = ("dvc.lock", "stages/dvc.lock", "metrics", "reports")  # what the pipeline writes and git keeps
 WEBHOOK = "QVGEN_WEBHOOK"  # address that is told of a failure
 
 

@@ -186,7 +186,7 @@ def test_a_second_run_does_nothing(finished: Path) -> None:
     before = hashes(finished / "artifacts")
     output = repro(finished)
     assert "Running stage" in output  # hardware, always
-    assert output.count("Running stage") == 1 and "Running stage 'hardware'" in output
+    assert output.count("Running stage") == 1 and "Running stage 'stages/dvc.yaml:hardware'" in output
     assert hashes(finished / "artifacts") == before
 
 
