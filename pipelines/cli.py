@@ -30,6 +30,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the noise; the same seed gives the same video")] = 0,
     steps: Annotated[int | None, typer.Option(help="Denoising steps")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1 turns guidance off")] = None,
+    guidance_stop: Annotated[
+        float | None, typer.Option(help="Without guidance from this share of the way on; 1: guided to the end")
+    ] = None,
     frames: Annotated[int | None, typer.Option()] = None,
     height: Annotated[int | None, typer.Option(help="Pixels, multiple of 16")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels, multiple of 16")] = None,
@@ -50,6 +53,7 @@ def generate(
     overrides = {
         "inference_steps": steps,
         "guidance_scale": guidance_scale,
+        "guidance_stop": guidance_stop,
         "frames": frames,
         "height": height,
         "width": width,

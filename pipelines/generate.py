@@ -22,6 +22,7 @@ class Settings:
     inference_steps: int
     guidance_scale: float
     fps: int
+    guidance_stop: float = 1.0  # cleanness from which sampling goes on without guidance, in (0, 1]; 1: never
 
 
 # What the families' own pipelines use, for folders without generation.json.
@@ -42,7 +43,7 @@ def read_settings(model: Path, overrides: dict[str, Any]) -> Settings:
         raise ValueError(f"model folder {str(model)!r} does not exist")
     pipeline = read_pipeline(model)
     values = vars(_FAMILY_DEFAULTS[pipeline.pipeline_class]).copy()
-    types = {field.name: float if field.name == "guidance_scale" else int for field in fields(Settings)}
+    types = {field.name: float if field.name.startswith("guidance") else int for field in fields(Settings)}
     sidecar = model / DEFAULTS_FILE
     own = _read_json(sidecar) if sidecar.is_file() else {}
     if unknown := sorted(own.keys() - types.keys()):
@@ -50,7 +51,11 @@ def read_settings(model: Path, overrides: dict[str, Any]) -> Settings:
     values |= own | {name: value for name, value in overrides.items() if value is not None}
     for name, kind in types.items():
         value = values[name]
-        if isinstance(value, bool) or not isinstance(value, int | kind) or value < 1:
+        number = isinstance(value, int | kind) and not isinstance(value, bool)
+        if name == "guidance_stop":
+            if not number or not 0 < value <= 1:
+                raise ValueError(f"{name} = {value!r} must be a number above 0, at most 1")
+        elif not number or value < 1:
             raise ValueError(f"{name} = {value!r} must be a number, at least 1")
     return Settings(**values)
 
@@ -84,6 +89,7 @@ def generate(model: Path, prompt: str, seed: int, out: Path, **overrides: Any) -
         size,
         inference_steps=settings.inference_steps,
         guidance_scale=settings.guidance_scale,
+        guidance_stop=settings.guidance_stop,
         batch_size=1,
     )
     write_video(out, clips[0], settings.fps)

@@ -226,6 +226,7 @@ def _sampler(task: Task) -> Callable[[Batch], int]:
             size,
             inference_steps=settings.inference_steps,
             guidance_scale=settings.guidance_scale,
+            guidance_stop=settings.guidance_stop,
             batch_size=len(batch.samples),
         )
         for number, clip in zip(batch.samples, clips, strict=True):

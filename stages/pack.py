@@ -16,6 +16,7 @@ def run(stage: Stage) -> None:
 
     from qvgen.checkpoint.packed import export_pipeline
     from qvgen.models.family import GENERATION, load_family, load_pipeline
+    from qvgen.models.source import read_pipeline
     from qvgen.nn.swap import convert_, prepare_
 
     params, source = stage.params, stage.root / "artifacts/model"
@@ -26,7 +27,8 @@ def run(stage: Stage) -> None:
     names = convert_(student)
     with stage.outputs("artifacts/packed") as folder:
         export_pipeline(source, student, scheme, folder, getattr(torch, params.pack.dtype), params.method)
-        if params.chosen.guidance_stop < 1:
+        # Other pipelines fix guidance before their first step, so their models are sampled with it to the end.
+        if params.chosen.guidance_stop < 1 and read_pipeline(source).pipeline_class == "WanPipeline":
             sidecar = folder / GENERATION
             settings = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
             sidecar.write_text(json.dumps(settings | {"guidance_stop": params.chosen.guidance_stop}, indent=2) + "\n")

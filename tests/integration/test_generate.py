@@ -166,6 +166,21 @@ def test_generation_json_is_checked(monkeypatch, capsys, model: Path, tmp_path: 
     (copy / "generation.json").write_text('{"frames": "nine"}')
     assert run(monkeypatch, copy, tmp_path / "a.mp4") == 1
     assert "frames = 'nine'" in capsys.readouterr().err
+    (copy / "generation.json").write_text('{"guidance_stop": 1.5}')
+    assert run(monkeypatch, copy, tmp_path / "a.mp4") == 1
+    assert "guidance_stop = 1.5 must be a number above 0, at most 1" in capsys.readouterr().err
+
+
+def test_a_model_that_is_meant_to_be_sampled_without_guidance_at_the_end(monkeypatch, model: Path, tmp_path: Path) -> None:
+    """As packing writes it for methods with gated guidance; the flag overrides it."""
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    (copy / "generation.json").write_text(json.dumps(GENERATION | {"inference_steps": 5, "guidance_stop": 0.3}))
+    gated, whole, asked = (tmp_path / f"{name}.gif" for name in ("gated", "whole", "asked"))
+    assert run(monkeypatch, copy, gated) == 0
+    assert run(monkeypatch, copy, whole, "--guidance-stop", "1") == 0
+    assert run(monkeypatch, model, asked, "--steps", "5", "--guidance-stop", "0.3") == 0
+    assert gated.read_bytes() == asked.read_bytes() != whole.read_bytes()
 
 
 @pytest.mark.slow
