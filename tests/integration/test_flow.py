@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from tests.integration import toy_project
 from tests.integration.toy_project import PATIENCE, processes_in, run, start, wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+without_ray = find_spec("prefect_ray") is None
+ray = pytest.param("ray", marks=pytest.mark.skipif(without_ray, reason="not installed: pip install prefect-ray==0.6.0"))
 
 
 @pytest.fixture
@@ -87,21 +91,22 @@ def test_a_failure_is_named_and_what_can_run_still_runs(project: Path, prefect_s
     assert results(project, executions(project)[0]["a"]["mlflow.parentRunId"]).keys() == {"dvc.lock"}
 
 
-def test_dask_leaves_the_same_record_as_threads(tmp_path: Path, prefect_server: dict[str, str]) -> None:
-    """With a local cluster of real worker processes."""
+@pytest.mark.parametrize("runner", ["dask", ray])
+def test_a_cluster_leaves_the_same_record_as_threads(tmp_path: Path, prefect_server: dict[str, str], runner: str) -> None:
+    """A local one of real worker processes."""
     records = {}
-    for runner in ("threads", "dask"):
-        (tmp_path / runner).mkdir()
-        project = toy_project.make(tmp_path / runner, {"runner": runner})
+    for kind in ("threads", runner):
+        (tmp_path / kind).mkdir()
+        project = toy_project.make(tmp_path / kind, {"runner": kind})
         output, _ = flow(project, prefect_server).communicate(timeout=PATIENCE)
         assert output.count("'state': 'Completed'") == 4, output
         (execution,) = executions(project)
         # Each is a commit of its own.
-        records[runner] = {s: {k: v for k, v in tags.items() if k != "git.commit"} for s, tags in record(execution).items()}
-    assert records["dask"] == records["threads"]
+        records[kind] = {s: {k: v for k, v in tags.items() if k != "git.commit"} for s, tags in record(execution).items()}
+    assert records[runner] == records["threads"]
 
 
-@pytest.mark.parametrize("runner", ["threads", "dask"])
+@pytest.mark.parametrize("runner", ["threads", "dask", ray])
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_stopping_a_flow_leaves_no_process(
     tmp_path: Path, prefect_server: dict[str, str], how: signal.Signals, runner: str
