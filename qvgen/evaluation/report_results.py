@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,14 @@ class Run:
             return fp32 / step if step and fp32 else None
         value = self.scores.get(name)
         return None if value is None else float(value)
+
+    def on_first_prompts(self, count: float | None) -> Run:
+        """This run with PSNR of its first `count` prompts only; as it is if it does not have as many single ones."""
+        single = self.scores.get("psnr_db_by_prompt", ())
+        if count is None or not 0 < count < len(single):
+            return self
+        first = single[: int(count)]
+        return replace(self, scores=self.scores | {"psnr_db": sum(first) / len(first)})
 
     def curve(self) -> dict[str, list[float]]:
         """Columns of curve.csv; {} for a method that is not trained."""

@@ -75,11 +75,13 @@ def paired_table(results: Results, bits: str, baseline: str) -> Table | None:
 
 
 def ablation_table(results: Results) -> Table | None:
-    """Every variant beside the defaults of its method, and its difference to them on equal seeds."""
+    """Every variant beside the defaults of its method, and its difference to them on equal seeds and prompts."""
+    ablations = [run for run in results.runs if run.group == "ablation"]
     rows = []
-    for runs in _by_variant([run for run in results.runs if run.group == "ablation"]):
+    for runs in _by_variant(ablations):
         first = runs[0]
-        default = results.compared(first.bits).get(first.method, [])
+        default = [run.on_first_prompts(first.number("prompts")) for run in results.compared(first.bits).get(first.method, [])]
+        default = [run for run in default if run.seed in {run.seed for run in runs}]
         error = paired(runs, default, "velocity_mse")
         cells = (
             first.method,
@@ -89,23 +91,14 @@ def ablation_table(results: Results) -> Table | None:
             MEASURES["velocity_mse"].summary(summary_of(default, "velocity_mse")),
             *_paired_cells(error, "velocity_mse"),
             MEASURES["psnr_db"].summary(summary_of(runs, "psnr_db")),
+            MEASURES["psnr_db"].summary(summary_of(default, "psnr_db")),
         )
         rows.append(Row(first.variant or "default", cells))
     errors = ("velocity error ↓", "with defaults", "Δ", "sd of Δ", "|Δ| / sd", "seeds won")
-    columns = ("variant", "method", "bits", "seeds", *errors, "PSNR, dB ↑")
-    title = "One setting changed at a time" + _fewer_prompts(results)
+    columns = ("variant", "method", "bits", "seeds", *errors, "PSNR, dB ↑", "with defaults")
+    prompts = _range([run.number("prompts") for run in ablations], "{:.0f}".format)
+    title = "One setting changed at a time" + ("" if prompts == ABSENT else f"; PSNR of the first {prompts} prompts")
     return Table(title, columns, tuple(rows), words=2) if rows else None
-
-
-def _fewer_prompts(results: Results) -> str:
-    """What to know before an ablation's PSNR is held against that of the tables above."""
-    ablation, compared = (
-        {run.number("prompts") for run in results.runs if wanted(run)} - {None}
-        for wanted in (lambda run: run.group == "ablation", lambda run: run.compared)
-    )
-    if len(ablation) != 1 or ablation == compared:
-        return ""
-    return f"; PSNR here of the first {next(iter(ablation)):.0f} prompts only"
 
 
 def tuning_table(results: Results) -> Table | None:

@@ -10,7 +10,7 @@ from PIL import Image
 from qvgen.evaluation.report import markdown_table, write_report
 from qvgen.evaluation.report_ranking import missing
 from qvgen.evaluation.report_results import read_results
-from qvgen.evaluation.report_tables import CSV_COLUMNS, paired_table, summary_table, tuning_table
+from qvgen.evaluation.report_tables import CSV_COLUMNS, ablation_table, paired_table, summary_table, tuning_table
 from qvgen.evaluation.report_videos import scenes
 from qvgen.evaluation.report_words import MEASURES
 from tests.integration.synthetic_results import METHODS, SEEDS, write_results, write_run
@@ -152,6 +152,16 @@ def test_one_seed_and_diverged_runs_are_shown_as_such(tmp_path: Path) -> None:
     table = summary_table(read_results(tmp_path), "W4A4")
     assert [(row.name, row.cells[:2]) for row in table.rows] == [("kd", ("1", "0.02000")), ("lsq", ("1", "diverged"))]
     write_report(tmp_path, tmp_path / "out")
+
+
+def test_an_ablation_is_held_against_its_defaults_on_the_same_seeds_and_prompts(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_run(tmp_path, "kd", "W4A4", seed, prompts=4, psnr_db=25.0, psnr_db_by_prompt=[30.0 + seed, 30.0, 20.0, 20.0])
+    write_run(tmp_path, "kd", "W4A4", 0, group="ablation", variant="rank-8", prompts=2, psnr_db=31.0)
+    table = ablation_table(read_results(tmp_path))
+    assert table is not None and table.caption.endswith("PSNR of the first 2 prompts")
+    (row,) = table.rows
+    assert row.cells[-2:] == ("31.00", "30.00") and row.cells[2] == "1"
 
 
 def test_tuning_marks_the_factor_of_the_compared_runs(results: Path) -> None:
