@@ -62,6 +62,7 @@ def run_stage(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,  # Ray kills the process group of a worker that ends; a guard has to live to end its stage
     )
     said = RAN
     with _listed(process):

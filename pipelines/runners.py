@@ -29,6 +29,8 @@ def task_runner(kind: str, workers: int) -> Any:
         if address := os.environ.get("DASK_ADDRESS"):
             return module.DaskTaskRunner(address=address)
         return module.DaskTaskRunner(cluster_kwargs={"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None})
+    # Ray kills the children of a worker that ends, the guard of a stage too, which then could not end the stage.
+    os.environ.setdefault("RAY_kill_child_processes_on_worker_exit", "0")
     if address := os.environ.get("RAY_ADDRESS"):
         return module.RayTaskRunner(address=address)
     return module.RayTaskRunner(init_kwargs={"num_cpus": workers, "include_dashboard": False})
