@@ -8,8 +8,9 @@ KERNELS := .venv/.kernels
 # .env.defaults, without overriding what the user has set.
 $(foreach line,$(shell grep '^[A-Z]' .env.defaults),$(eval export $(subst =, ?= ,$(line))))
 
-# Tests run in several processes; threads inside them would only compete.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 -q
+# Tests run in several processes; threads inside them would only compete. Four, also on two cores: many wait for servers. A
+# file stays with one process, so that what its tests share is made once; slow files come first in the alphabet.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -q
 
 .PHONY: help repro compare test check sanitize ui clean
 .DEFAULT_GOAL := help

@@ -57,9 +57,18 @@ def some_server(root: Path) -> Iterator[None]:
         os.environ["PREFECT_API_URL"] = api
         yield
     finally:
+        _send_last_logs()
         os.environ.pop("PREFECT_API_URL", None)
         guard.send_signal(signal.SIGTERM)
         guard.wait()
+
+
+def _send_last_logs() -> None:
+    """A thread of Prefect sends them in batches, the last one when this process ends: too late for a temporary server."""
+    if "prefect" in sys.modules:
+        from prefect.logging.handlers import APILogWorker
+
+        APILogWorker.drain_all(timeout=5)
 
 
 def answers(api: str, seconds: float = 1.0) -> bool:

@@ -132,6 +132,12 @@ def test_a_stage_is_stopped_at_its_deadline(tmp_path: Path, prefect_server: dict
     wait_until(lambda: not processes_in(project), lambda: str(processes_in(project)), 60)
 
 
+def test_the_temporary_server_gets_the_last_lines_of_the_log(project: Path) -> None:
+    code, output = run(project, "pipelines.cli", "repro", "a")
+    assert code == 0 and "Finished in state" in output, output
+    assert "Error logging to API" not in output
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_stopping_qvgen_repro_stops_its_temporary_server_too(project: Path, how: signal.Signals) -> None:
     (project / "ask").write_text("hang a")
