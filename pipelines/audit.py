@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.audit_blobs import open_blobs
 from pipelines.audit_checks import (
     Check,
     git_checks,
@@ -19,7 +20,7 @@ from pipelines.audit_checks import (
 )
 from pipelines.audit_data import data_checks, environment_check
 from pipelines.audit_lineage import Lineage, Runs, read_lineage, uses
-from pipelines.audit_project import Project, current_hash, open_blobs
+from pipelines.audit_project import Project, current_hash
 from pipelines.audit_rebuild import commands, rebuild
 from pipelines.registry import find_model, find_version, open_registry
 from stages._promotions import promotions
@@ -88,11 +89,10 @@ def audit(home: Path, reference: str, *, rebuild_too: bool = False) -> Report:
     checks.append(check)
     with open_blobs(home) as blobs:
         checks += data_checks(lineage, project, blobs, lock_commit)
-        cache = Path(blobs.cache.path)
-    checks.append(environment_check(lineage, project, texts))
-    if rebuild_too:
-        checks.append(rebuild(lineage, project, cache))
-    return Report(title, checks, commands(lineage, project, cache))
+        checks.append(environment_check(lineage, project, texts))
+        if rebuild_too:
+            checks.append(rebuild(lineage, project, blobs))
+        return Report(title, checks, commands(lineage, project, blobs))
 
 
 def find_uses(home: Path, data: str) -> tuple[str, list[Use]]:

@@ -7,9 +7,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from pipelines.audit_blobs import Blobs, RemoteError
 from pipelines.audit_checks import ANEW, SHA256, Check, known, verdict
 from pipelines.audit_lineage import Lineage
-from pipelines.audit_project import Blobs, Kept, Project
+from pipelines.audit_project import Kept, Project
 from stages.register import MEASURED, leaves
 
 
@@ -69,7 +70,11 @@ def _sha256_check(lineage: Lineage, blobs: Blobs) -> Check:
         return Check("sha256", False, "the packed model's list of files cannot be read; see packed model")
     faults = []
     for name, expected in tags.items():
-        found = blobs.sha256(files[name]) if name in files else None
+        try:
+            found = blobs.sha256(files[name]) if name in files else None
+        except RemoteError as error:
+            faults.append(f"{name}: {error}")
+            continue
         if found != expected:
             faults.append(f"{name} was registered with {expected[:16]}..., stored is {found or 'nothing'}")
     return verdict("sha256", faults, f"{', '.join(tags)} as registered", "do not use these weights: `dvc pull`, or rebuild")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,6 @@ import yaml
 
 from stages._dvc import flatten, stage_address
 
-BLOCK = 1 << 22  # bytes read at a time
 WORKTREE = ""  # in place of a commit: the files that are checked out
 
 
@@ -149,76 +145,6 @@ class _Hashes:
             except FileNotFoundError:  # not in git at that commit
                 self._known[path] = None
         return self._known[path]
-
-
-@dataclass(frozen=True)
-class Blobs:
-    """DVC's cache of this checkout and the default remote, where one is configured."""
-
-    cache: Any
-    remote: Any | None
-
-    @property
-    def where(self) -> str:
-        remote = f" and the remote {self.remote.path}" if self.remote is not None else " (no remote is configured)"
-        return f"the cache {self.cache.path}{remote}"
-
-    def files(self, md5: str) -> dict[str, str]:
-        """Path inside the folder -> hash of each file; for a single file {"": hash}. Raises FileNotFoundError if the
-        folder's list is nowhere, ValueError if it is damaged."""
-        if not md5.endswith(".dir"):
-            return {"": md5}
-        for store in self._stores():
-            if store.exists(md5):
-                with store.fs.open(store.oid_to_path(md5), "rb") as file:
-                    content = file.read()
-                try:
-                    return {str(entry["relpath"]): str(entry["md5"]) for entry in json.loads(content)}
-                except (ValueError, TypeError, KeyError):
-                    raise ValueError(f"{store.oid_to_path(md5)} is damaged: it is no list of files") from None
-        raise FileNotFoundError(md5)
-
-    def fault(self, md5: str) -> str | None:
-        """None if the bytes of that hash are here: in the cache, hashed again, or else in the remote."""
-        path = Path(self.cache.oid_to_path(md5))
-        if path.is_file():
-            found = file_hash(path, "md5")
-            return None if found == md5.removesuffix(".dir") else f"{path} is damaged: its md5 is {found}"
-        if self.remote is not None and self.remote.exists(md5):
-            return None
-        return f"{md5} is missing"
-
-    def sha256(self, md5: str) -> str | None:
-        """sha256 of the bytes stored under a DVC hash; None if they are nowhere."""
-        for store in self._stores():
-            if store.exists(md5):
-                digest = hashlib.sha256()
-                with store.fs.open(store.oid_to_path(md5), "rb") as file:
-                    while piece := file.read(BLOCK):
-                        digest.update(piece)
-                return digest.hexdigest()
-        return None
-
-    def _stores(self) -> list[Any]:
-        return [self.cache] if self.remote is None else [self.cache, self.remote]
-
-
-@contextmanager
-def open_blobs(root: Path) -> Iterator[Blobs]:
-    """The stores that the checkout's DVC configuration names."""
-    from dvc.config import NoRemoteError
-    from dvc.repo import Repo
-
-    with Repo(str(root)) as repo:
-        remote = None
-        with suppress(NoRemoteError):
-            remote = repo.cloud.get_remote_odb()
-        yield Blobs(repo.cache.local, remote)
-
-
-def file_hash(path: Path, algorithm: str) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def current_hash(root: Path, path: str) -> str:

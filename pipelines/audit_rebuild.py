@@ -8,31 +8,25 @@ import sys
 import tempfile
 from pathlib import Path
 
+from pipelines.audit_blobs import Blobs
 from pipelines.audit_checks import Check
 from pipelines.audit_lineage import Lineage
 from pipelines.audit_project import Project
 
 
-def commands(lineage: Lineage, project: Project, cache: Path) -> list[str]:
-    """Shell commands, from a clone to the hash to compare; [] if the runs name no commit.
-
-    The clone shares DVC's cache for data that no stage makes; `--force` computes everything else anew.
-    """
+def commands(lineage: Lineage, project: Project, blobs: Blobs) -> list[str]:
+    """Shell commands, from a clone to the hash to compare; [] if the runs name no commit."""
     if not lineage.commits:
         return []
-    stage, (packed, md5) = _stage(lineage), lineage.packed
-    sources = " ".join(map(shlex.quote, _sources(lineage, project)))
+    packed, md5 = lineage.packed
     return [
         f"git clone {shlex.quote(str(project.root))} rebuilt && cd rebuilt",
-        f"git checkout {lineage.commits[0]}",
-        f"dvc cache dir --local {shlex.quote(str(_cache_dir(cache)))}",
-        *([f"dvc checkout {sources}"] if sources else []),
-        f"dvc repro --force {stage}",
+        *map(shlex.join, _commands_in_clone(lineage, project, blobs)),
         f"grep -A 3 'path: {packed}' dvc.lock  # md5: {md5}",
     ]
 
 
-def rebuild(lineage: Lineage, project: Project, cache: Path) -> Check:
+def rebuild(lineage: Lineage, project: Project, blobs: Blobs) -> Check:
     """Run the commands in a temporary clone and compare the packed model's hash; where it differs, name the first output
     that does. Takes as long as training."""
     from pipelines.checkout import environment
@@ -40,23 +34,18 @@ def rebuild(lineage: Lineage, project: Project, cache: Path) -> Check:
     if not lineage.commits:
         return Check("rebuild", False, "the runs name no commit, so there is nothing to rebuild from")
     stage, (packed, md5) = _stage(lineage), lineage.packed
-    sources = _sources(lineage, project)
     with tempfile.TemporaryDirectory(prefix="qvgen-audit-") as temporary:
         clone = Path(temporary) / "rebuilt"
-        dvc = [sys.executable, "-m", "dvc"]
         variables = environment(project.root)
         variables |= {"MLFLOW_TRACKING_URI": f"sqlite:///{clone / 'mlflow.db'}"}  # a rebuild is no run of the project
         for name in ("DVC_ROOT", "DVC_STAGE", "QVGEN_PARENT_RUN_ID", "QVGEN_EXECUTION"):
             variables.pop(name, None)
         stderr = 2  # stdout is for the report
-        for command, folder in (
-            (["git", "clone", "--quiet", str(project.root), str(clone)], Path(temporary)),
-            (["git", "checkout", "--quiet", lineage.commits[0]], clone),
-            ([*dvc, "cache", "dir", "--local", str(_cache_dir(cache))], clone),
-            *([([*dvc, "checkout", *sources], clone)] if sources else []),
-            ([*dvc, "repro", "--force", stage], clone),
-        ):
-            done = subprocess.run(command, cwd=folder, env=variables, stdout=stderr)
+        get = ["git", "clone", "--quiet", str(project.root), str(clone)]
+        for command in (get, *_commands_in_clone(lineage, project, blobs)):
+            run = [sys.executable, "-m", *command] if command[0] == "dvc" else command
+            folder = temporary if command is get else clone
+            done = subprocess.run(run, cwd=folder, env=variables, stdout=stderr)
             if done.returncode:
                 return Check("rebuild", False, f"`{shlex.join(command)}` failed with exit code {done.returncode}; see above")
         made = _outputs(clone, lineage)
@@ -87,10 +76,32 @@ def _outputs(clone: Path, lineage: Lineage) -> dict[tuple[str, str], str]:
     return found
 
 
-def _sources(lineage: Lineage, project: Project) -> list[str]:
-    """Data that `dvc add` put into the cache: a clone has only their .dvc files."""
+def _commands_in_clone(lineage: Lineage, project: Project, blobs: Blobs) -> list[list[str]]:
+    """The clone shares DVC's cache for data that no stage makes, and where the cache lacks some, its remote, which the
+    user may have configured for this checkout alone; `--force` computes everything else anew."""
+    commands = [
+        ["git", "checkout", "--quiet", lineage.commits[0]],
+        ["dvc", "cache", "dir", "--local", str(_cache_dir(Path(blobs.cache.path)))],
+    ]
+    if sources := _sources(lineage, project):
+        pull = blobs.remote is not None and not all(map(blobs.in_cache, sources.values()))
+        own = project.root / ".dvc" / "config.local"
+        if pull and own.is_file():
+            commands.insert(1, ["cp", str(own), ".dvc/"])
+        commands.append(["dvc", "pull" if pull else "checkout", *sources])
+    return [*commands, ["dvc", "repro", "--force", _stage(lineage)]]
+
+
+def _sources(lineage: Lineage, project: Project) -> dict[str, str]:
+    """Path -> hash of data that `dvc add` put into the cache: a clone has only their .dvc files."""
     outs = {step.id: project.at(step.commit or "").outs for step in lineage.steps if project.has_commit(step.commit or "")}
-    return sorted({p for step in lineage.steps for p in step.deps if (kept := outs.get(step.id, {}).get(p)) and kept.source})
+    found = {
+        path: md5
+        for step in lineage.steps
+        for path, md5 in step.deps.items()
+        if (kept := outs.get(step.id, {}).get(path)) and kept.source
+    }
+    return dict(sorted(found.items()))
 
 
 def _stage(lineage: Lineage) -> str:

@@ -103,6 +103,18 @@ def make(root: Path) -> Path:
     return root
 
 
+def make_with_champion(folder: Path) -> Path:
+    """The project after its first run, the gate and the commit of what it wrote. MLFLOW_TRACKING_URI must not be set."""
+    from pipelines.promote import promote_after_run
+
+    root = make(folder)
+    code, output = run(root, "dvc", "repro")
+    assert code == 0, output
+    assert promote_after_run(root) == "qvgen version 1 is champion now (7 rules passed)"
+    commit(root, "results")
+    return root
+
+
 def git(root: Path, *command: str) -> str:
     return subprocess.run(["git", *command], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
 

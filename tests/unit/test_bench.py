@@ -65,7 +65,7 @@ def test_every_variant_computes_the_layer(name: str) -> None:
     try:
         make = VARIANTS[name][0](problem)
     except Unavailable as reason:
-        pytest.skip(str(reason))
+        pytest.skip(f"{name}: {reason}")
     expected = torch.nn.functional.linear(problem.x, problem.weight, None if name == "int4pack" else problem.bias)
     for action in (make(), make()):  # two copies
         output = action().float()
