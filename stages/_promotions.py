@@ -2,7 +2,7 @@
 
 Every move is a tag of the registered model, promotion.<alias>.<number>-<random> = JSON, written before the alias: a crash in
 between leaves the evidence, and the same move done again completes it. MLflow has no transactions: of two hosts that record
-the same number at once, one withdraws. `client` is an MlflowClient.
+a move at once, one withdraws, so numbers may be missing. `client` is an MlflowClient.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import random
 import time
 import uuid
+from collections.abc import Set
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,10 +55,6 @@ def _records(client: Any, name: str, alias: str) -> dict[str, Promotion]:
     return found
 
 
-def _number(key: str) -> str:
-    return key.partition("-")[0]
-
-
 def alias_version(client: Any, name: str, alias: str) -> int | None:
     """The version that an alias names now; None if there is no such alias."""
     version = client.get_registered_model(name).aliases.get(alias)
@@ -82,33 +79,49 @@ def move_alias(
     last one wins), and what MLflow raises.
     """
     while True:
-        history = promotions(client, name, alias)
+        records = _records(client, name, alias)
+        history = [move for _, move in sorted(records.items())]
         if seen is not None and len(history) != seen:
             raise OvertakenError(f"{name}: alias {alias} was moved {len(history) - seen} times meanwhile")
         recorded = bool(history) and history[-1].version == version
         if recorded and alias_version(client, name, alias) == version:
             return False
         move = Promotion(version, now(), _user(), reason[:LONGEST_REASON], forced, gate)
-        if recorded or _record(client, name, alias, len(history) + 1, move):
-            client.set_registered_model_alias(name, alias, str(version))
-            newest = promotions(client, name, alias)[-1].version
-            if newest != version:  # recorded since, and its alias perhaps set before ours
-                client.set_registered_model_alias(name, alias, str(newest))
+        if recorded or _record(client, name, alias, move, records.keys()):
+            _settle(client, name, alias)
             return True
 
 
-def _record(client: Any, name: str, alias: str, number: int, move: Promotion) -> bool:
-    """Whether it is the move of that number; if not, nothing of it is left.
+def _record(client: Any, name: str, alias: str, move: Promotion, known: Set[str]) -> bool:
+    """Whether it is the move after those of the tags `known`; if not, nothing of it is left.
 
     Of two hosts at least one sees the other's record, and whoever sees one withdraws; both may, and both try again.
     """
-    key = f"{PREFIX}{alias}.{number:06d}-{uuid.uuid4().hex[:8]}"
+    # Not how many there are: a host that withdrew may have been counted for the number of one that stayed.
+    last = max((int(key.rpartition(".")[2].partition("-")[0]) for key in known), default=0)
+    key = f"{PREFIX}{alias}.{last + 1:06d}-{uuid.uuid4().hex[:8]}"
     client.set_registered_model_tag(name, key, json.dumps(asdict(move)))
-    if any(_number(other) == _number(key) for other in _records(client, name, alias).keys() - {key}):
+    if _records(client, name, alias).keys() - known - {key}:
         client.delete_registered_model_tag(name, key)
+        if alias_version(client, name, alias) == move.version:  # somebody took this record for the newest
+            _settle(client, name, alias)
         time.sleep(random.uniform(0.1, 1))  # so that they do not meet again
         return False
     return True
+
+
+def _settle(client: Any, name: str, alias: str) -> None:
+    """Make the alias that of the newest record. Each host does so after its own last change of records or alias, and looks
+    again: one that took a record for the newest just before its host withdrew it sets the alias back."""
+    while history := promotions(client, name, alias):
+        newest, now_set = history[-1].version, alias_version(client, name, alias)
+        if now_set == newest:
+            return
+        try:
+            client.set_registered_model_alias(name, alias, str(newest))
+        except Exception:  # of MLflow, which does not expect that two hosts make a new alias at once
+            if now_set is not None or alias_version(client, name, alias) is None:
+                raise
 
 
 def _user() -> str:
