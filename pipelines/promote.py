@@ -93,7 +93,7 @@ def _decide(client: MlflowClient, params: Params, wanted: ModelVersion, force: b
         reason=reason or "passed the gate",
         forced=bool(failed),
         gate={rule.name: [rule.known, rule.limit_text, rule.ok] for rule in rules},
-        seen=len(history),
+        seen=history,
     )
     how = f"by force, against {', '.join(failed)}" if failed else f"{len(rules)} rules passed"
     return Outcome(name, number, champion, True, True, rules, f"{name} version {number} is champion now ({how})")

@@ -12,7 +12,7 @@ import json
 import random
 import time
 import uuid
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -70,19 +70,19 @@ def move_alias(
     reason: str,
     forced: bool = False,
     gate: dict[str, Any] | None = None,
-    seen: int | None = None,
+    seen: Sequence[Promotion] | None = None,
 ) -> bool:
     """Record the move, then make it; returns whether there was anything to do. Callers hold the lock of
     stages/_connection.py, which other hosts do not share.
 
-    `seen` is the number of moves that the caller decided upon. Raises OvertakenError if there are more by now (None: then the
-    last one wins), and what MLflow raises.
+    `seen` are the moves that the caller decided upon. Raises OvertakenError if there are others by now (None: then the last
+    one wins), and what MLflow raises.
     """
     while True:
         records = _records(client, name, alias)
         history = [move for _, move in sorted(records.items())]
-        if seen is not None and len(history) != seen:
-            raise OvertakenError(f"{name}: alias {alias} was moved {len(history) - seen} times meanwhile")
+        if seen is not None and history != list(seen):
+            raise OvertakenError(f"{name}: alias {alias} was moved meanwhile")
         recorded = bool(history) and history[-1].version == version
         if recorded and alias_version(client, name, alias) == version:
             return False

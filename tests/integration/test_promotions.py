@@ -16,7 +16,7 @@ import pipelines.promote as promoting
 from pipelines.gate import Rule
 from qvgen.params import load_params
 from stages._connection import connect
-from stages._promotions import PREFIX, OvertakenError, alias_version, move_alias, promotions
+from stages._promotions import PREFIX, OvertakenError, Promotion, alias_version, move_alias, promotions
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -54,9 +54,9 @@ def champions(client: Any) -> list[int]:
 
 
 def test_a_move_that_another_host_overtook_is_refused(client: Any) -> None:
-    assert move_alias(client, NAME, "champion", 1, reason="first", seen=0)
-    with pytest.raises(OvertakenError, match="moved 1 times meanwhile"):
-        move_alias(client, NAME, "champion", 2, reason="late", seen=0)
+    assert move_alias(client, NAME, "champion", 1, reason="first", seen=[])
+    with pytest.raises(OvertakenError, match="moved meanwhile"):
+        move_alias(client, NAME, "champion", 2, reason="late", seen=[])
     assert champions(client) == [1] and alias_version(client, NAME, "champion") == 1
 
 
@@ -67,12 +67,12 @@ def test_two_hosts_in_the_middle_of_a_move(client: Any, method: str) -> None:
 
     def other() -> None:
         try:
-            move_alias(client, NAME, "champion", 2, reason="other", seen=0)
+            move_alias(client, NAME, "champion", 2, reason="other", seen=[])
         except OvertakenError:
             lost.append(2)
 
     try:
-        move_alias(Interrupted(client, method, other), NAME, "champion", 1, reason="this", seen=0)
+        move_alias(Interrupted(client, method, other), NAME, "champion", 1, reason="this", seen=[])
     except OvertakenError:
         lost.append(1)
     assert lost == ([1] if method == "set_registered_model_tag" else [2])
@@ -80,8 +80,8 @@ def test_two_hosts_in_the_middle_of_a_move(client: Any, method: str) -> None:
     assert champions(client) == [winner] and alias_version(client, NAME, "champion") == winner
 
 
-@pytest.mark.parametrize("seen", [None, 0], ids=["unjudged", "judged"])
-def test_many_hosts_at_once(client: Any, seen: int | None) -> None:
+@pytest.mark.parametrize("seen", [None, []], ids=["unjudged", "judged"])
+def test_many_hosts_at_once(client: Any, seen: list[Promotion] | None) -> None:
     """Of moves that nobody judged, the last wins and all are kept; of those judged upon no champion, at most one is made."""
 
     def move(alias: str, version: int, made: list[int]) -> None:
@@ -100,9 +100,20 @@ def test_many_hosts_at_once(client: Any, seen: int | None) -> None:
         history = [move.version for move in promotions(client, NAME, alias)]
         assert sorted(history) == sorted(made)
         assert alias_version(client, NAME, alias) == (history[-1] if history else None)
-        assert len(history) <= 1 if seen == 0 else sorted(history) == [*VERSIONS]
+        assert len(history) <= 1 if seen == [] else sorted(history) == [*VERSIONS]
         tags = client.get_registered_model(NAME).tags
         assert len({tag.partition("-")[0] for tag in tags if tag.startswith(f"{PREFIX}{alias}.")}) == len(history)
+
+
+def test_as_many_moves_are_not_the_same_moves(client: Any) -> None:
+    """The one that was seen has been withdrawn, and another host's stands in its place."""
+    record(client, 1, 2)
+    seen = promotions(client, NAME, "champion")
+    client.delete_registered_model_tag(NAME, f"{PREFIX}champion.000001-0a")
+    record(client, 1, 3)
+    with pytest.raises(OvertakenError):
+        move_alias(client, NAME, "champion", 1, reason="better than version 2", seen=seen)
+    assert champions(client) == [3]
 
 
 @pytest.fixture
@@ -127,7 +138,7 @@ def test_numbers_of_moves_that_were_withdrawn_stop_nobody(after_a_withdrawal: An
 def test_a_move_of_any_number_that_came_meanwhile_is_seen(client: Any) -> None:
     hasty = Interrupted(client, "set_registered_model_tag", lambda: record(client, 3, 2))
     with pytest.raises(OvertakenError):
-        move_alias(hasty, NAME, "champion", 1, reason="r", seen=0)
+        move_alias(hasty, NAME, "champion", 1, reason="r", seen=[])
     assert champions(client) == [2]
 
 
