@@ -7,10 +7,9 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
-
-BLOCK = 1 << 22  # bytes read at a time
+from typing import Any
 
 
 class RemoteError(ValueError):
@@ -32,7 +31,7 @@ class Remote:
             return bool(self.store.fs.exists(self.store.oid_to_path(md5)))  # store.exists takes any failure for "no"
 
     @contextmanager
-    def open(self, md5: str) -> Iterator[BinaryIO]:
+    def open(self, md5: str) -> Iterator[BufferedIOBase]:
         with self._asked(), self.store.fs.open(self.store.oid_to_path(md5), "rb") as file:
             yield file
 
@@ -81,29 +80,28 @@ class Blobs:
             found = file_hash(path, "md5")
             return None if found == md5.removesuffix(".dir") else f"{path} is damaged: its md5 is {found}"
         try:
-            found = self.remote is not None and self.remote.exists(md5)
+            stored = self.remote is not None and self.remote.exists(md5)
         except RemoteError as error:
             return f"{md5} is not in the cache, and {error}"
-        return None if found else f"{md5} is missing"
+        return None if stored else f"{md5} is missing"
 
     def sha256(self, md5: str) -> str | None:
         """sha256 of the bytes stored under a DVC hash; None if they are nowhere. Raises RemoteError."""
         with self._open(md5) as file:
             if file is None:
                 return None
-            digest = hashlib.sha256()
-            while piece := file.read(BLOCK):
-                digest.update(piece)
-            return digest.hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def in_cache(self, md5: str) -> bool:
-        """Whether the cache alone has every file of a hash."""
+        """Whether the cache alone has every file of a hash; not if a folder's list is damaged."""
         if not self.cache.exists(md5):
             return False
-        return all(self.cache.exists(file) for file in self.files(md5).values())
+        with suppress(ValueError):
+            return all(self.cache.exists(file) for file in self.files(md5).values())
+        return False
 
     @contextmanager
-    def _open(self, md5: str) -> Iterator[BinaryIO | None]:
+    def _open(self, md5: str) -> Iterator[BufferedIOBase | None]:
         path = Path(self.cache.oid_to_path(md5))
         if path.is_file():
             with path.open("rb") as file:

@@ -115,6 +115,13 @@ def make_with_champion(folder: Path) -> Path:
     return root
 
 
+def failed(root: Path, reference: str = "qvgen@champion") -> dict[str, str]:
+    """Checks of the audit that fail -> detail."""
+    from pipelines.audit import audit
+
+    return {check.name: check.detail for check in audit(root, reference).checks if not check.ok}
+
+
 def git(root: Path, *command: str) -> str:
     return subprocess.run(["git", *command], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
 

@@ -11,11 +11,14 @@ import pytest
 from typer.testing import CliRunner
 
 from pipelines.audit import audit, find_uses
+from pipelines.audit_blobs import open_blobs
+from pipelines.audit_project import current_hash
 from pipelines.promote import promote, promote_after_run
 from qvgen.params import load_params
 from stages._connection import connect
 from stages._promotions import Promotion, alias_version, promotions
 from tests.integration import audited_project as toy
+from tests.integration.audited_project import failed
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -56,12 +59,6 @@ def worse(audited: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def copy(project: Path, to: Path) -> Path:
     return Path(shutil.copytree(project, to, symlinks=True))
-
-
-def failed(project: Path, reference: str = "qvgen@champion") -> dict[str, str]:
-    """Check -> detail of those that fail."""
-    report = audit(project, reference)
-    return {check.name: check.detail for check in report.checks if not check.ok}
 
 
 def test_a_good_model_passes_every_check(audited: Path) -> None:
@@ -105,15 +102,14 @@ def test_tampered_and_missing_data(project: Path) -> None:
         blob.chmod(0o644)
         blob.write_text("[")
     assert "it is no list of files" in failed(project)["packed model"]
+    with open_blobs(project) as blobs:
+        assert not blobs.in_cache(current_hash(project, "artifacts/packed"))
     for blob in (project / ".dvc/cache/files/md5").rglob("*.dir"):
         blob.unlink()
     assert failed(project).keys() == {"data", "packed model", "sha256"}
 
 
 def _spoil(project: Path, name: str, out: str = "artifacts/packed") -> None:
-    from pipelines.audit_blobs import open_blobs
-    from pipelines.audit_project import current_hash
-
     with open_blobs(project) as blobs:
         path = Path(blobs.cache.oid_to_path(blobs.files(current_hash(project, out))[name]))
     path.chmod(0o644)

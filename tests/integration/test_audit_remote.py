@@ -8,6 +8,7 @@ import pytest
 from pipelines.audit import audit
 from tests.integration import audited_project as toy
 from tests.integration import services
+from tests.integration.audited_project import failed
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -18,11 +19,6 @@ BYTES = {"data", "packed model", "sha256"}  # the checks that read them
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return toy.make_with_champion(tmp_path)
-
-
-def failed(project: Path) -> dict[str, str]:
-    """Check -> detail of those that fail."""
-    return {check.name: check.detail for check in audit(project, "qvgen@champion").checks if not check.ok}
 
 
 def push(project: Path, address: str, **settings: str) -> None:
