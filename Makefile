@@ -87,7 +87,7 @@ install-under-lock:
 	fi
 
 # The compiled kernels again, after a change of theirs.
-$(KERNELS): $(INSTALLED) CMakeLists.txt $(wildcard qvgen/kernels/cpu/*.cpp qvgen/kernels/cpu/*.h)
+$(KERNELS): $(INSTALLED) CMakeLists.txt $(wildcard $(addprefix qvgen/kernels/cpu/csrc/,*.cpp *.h */*.cpp */*.h))
 	@if [ -n "$$(find $^ -newer $@ 2>&1)" ]; then \
 		echo 'Compiling the kernels'; \
 		{ $(BIN)/pip install --no-deps -e . && sed -i '/^import/d' $$(find .venv -name _editable_skbc_qvgen.pth); } \

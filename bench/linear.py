@@ -32,8 +32,8 @@ from tqdm import tqdm
 from bench.machine import cycles_per_second, last_level_cache, peak_macs_per_cycle
 from bench.report import geometric_mean, print_table, write_json
 from bench.variants import OURS, VARIANTS, Problem, Unavailable, packed_layer
-from qvgen.evaluation.hardware import describe, hardware
-from qvgen.evaluation.speed import quartiles, sample, torch_threads
+from qvgen.evaluation.cost.hardware import describe, hardware
+from qvgen.evaluation.cost.speed import quartiles, sample, torch_threads
 from qvgen.kernels.cpu import library
 
 LEAST_SECONDS = 2e-3

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qvgen.kernels.ops import quantized_linear_out
+from qvgen.kernels.linear_ops import quantized_linear_out
 from qvgen.nn.packed_linear import PackedLinear
 from qvgen.nn.timestep import TimestepState
 from qvgen.quant.fake_quantizer import WeightQuantizer

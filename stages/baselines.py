@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 
-from stages._run import Stage, stage_main
+from stages.runtime.run import Stage, stage_main
 
 METHODS_WITHOUT_TRAINING = ("rtn", "mse")
 
 
 def run(stage: Stage) -> None:
     from qvgen.checkpoint.grids import load_grids
-    from qvgen.data.precompute import LatentDataset
-    from qvgen.evaluation.compare import Trial, compare, observe
+    from qvgen.data.latents import LatentDataset
+    from qvgen.evaluation.quality.trial import Trial, compare, observe
     from qvgen.methods.registry import METHODS
     from qvgen.models.family import load_family, load_pipeline
     from qvgen.nn.swap import convert_, prepare_

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from stages._run import Stage, stage_main
+from stages.runtime.run import Stage, stage_main
 
 # Of the parameters that are not packed. A packed folder is loaded as everywhere else: float32 around the packed layers.
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "packed": "float32"}
@@ -19,9 +19,9 @@ PROMPT = "a red digit three moving up"  # any prompt takes the same time
 
 
 def run(stage: Stage) -> None:
-    from qvgen.evaluation.hardware import describe, hardware
-    from qvgen.evaluation.size import folder_bytes
-    from qvgen.evaluation.speed import interleaved, load_variant, peak_memory_mb, torch_threads
+    from qvgen.evaluation.cost.hardware import describe, hardware
+    from qvgen.evaluation.cost.size import folder_bytes
+    from qvgen.evaluation.cost.speed import interleaved, load_variant, peak_memory_mb, torch_threads
 
     settings = stage.params.benchmark
     with tempfile.TemporaryDirectory(dir=stage.checkpoint_dir) as temporary, torch_threads(settings.threads):
@@ -72,7 +72,7 @@ def run(stage: Stage) -> None:
 
 def write_variants(stage: Stage, folder: Path) -> dict[str, Path]:
     """Pipeline folders: artifacts/model in float32 and in bfloat16, and artifacts/packed itself."""
-    from qvgen.evaluation.size import write_variant
+    from qvgen.evaluation.cost.size import write_variant
 
     for name in ("fp32", "bf16"):
         write_variant(stage.root / "artifacts/model", folder / name, DTYPES[name])
@@ -84,7 +84,7 @@ def write_inputs(stage: Stage, pipeline: Any, path: Path) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from qvgen.evaluation.samples import family_adapter
+    from qvgen.sampling.sample import family_adapter
 
     size, count = clip_size(stage), stage.params.benchmark.batch_size
     family = family_adapter(pipeline)
@@ -105,7 +105,7 @@ def step_action(stage: Stage, pipeline: Any, inputs: Path) -> Any:
     import torch
     from safetensors.torch import load_file
 
-    from qvgen.evaluation.samples import family_adapter
+    from qvgen.sampling.sample import family_adapter
 
     tensors, family, transformer = load_file(inputs), family_adapter(pipeline), pipeline.transformer
     latents, text = tensors["latents"].to(transformer.dtype), tensors["text"].to(transformer.dtype)
@@ -114,7 +114,7 @@ def step_action(stage: Stage, pipeline: Any, inputs: Path) -> Any:
 
 def video_action(stage: Stage, pipeline: Any) -> Any:
     """A function that makes one batch of videos: text, all denoising steps with guidance, decoding."""
-    from qvgen.evaluation.samples import family_adapter, sample
+    from qvgen.sampling.sample import family_adapter, sample
 
     evaluate, count = stage.params.evaluate, stage.params.benchmark.batch_size
     return lambda: sample(
@@ -147,7 +147,7 @@ def kernel_name(transformer: Any) -> str:
 
 def packed_ratio(stage: Stage) -> float | None:
     """What the scheme makes of Wan 2.1 1.3B; None if it names layers which that model does not have."""
-    from qvgen.evaluation.size import wan_packed_ratio
+    from qvgen.evaluation.cost.size import wan_packed_ratio
     from qvgen.models.wan import WanFamily
 
     try:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import csv
 import json
 
-from stages._run import Stage, stage_main
+from stages.runtime.run import Stage, stage_main
 
 AT_RISK = 5  # layers named in the summary
 
 
 def run(stage: Stage) -> None:
     from qvgen.checkpoint.grids import save_folds, save_grids
-    from qvgen.data.precompute import LatentDataset
+    from qvgen.data.latents import LatentDataset
     from qvgen.methods.registry import METHODS
     from qvgen.models.family import load_family, load_pipeline
     from qvgen.nn.targets import match_linears

@@ -6,8 +6,8 @@ row per step in metrics/decay.csv.
 
 from __future__ import annotations
 
-from stages._run import Stage, stage_main
-from stages._training import STATE, Sources, build_trainer, finish, train, write_metrics
+from stages.runtime.run import Stage, stage_main
+from stages.runtime.training import STATE, Sources, build_trainer, finish, train, write_metrics
 
 
 def run(stage: Stage) -> None:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from stages._run import Stage, stage_main
+from stages.runtime.run import Stage, stage_main
 
 LABELS = ("full precision", "packed")
 
 
 def run(stage: Stage) -> None:
     import qvgen.integrations.diffusers  # noqa: F401  (lets diffusers load the packed transformer)
-    from qvgen.data.precompute import LatentDataset
-    from qvgen.evaluation.compare import Trial, compare, movement, observe, prompt_accuracy, velocity_mse
+    from qvgen.data.latents import LatentDataset
+    from qvgen.evaluation.quality.trial import Trial, compare, movement, observe, prompt_accuracy, velocity_mse
     from qvgen.models.family import load_family, load_pipeline, read_guidance_stop
 
     folders = [stage.root / "artifacts/model", stage.root / "artifacts/packed"]
@@ -54,7 +54,7 @@ def run(stage: Stage) -> None:
 
 def write_pictures(folder: Path, count: int, prompts: tuple[str, ...], clips: list) -> None:
     """contact_sheet.png and `count` side-by-side videos named by number and prompt, evenly spread over the prompts."""
-    from qvgen.evaluation.video import contact_sheet, side_by_side, write_video
+    from qvgen.sampling.video import contact_sheet, side_by_side, write_video
 
     chosen = [i * len(prompts) // count for i in range(count)]
     pairs = [[model[i] for model in clips] for i in chosen]

@@ -10,7 +10,7 @@ import json
 import shutil
 from dataclasses import asdict
 
-from stages._run import Stage, stage_main
+from stages.runtime.run import Stage, stage_main
 
 
 def run(stage: Stage) -> None:

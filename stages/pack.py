@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 
-from stages._run import Stage, stage_main
+from stages.runtime.run import Stage, stage_main
 
 
 def run(stage: Stage) -> None:

@@ -1,6 +1,6 @@
 """Stage prepare: clips and captions -> latents and text embeddings, for training, calibration and evaluation.
 
-Reads artifacts/model; writes artifacts/data (layout in qvgen/data/precompute.py). Held-out clips of the embedded data show
+Reads artifacts/model; writes artifacts/data (layout in qvgen/data/latents.py). Held-out clips of the embedded data show
 digits that no training clip shows.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from stages._run import Stage, stage_main
+from stages.runtime.run import Stage, stage_main
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,7 @@ Batches = Iterator[tuple["torch.Tensor", "torch.Tensor"]]
 
 
 def run(stage: Stage) -> None:
-    from qvgen.data.precompute import write_part, write_text
+    from qvgen.data.latents import write_part, write_text
     from qvgen.models.family import load_family, load_pipeline
 
     settings = stage.params.prepare

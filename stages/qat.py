@@ -6,8 +6,8 @@ Reads artifacts/model, artifacts/calibration, artifacts/data/train; writes the t
 
 from __future__ import annotations
 
-from stages._run import Stage, stage_main
-from stages._training import STATE, Sources, build_trainer, save_state, train, write_metrics
+from stages.runtime.run import Stage, stage_main
+from stages.runtime.training import STATE, Sources, build_trainer, save_state, train, write_metrics
 
 
 def run(stage: Stage) -> None:

@@ -10,10 +10,10 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from stages._dvc import fingerprint
-from stages._journal import now, read_receipt
-from stages._promotions import move_alias
-from stages._run import Stage, stage_main
+from stages.record.journal import now, read_receipt
+from stages.record.promotions import move_alias
+from stages.runtime.dvc import fingerprint
+from stages.runtime.run import Stage, stage_main
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

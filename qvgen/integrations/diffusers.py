@@ -25,7 +25,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from qvgen.integrations.fused_wan import fuse_wan_
+from qvgen.integrations.fused.wan import fuse_wan_
 from qvgen.nn.packed_linear import PackedLinear, packed_layers
 from qvgen.nn.targets import match_linears, replace_module
 from qvgen.nn.timestep import track_timestep

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qvgen.kernels.ops import quantized_feed_forward, quantized_linear, quantized_linear_out, quantized_linears
+from qvgen.kernels.linear_ops import quantized_feed_forward, quantized_linear, quantized_linear_out, quantized_linears
 from qvgen.kernels.registry import (
     Arguments,
     KernelPreference,

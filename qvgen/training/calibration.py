@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
-from qvgen.data.precompute import LatentDataset
+from qvgen.data.latents import LatentDataset
 from qvgen.methods.method import Method
 from qvgen.methods.qvgen_plus import channel_grid
 from qvgen.models.family import NUM_TRAIN_TIMESTEPS, Family

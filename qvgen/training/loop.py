@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from qvgen.data.precompute import LatentDataset
+from qvgen.data.latents import LatentDataset
 from qvgen.methods.method import Method
 from qvgen.models.family import NUM_TRAIN_TIMESTEPS, Family
 from qvgen.nn.swap import merge_adapters_, set_phi_

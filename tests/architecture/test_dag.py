@@ -13,23 +13,22 @@ import pytest
 import yaml
 from dvc.repo import Repo
 
+from comparison import code as compare_code
 from qvgen.methods.registry import METHODS
 from qvgen.params import Params, load_params
-from stages import compare_code
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted(path.stem for path in (ROOT / "stages").glob("[!_]*.py"))
-STAGES = [name for name in SCRIPTS if not name.startswith("compare_")]  # of the pipeline
+STAGES = sorted(path.stem for path in (ROOT / "stages").glob("[!_]*.py"))
 # Declarations only: what a stage gets out of it is tracked by its `params`, and a new section must not retrain a model.
 UNTRACKED_MODULES = {"qvgen", "qvgen.params"}
 # These only report; an edit to them changes no result.
-REPORTING = {"stages"} | {
-    f"stages.{name}" for name in ("_connection", "_dvc", "_journal", "_promotions", "_system", "_tracking")
+REPORTING = {"stages", "stages.runtime", "stages.runtime.dvc", "stages.record"} | {
+    f"stages.record.{name}" for name in ("connection", "journal", "promotions", "system", "sender", "runs")
 }
 # What starts and ends a run changes no number, and a case of the comparison takes minutes: a hundred would run again.
-RUNNING = {"stages._run", "stages._outputs"}
+RUNNING = {"stages.runtime.run", "stages.runtime.outputs"}
 # Run as a process of its own, so imports do not show it.
-STARTED = {"qvgen/evaluation/memory.py"}
+STARTED = {"qvgen/evaluation/cost/memory.py"}
 CODE = "comparison/code.json"  # what stage compare_code makes of its dependencies
 # Asked for the names of the methods only.
 NAMES = {"qvgen.methods.registry"}
@@ -62,7 +61,7 @@ def comparison() -> dict[str, Any]:
 
 @cache
 def imports() -> grimp.ImportGraph:
-    return grimp.build_graph("qvgen", "stages")
+    return grimp.build_graph("qvgen", "stages", "comparison")
 
 
 def path_of(module: str) -> str:
@@ -71,13 +70,13 @@ def path_of(module: str) -> str:
 
 
 def scripts(name: str) -> set[str]:
-    """The stage and the modules of stages/ that it shares with others."""
-    found, todo = set(), {f"stages.{name}"}
+    """A stage's module and those of stages/ and comparison/ that it shares with others."""
+    found, todo = set(), {name}
     while todo:
         module = todo.pop()
         found.add(module)
         imported = imports().find_modules_directly_imported_by(module)
-        todo |= {m for m in imported if m.startswith("stages.")} - REPORTING - found
+        todo |= {m for m in imported if m.startswith(("stages.", "comparison."))} - REPORTING - found
     return found
 
 
@@ -133,22 +132,21 @@ def test_stage_names_its_script_and_its_section(name: str) -> None:
 @pytest.mark.parametrize("name", STAGES)
 def test_stage_depends_on_the_code_that_it_uses_and_no_more(name: str) -> None:
     """A missing file or folder leaves stale results after an edit; one too many recomputes them for nothing."""
-    check_dependencies(dvc_yaml()[name], name, set())
+    check_dependencies(dvc_yaml()[name], f"stages.{name}", set())
 
 
 @pytest.mark.parametrize("name", sorted(comparison().keys() - {"compare_code"}))
 def test_comparison_depends_on_the_code_that_it_uses_and_no_more(name: str) -> None:
     stage = comparison()[name]
-    script = stage["cmd"].split()[2].removeprefix("stages.")
-    assert script in SCRIPTS and name.startswith(script)
-    check_dependencies(stage, script, RUNNING | (NAMES if script != "compare_case" else set()))
+    script = stage["cmd"].split()[2]
+    check_dependencies(stage, script, RUNNING | (NAMES if script != "comparison.case" else set()))
 
 
 def test_the_code_of_a_case_is_what_a_case_depends_on() -> None:
     code = comparison()["compare_code"]
     assert code["metrics"] == [{CODE: {"cache": False}}]
-    check_dependencies({"deps": [dep for dep in code["deps"] if dep != "stages/compare_code.py"]}, "compare_case", RUNNING)
-    cases = {name: stage for name, stage in comparison().items() if stage["cmd"].startswith("python -m stages.compare_case ")}
+    check_dependencies({"deps": [dep for dep in code["deps"] if dep != "comparison/code.py"]}, "comparison.case", RUNNING)
+    cases = {name: stage for name, stage in comparison().items() if stage["cmd"].startswith("python -m comparison.case ")}
     assert len(cases) >= 6
     for name, stage in cases.items():
         method = stage["cmd"].split("--method ")[1].split()[0]
@@ -169,7 +167,7 @@ def code_after(root: Path, edited: str) -> dict[str, Any]:
     if edited:
         with (root / "qvgen/methods" / edited).open("a") as file:
             file.write("# edited\n")
-    facts = SimpleNamespace(deps={"qvgen/quant": "1", "qvgen/methods": edited, "stages/compare_code.py": edited})
+    facts = SimpleNamespace(deps={"qvgen/quant": "1", "qvgen/methods": edited, "comparison/code.py": edited})
     written = root / "code.json"
     compare_code.run(SimpleNamespace(root=root, facts=facts, outputs=lambda path: nullcontext(written)))  # type: ignore[arg-type]
     return json.loads(written.read_text())
@@ -184,7 +182,7 @@ def check_dependencies(stage: dict[str, Any], script: str, untracked: set[str]) 
     needed = own | (library(direct) - untracked)
     assert [m for m in sorted(needed) if not any(covers(dep, m) for dep in deps)] == []
 
-    used = imports().find_upstream_modules(f"stages.{script}")
+    used = imports().find_upstream_modules(script)
     unused = [dep for dep in deps if dep.startswith("qvgen/") and not any(covers(dep, m) for m in used)]
     assert set(unused) <= STARTED
     assert [dep for dep in deps if dep.startswith(("qvgen/", "stages/")) and not (ROOT / dep).exists()] == []

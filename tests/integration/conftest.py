@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipelines.prefect_home import answers
-from tests.integration.toy_project import wait_until
+from pipelines.run.prefect_home import answers
+from tests.support.toy_project import wait_until
 
 
 @pytest.fixture(scope="session")

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from pipelines.audit import audit, find_uses
-from pipelines.audit_blobs import open_blobs
-from pipelines.audit_project import current_hash
-from pipelines.promote import promote, promote_after_run
+from pipelines.audit.blobs import open_blobs
+from pipelines.audit.project import current_hash
+from pipelines.audit.report import audit, find_uses
+from pipelines.champion.promote import promote, promote_after_run
 from qvgen.params import load_params
-from stages._connection import connect
-from stages._promotions import Promotion, alias_version, promotions
-from tests.integration import audited_project as toy
-from tests.integration.audited_project import failed
+from stages.record.connection import connect
+from stages.record.promotions import Promotion, alias_version, promotions
+from tests.support import audited_project as toy
+from tests.support.audited_project import failed
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -196,7 +196,7 @@ def test_a_dirty_tree(worse: Path) -> None:
 def test_the_gate_keeps_the_champion_and_force_is_recorded(worse: Path, tmp_path: Path, monkeypatch: Any) -> None:
     project = copy(worse, tmp_path / "project")
     monkeypatch.chdir(project)
-    from pipelines.cli import app
+    from pipelines.cli.everyday import app
 
     refused = CliRunner().invoke(app, ["promote"])
     assert refused.exit_code == 1
@@ -279,7 +279,7 @@ def test_the_commands_of_the_guide_work(project: Path) -> None:
     assert len(blocks) >= 4
     bin = project / ".qvgen" / "bin"
     bin.mkdir(parents=True)
-    (bin / "qvgen").write_text('#!/bin/sh\nexec python -m pipelines.cli "$@"\n')
+    (bin / "qvgen").write_text('#!/bin/sh\nexec python -m pipelines.cli.everyday "$@"\n')
     (bin / "qvgen").chmod(0o755)
     for block in blocks:
         code, output = toy.run(project, "bash", "-euc", f"PATH={bin}:$PATH\n{block}")

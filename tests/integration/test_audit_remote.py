@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.audit import audit
-from tests.integration import audited_project as toy
-from tests.integration import services
-from tests.integration.audited_project import failed
+from pipelines.audit.report import audit
+from tests.support import audited_project as toy
+from tests.support import services
+from tests.support.audited_project import failed
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 

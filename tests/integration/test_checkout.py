@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.checkout import environment, only_one
+from pipelines.run.checkout import environment, only_one
 
 ROOT = Path(__file__).parents[2]
 WAITING = """
 from pathlib import Path
-from pipelines.checkout import only_one
+from pipelines.run.checkout import only_one
 with only_one(Path(".")):
     Path("entered").touch()
 """

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import doctor
-from pipelines.checkout import only_one, run_is_active
-from pipelines.doctor import Check, examine
-from pipelines.prefect_home import answers
-from stages._journal import Journal
-from tests.integration import toy_project
-from tests.integration.toy_project import run
+from pipelines.commands import doctor
+from pipelines.commands.doctor import Check, examine
+from pipelines.run.checkout import only_one, run_is_active
+from pipelines.run.prefect_home import answers
+from stages.record.journal import Journal
+from tests.support import toy_project
+from tests.support.toy_project import run
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -146,7 +146,7 @@ def test_databases_are_read_and_never_written(tmp_path: Path, monkeypatch: pytes
 
 def test_the_lock_and_not_its_file_says_whether_a_run_is_active(tmp_path: Path) -> None:
     assert run_is_active(tmp_path) is None
-    code = "import sys; from pathlib import Path; from pipelines.checkout import only_one\n"
+    code = "import sys; from pathlib import Path; from pipelines.run.checkout import only_one\n"
     code += "with only_one(Path(sys.argv[1])):\n  print(1, flush=True); input()"
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout is not None and holder.stdout.readline()

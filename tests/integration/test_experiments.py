@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from tests.integration import toy_project
-from tests.integration.toy_project import run
+from tests.support import toy_project
+from tests.support.toy_project import run
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from qvgen.checkpoint.grids import load_grids, save_grids
 from qvgen.checkpoint.packed import export_pipeline, load_packed_transformer, verify_folder
-from qvgen.integrations.fused_wan import fuse_wan_
+from qvgen.integrations.fused.wan import fuse_wan_
 from qvgen.methods.registry import METHODS
 from qvgen.models.family import generate, load_family, load_pipeline
 from qvgen.models.tiny import TINY_CLIP, TINY_PROMPT, tiny_pipeline

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from pipelines.results import markdown_table
-from tests.integration import toy_project
-from tests.integration.toy_project import PATIENCE, processes_in, run, start, wait_until
+from pipelines.commands.results import markdown_table
+from tests.support import toy_project
+from tests.support.toy_project import PATIENCE, processes_in, run, start, wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 

@@ -7,7 +7,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-from qvgen.integrations.fused_wan import PackedWanAttnProcessor, fuse_wan_
+from qvgen.integrations.fused.wan import PackedWanAttnProcessor, fuse_wan_
 from qvgen.models.wan import WanFamily
 from qvgen.nn.packed_linear import packed_layers
 from qvgen.nn.swap import convert_, prepare_

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from pipelines import cli
-from pipelines.folder_manifest import manifest_path
-from qvgen.evaluation.video_folder import video_seed
+from pipelines.commands.generate.manifest import manifest_path
 from qvgen.models.tiny import TINY_CLIP, tiny_pipeline
+from qvgen.sampling.folder import video_seed
 
 PROMPTS = ["a red digit three", "a blue digit one", "a green digit two, moving up"]
 SAMPLES = 2

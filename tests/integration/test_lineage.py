@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from tests.integration import toy_project
-from tests.integration.toy_project import PATIENCE, run, start, wait_until
+from tests.support import toy_project
+from tests.support.toy_project import PATIENCE, run, start, wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 POINTS = 500
 STAGE = f"""
 import time
-from stages._run import stage_main
+from stages.runtime.run import stage_main
 
 def run(stage):
     with stage.outputs("artifacts/a") as folder:

@@ -13,16 +13,16 @@ from torch import nn
 
 from qvgen.checkpoint.packed import export_pipeline, load_packed_transformer
 from qvgen.checkpoint.training import load_training_state, save_training_state
-from qvgen.evaluation.modules import module_errors
-from qvgen.evaluation.samples import sample
+from qvgen.evaluation.quality.modules import module_errors
 from qvgen.methods.registry import METHODS
 from qvgen.models.family import generate, load_family, load_pipeline
 from qvgen.models.tiny import TINY_CLIP, TINY_PROMPT, tiny_pipeline
 from qvgen.nn.swap import add_adapters_, convert_, merge_adapters_, prepare_, qat_layers
 from qvgen.params import Params, validate_params
 from qvgen.quant.scheme import QuantScheme
+from qvgen.sampling.sample import sample
 from qvgen.training.loop import Trainer, _stratified
-from stages._training import Sources, build_trainer, calibrate, finish
+from stages.runtime.training import Sources, build_trainer, calibrate, finish
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ("wan", "cogvideox")

@@ -18,9 +18,9 @@ import pytest
 import torch
 import yaml
 
-from qvgen.evaluation.video import write_video
 from qvgen.models.source import hash_files, read_pipeline
 from qvgen.models.tiny import TINY_CLIP, tiny_pipeline
+from qvgen.sampling.video import write_video
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 600  # limit of one `dvc repro`; minutes on two busy cores

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-import pipelines.promote as promoting
-from pipelines.gate import Rule
+import pipelines.champion.promote as promoting
+from pipelines.champion.gate import Rule
 from qvgen.params import load_params
-from stages._connection import connect
-from stages._promotions import PREFIX, OvertakenError, Promotion, alias_version, move_alias, promotions
+from stages.record.connection import connect
+from stages.record.promotions import PREFIX, OvertakenError, Promotion, alias_version, move_alias, promotions
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from qvgen.evaluation.report import markdown_table, write_report
-from qvgen.evaluation.report_ranking import missing
-from qvgen.evaluation.report_results import read_results
-from qvgen.evaluation.report_tables import CSV_COLUMNS, ablation_table, paired_table, summary_table, tuning_table
-from qvgen.evaluation.report_videos import scenes
-from qvgen.evaluation.report_words import MEASURES
-from tests.integration.synthetic_results import METHODS, SEEDS, write_results, write_run
+from comparison.report.page import markdown_table, write_report
+from comparison.report.ranking import missing
+from comparison.report.results import read_results
+from comparison.report.tables import CSV_COLUMNS, ablation_table, paired_table, summary_table, tuning_table
+from comparison.report.videos import scenes
+from comparison.report.words import MEASURES
+from tests.support.synthetic_results import METHODS, SEEDS, write_results, write_run
 
 MAX_BYTES = 15_000_000
 FINDINGS = "Φ adds *nothing* at W4A4.\n\n<script>alert(1)</script> ![x](http://127.0.0.1:9/x.png)\n"
@@ -252,7 +252,7 @@ def test_contradicting_or_broken_results_are_refused_by_name(tmp_path: Path) -> 
 
 
 def test_too_many_videos_are_left_out_and_counted(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qvgen.evaluation.report_videos.MAX_TEXT", 1)
+    monkeypatch.setattr("comparison.report.videos.MAX_TEXT", 1)
     shown, left_out = scenes(read_results(results))
     assert (len(shown), left_out) == (1, 1)
 

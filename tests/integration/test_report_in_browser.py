@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from qvgen.evaluation.report import write_report
-from tests.integration.synthetic_results import METHODS, write_results
+from comparison.report.page import write_report
+from tests.support.synthetic_results import METHODS, write_results
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 OPTIONS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")

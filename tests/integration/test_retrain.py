@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.integration import toy_project
-from tests.integration.toy_project import processes_in, start, wait_until
+from tests.support import toy_project
+from tests.support.toy_project import processes_in, start, wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -95,7 +95,7 @@ def test_a_checkout_that_does_not_stay_pushes_data_and_branch(project: Path, pre
     subprocess.run(["git", "init", "-q", "--bare", str(there)], check=True)
     subprocess.run(["git", "remote", "add", "origin", str(there)], cwd=project, check=True)
     assert toy_project.run(project, "dvc", "remote", "add", "-d", "data", str(data))[0] == 0
-    script = "from pipelines.retrain import retrain\nprint(retrain('.', push=True))\n"
+    script = "from pipelines.run.retrain import retrain\nprint(retrain('.', push=True))\n"
     (project / "run_flow.py").write_text(script)
     code, output = toy_project.run(project, "run_flow", **prefect_server)
     assert code == 0, output

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.status import read_status
-from tests.integration import toy_project
-from tests.integration.toy_project import run
+from pipelines.commands.status import read_status
+from tests.support import toy_project
+from tests.support.toy_project import run
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 

@@ -14,9 +14,9 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from tests.integration import services, toy_project
-from tests.integration.services import PASSWORD, Postgres
-from tests.integration.toy_project import PATIENCE, run, start
+from tests.support import services, toy_project
+from tests.support.services import PASSWORD, Postgres
+from tests.support.toy_project import PATIENCE, run, start
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from stages._connection import connect
-from stages._journal import read_events, read_receipt
+from stages.record.connection import connect
+from stages.record.journal import read_events, read_receipt
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -23,7 +23,7 @@ POINTS = 40
 SECONDS = 600  # on a busy machine; each wait takes a few seconds on a quiet one
 STAGE = """
 import sys, time
-from stages._run import stage_main
+from stages.runtime.run import stage_main
 
 def run(stage):
     ask = stage.root / "ask"
@@ -204,7 +204,7 @@ def test_tracking_that_refuses_connections_costs_nothing_and_is_caught_up_later(
     assert "run_id" not in read_receipt(journal)
 
     for _ in range(2):  # sending twice adds nothing
-        code, output = run(project, f"stages._tracking {journal}")
+        code, output = run(project, f"stages.record.sender {journal}")
         assert code == 0, output
     found = run_of(client, journal)
     assert found.info.status == "FINISHED"

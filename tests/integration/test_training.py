@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qvgen.checkpoint.training import load_training_state, save_training_state
-from qvgen.data.precompute import LatentDataset
+from qvgen.data.latents import LatentDataset
 from qvgen.methods.registry import METHODS
 from qvgen.models.cogvideox import CogVideoXFamily
 from qvgen.models.family import Family
@@ -220,7 +220,7 @@ def test_every_sample_of_a_run_depends_on_seed_and_step_only() -> None:
 
 
 def test_record_has_the_columns_of_the_metrics_file() -> None:
-    from stages._training import COLUMNS
+    from stages.runtime.training import COLUMNS
 
     assert tuple(StepRecord(0, 1.0, 1.0, 4, 1.0, 1e-3, 0.1).as_dict()) == COLUMNS
 

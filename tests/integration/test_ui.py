@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration import toy_project
-from tests.integration.toy_project import processes_in, run, start, wait_until
+from tests.support import toy_project
+from tests.support.toy_project import processes_in, run, start, wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from pipelines import cli
-from qvgen.evaluation.vbench import PYTHON_VARIABLE
-from qvgen.evaluation.vbench_weights import NEEDED, PAPER_DIMENSIONS
-from qvgen.evaluation.video import write_video
+from qvgen.evaluation.vbench.evaluate import PYTHON_VARIABLE
+from qvgen.evaluation.vbench.weights import NEEDED, PAPER_DIMENSIONS
+from qvgen.sampling.video import write_video
 
 REAL = os.environ.get(PYTHON_VARIABLE)
 PATIENCE_S = 60  # for a process to start or end on a busy machine
@@ -301,7 +301,7 @@ def test_the_real_package_is_refused_what_has_no_weights(capsys, real_world: Pat
 @pytest.mark.slow
 def test_the_real_prompts(capsys, real_world: Path) -> None:
     """251 for the papers' eight dimensions, each of which can name a file."""
-    from qvgen.evaluation.video_folder import read_prompts
+    from qvgen.sampling.folder import read_prompts
 
     assert run("--list-prompts") == 0
     (real_world / "prompts.txt").write_text(capsys.readouterr().out)

@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qvgen.kernels import registry
-from qvgen.kernels.ops import quantized_feed_forward, quantized_linear, quantized_linear_out, quantized_linears
+from qvgen.kernels.linear_ops import quantized_feed_forward, quantized_linear, quantized_linear_out, quantized_linears
 from qvgen.kernels.reference import ReferenceBackend
 from qvgen.kernels.registry import KernelPreference, NotBuilt, PackedWeight, backends, choose, explain
 from qvgen.nn.packed_linear import PackedLinear, feed_forward, linears

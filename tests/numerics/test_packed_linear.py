@@ -16,7 +16,7 @@ from qvgen.nn.timestep import TimestepState, set_timestep, track_timestep
 from qvgen.packing.layout import PACKED_NAMES
 from qvgen.quant.fake_quantizer import ActivationQuantizer, WeightQuantizer
 from qvgen.quant.scheme import QuantArgs, QuantScheme
-from tests.numerics.packed_reference import GROUPS, WEIGHTS, assert_equals_reference, build, inputs, scheme_of
+from tests.support.packed_reference import GROUPS, WEIGHTS, assert_equals_reference, build, inputs, scheme_of
 
 # Fake quantization multiplies dequantized floats: every product and partial sum rounds.
 FAKE_QUANT_RELATIVE = 1e-4

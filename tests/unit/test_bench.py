@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from bench import dit_step, linear
-from bench.dit_breakdown import PARTS
-from bench.dit_models import token_grid
+from bench import linear
+from bench.dit_step import __main__ as dit_step
+from bench.dit_step.breakdown import PARTS
+from bench.dit_step.models import token_grid
 from bench.machine import last_level_cache
 from bench.report import geometric_mean, write_json
 from bench.variants import OURS, VARIANTS, Problem, Unavailable
-from qvgen.evaluation.hardware import hardware
-from qvgen.evaluation.speed import quartiles, sample
+from qvgen.evaluation.cost.hardware import hardware
+from qvgen.evaluation.cost.speed import quartiles, sample
 from qvgen.kernels.cpu import library
 from qvgen.kernels.cpu.backend import CpuBackend
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from qvgen.data.digits import ALL_ATTRIBUTES, sample_clips
-from qvgen.evaluation.prompt_accuracy import judge
+from qvgen.evaluation.quality.prompt_accuracy import judge
 
 HERE = Path(__file__).resolve().parents[1]
 STEPS, BATCH, WARMUP = 6000, 32, 200

@@ -15,7 +15,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from tqdm import tqdm
 
 from qvgen.data.digits import ALL_ATTRIBUTES, sample_clips
-from qvgen.evaluation.prompt_accuracy import judge
+from qvgen.evaluation.quality.prompt_accuracy import judge
 
 HERE = Path(__file__).resolve().parents[1]
 STEPS, BATCH, LEARNING_RATE, KL_WEIGHT, Z_DIM = 1600, 16, 2e-3, 1e-4, 8

@@ -1,0 +1,103 @@
+"""`qvgen status`: which stages would run, and why, in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.run.dag import in_order, pipeline_stages, read_graph, stages_of, with_upstream
+from stages.runtime.dvc import flatten, stage_address
+
+_WORDS = {"modified": "changed", "new": "is new", "deleted": "is missing", "not in cache": "is not in DVC's cache"}
+_SAID = {"changed command": "the command changed"}
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """`reasons` is empty for a stage that is up to date; `upstream` names stages before it that would run."""
+
+    stage: str
+    reasons: tuple[str, ...]
+    upstream: tuple[str, ...]
+
+    @property
+    def runs(self) -> bool:
+        return bool(self.reasons or self.upstream)
+
+
+def read_status(root: Path, targets: Sequence[str] = ()) -> list[StageStatus]:
+    """Every stage of the root's dvc.yaml, or `targets` and what they need, in the order they run. Raises ValueError for a
+    stage that no dvc.yaml has."""
+    from dvc.repo import Repo
+
+    graph = read_graph(root)
+    chosen = with_upstream(graph, set(targets) or pipeline_stages(graph))
+    with Repo(str(root)) as repo, repo.lock:
+        stages = {stage_address(stage): stage for stage in stages_of(repo)}
+        reasons = {name: tuple(_reasons(stages[name])) for name in chosen}
+    found: dict[str, StageStatus] = {}
+    for name in in_order({name: graph[name] for name in chosen}):
+        # A frozen stage does not follow its dependencies.
+        upstream = () if stages[name].frozen else tuple(up for up in sorted(graph[name]) if found[up].runs)
+        found[name] = StageStatus(name, reasons[name], upstream)
+    return list(found.values())
+
+
+def show(root: Path, targets: Sequence[str] = ()) -> None:
+    found = read_status(root, targets)
+    width = max((len(status.stage) for status in found), default=0)
+    for status in found:
+        said = list(status.reasons) + ([f"after {', '.join(status.upstream)}"] if status.upstream else [])
+        first, *more = said or ["up to date"]
+        print(f"{status.stage:<{width}}  {'run' if status.runs else ' - '}  {first}")
+        for reason in more:
+            print(f"{'':<{width}}       {reason}")
+    count = sum(status.runs for status in found)
+    print(f"\n{count} of {len(found)} stages would run; one whose inputs turn out equal is skipped then")
+
+
+def _reasons(stage: Any) -> Iterator[str]:
+    """From what DVC calls the status of a stage: texts, and {"changed deps" or "changed outs": {path: what}}."""
+    if stage.always_changed or stage.is_callback:  # a callback has neither dependencies nor outputs
+        yield "runs every time"
+    if stage.is_callback:
+        return
+    if not any(part.hash_info for part in (*stage.deps, *stage.outs)):  # dvc.lock does not have it
+        yield "never ran"
+        return
+    for entries in stage.status(check_updates=False).values():
+        for entry in entries:
+            if isinstance(entry, str):
+                if entry != "always changed":
+                    yield _SAID.get(entry, entry)
+                continue
+            for kind, changes in entry.items():
+                for path, change in changes.items():
+                    yield from _told(stage, "output " if kind == "changed outs" else "", path, change)
+
+
+def _told(stage: Any, kind: str, path: str, change: Any) -> Iterator[str]:
+    if not isinstance(change, dict):
+        yield f"{kind}{path} {_WORDS.get(change, change)}"
+        return
+    before, now = _values(stage, path)  # parameters of the file `path`
+    for name, how in change.items():
+        if how != "modified":
+            yield f"{name} {_WORDS.get(how, how)} in {path}"
+            continue
+        old, new = flatten({name: before.get(name)}), flatten({name: now.get(name)})
+        for leaf in sorted(old.keys() | new.keys()):
+            if leaf not in old or leaf not in new:
+                yield f"{leaf} {'is new' if leaf in new else 'is missing'} in {path}"
+            elif old[leaf] != new[leaf]:
+                yield f"{leaf}: {old[leaf]!r} -> {new[leaf]!r}"
+
+
+def _values(stage: Any, path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    for dep in stage.deps:
+        if hasattr(dep, "read_params") and dep.def_path == path:
+            recorded = dep.hash_info.value if dep.hash_info else {}
+            return recorded or {}, dep.read_params()
+    return {}, {}

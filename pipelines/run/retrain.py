@@ -1,0 +1,144 @@
+"""Scheduled retraining: run the pipeline if anything has changed, keep the results on a branch, promote a good model.
+
+`qvgen serve` gives this flow a schedule. Import it only after `use_prefect` (pipelines/run/prefect_home.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger
+from prefect.artifacts import create_markdown_artifact
+from prefect.runtime import flow_run
+from prefect.states import Completed, State
+
+from pipelines.champion.promote import promote_after_run
+from pipelines.run.checkout import environment
+from pipelines.run.dag import read_pipeline
+from pipelines.run.flow import run_pipeline
+from stages.record.connection import without_secrets
+
+BRANCH = "retrain/{date}"
+KEPT = ("dvc.lock", "stages/dvc.lock", "metrics", "reports")  # what the pipeline writes and git keeps
+WEBHOOK = "QVGEN_WEBHOOK"  # address that is told of a failure
+
+
+def notify(flow: Any, flow_run: Any, state: State) -> None:
+    """POST {"text": ...} to the address in QVGEN_WEBHOOK, if there is one: what chat programs take."""
+    address = os.environ.get(WEBHOOK)
+    if not address:
+        return
+    text = f"qvgen retraining {flow_run.name}: {state.name}: {state.message or ''}"[:1000]
+    request = urllib.request.Request(address, json.dumps({"text": text}).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=10):
+            pass
+    except OSError as error:
+        get_run_logger().warning("the webhook was not told: %s", error)
+
+
+@flow(name="qvgen-retrain", on_failure=[notify], on_crashed=[notify], log_prints=True)
+def retrain(root: str, force: bool = False, push: bool = False) -> State:
+    """Run the pipeline of the checkout `root` if data, code or parameters changed since dvc.lock (or with `force`), commit
+    dvc.lock and metrics to a branch retrain/<date>, and let the gate decide whether the new model becomes champion.
+
+    With `push`, for a checkout that does not outlive the run, data and branch go to their remotes first. A failure leaves
+    champion and checkout as they were. State Unchanged: nothing had changed.
+    """
+    folder = Path(root)
+    read = read_pipeline(folder)
+    reasons = sorted(read.changed - read.always)
+    if not reasons and not force:
+        return Completed(name="Unchanged", message="data, code and parameters are those of dvc.lock")
+    print(f"changed: {', '.join(reasons) or 'nothing, but it was asked for'}")
+    rows = run_pipeline(folder)
+    kept = commit_results(folder, f"Retraining of {datetime.now(UTC):%Y-%m-%d}, Prefect run {flow_run.id}")
+    if push:
+        publish(folder, kept.branch if kept else None)
+    verdict = promote_after_run(folder)
+    report = [f"Changed: {', '.join(reasons) or 'nothing'}.", f"Kept: {kept or 'no difference to commit'}.", "", verdict]
+    create_markdown_artifact("\n".join(report), key="retraining", description="What a retraining did, and the gate's verdict")
+    ran = sum(row["state"] == "Completed" for row in rows)
+    return Completed(message=f"{ran} of {len(rows)} stages ran; {verdict.splitlines()[0] if verdict else ''}")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where the results of a retraining are in git."""
+
+    branch: str
+    commit: str
+
+    def __str__(self) -> str:
+        return f"{self.branch} ({self.commit[:10]})"
+
+
+def publish(root: Path, branch: str | None) -> None:
+    """Push data, and what spares another checkout the computation, then the branch: no commit shall name data that nobody else
+    has. Raises RuntimeError with what the command said."""
+    commands = [[sys.executable, "-m", "dvc", "--wait-for-lock", "push", "--run-cache"]]
+    if branch is not None:
+        commands.append(["git", "push", "--quiet", "origin", branch])
+    for command in commands:
+        done = subprocess.run(command, cwd=root, env=environment(root), capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = without_secrets(done.stderr or done.stdout).strip()  # git names its remote, password and all
+            raise RuntimeError(f"{' '.join(command[-3:])} failed, so the new model is not promoted: {said[-1000:]}")
+
+
+def commit_results(root: Path, message: str) -> Kept | None:
+    """Commit what the pipeline wrote to a new branch retrain/<date>, on top of HEAD; None if it wrote nothing new or this is
+    no git repository.
+
+    The checkout, its index and its branch stay as they are: the commit is made in an index of its own.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        variables = os.environ | {"GIT_INDEX_FILE": str(Path(temporary) / "index")}
+
+        def git(*command: str) -> str:
+            done = subprocess.run(["git", *command], cwd=root, env=variables, capture_output=True, text=True, check=True)
+            return done.stdout.strip()
+
+        try:
+            head = git("rev-parse", "HEAD")
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        git("read-tree", head)
+        kept = [path for path in KEPT if (root / path).exists()]
+        git("add", "--", *kept)
+        tree = git("write-tree")
+        if tree == git("rev-parse", f"{head}^{{tree}}"):
+            return None
+        identity = ["-c", "user.name=qvgen", "-c", "user.email=qvgen@localhost"]
+        with suppress(subprocess.CalledProcessError):  # the user's own, where there is one
+            git("config", "user.email")
+            identity = []
+        commit = git(*identity, "commit-tree", tree, "-p", head, "-m", message)
+        branch = BRANCH.format(date=f"{datetime.now(UTC):%Y-%m-%dT%H%M%S}")
+        git("branch", branch, commit)
+        return Kept(branch, commit)
+
+
+def serve(root: Path, cron: str, timezone: str) -> None:
+    """Wait for schedule and demand, until stopped. One retraining at a time: a run that would overlap is cancelled."""
+    from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+    from prefect.schedules import Cron
+
+    retrain.serve(
+        name="retrain",
+        schedule=Cron(cron, timezone=timezone),
+        parameters={"root": str(root)},
+        global_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
+        tags=["qvgen"],
+        description=retrain.__doc__,
+    )

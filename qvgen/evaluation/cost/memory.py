@@ -1,0 +1,53 @@
+"""`python -m qvgen.evaluation.cost.memory FOLDER INPUTS DTYPE THREADS`: load the transformer of a pipeline folder, take one
+step, print the peak memory and how long loading took.
+
+Run by `qvgen.evaluation.cost.speed.peak_memory_mb` in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+
+def peak_resident_mb() -> float:
+    """Peak resident memory of this process in MB.
+
+    Linux: VmHWM, because ru_maxrss there also counts the parent that started us, from before the exec.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
+
+
+@torch.no_grad()
+def main(folder: str, inputs: str, dtype: str, threads: int) -> dict[str, float]:
+    import diffusers
+    from safetensors.torch import load_file
+
+    import qvgen.integrations.diffusers  # noqa: F401  (packed transformers)
+    from qvgen.models.family import load_family
+
+    if threads:
+        torch.set_num_threads(threads)
+    tensors, family = load_file(inputs), load_family(folder)
+    transformer = Path(folder) / "transformer"
+    config = json.loads((transformer / "config.json").read_text())
+    model_class = getattr(diffusers, config["_class_name"])  # diffusers imports lazily: now, not while loading
+    imports = peak_resident_mb()
+    started = time.perf_counter()
+    model = model_class.from_pretrained(transformer, dtype=getattr(torch, dtype), local_files_only=True).eval()
+    load_s, loaded = time.perf_counter() - started, peak_resident_mb()
+    family.predict(model, tensors["latents"].to(model.dtype), tensors["timestep"], tensors["text"].to(model.dtype))
+    return {"peak": peak_resident_mb(), "imports": imports, "loaded": loaded, "load_s": load_s}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))))

@@ -1,0 +1,152 @@
+"""A candidate model against the full-precision one, from the same noise, over the same prompts and held-out latents.
+
+`observe` each model once, then `compare` any number of candidates with the reference:
+
+    trial = Trial.from_params(params, held_out)
+    reference = observe(full_precision_pipeline, family, trial)
+    for pipeline in candidates:
+        scores = compare(reference, observe(pipeline, family, trial), trial)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qvgen.data.digits import FRAMES, parse_caption
+from qvgen.data.latents import LatentDataset
+from qvgen.evaluation.quality import motion, similarity
+from qvgen.evaluation.quality.prompt_accuracy import judge
+from qvgen.models.family import ClipSize, Family
+from qvgen.params import Params
+from qvgen.sampling.sample import OnBatch, sample, silent, spread_timesteps, velocities
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What every model is asked: videos for `prompts`, and velocities on `latents` (n, ...) with `text` (n, l, d)."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    size: ClipSize
+    latents: torch.Tensor
+    text: torch.Tensor
+    timesteps: tuple[float, ...]
+    seed: int  # of the noise added to `latents`
+    inference_steps: int
+    guidance_scale: float
+    batch_size: int
+
+    @classmethod
+    def from_params(cls, params: Params, held_out: LatentDataset) -> Trial:
+        """The trial of params.yaml's `evaluate`. Prompts are captions of the held-out clips, from the first on, and
+        again from the first if there are too few; each has its own seed either way."""
+        wanted, prepare = params.evaluate, params.prepare
+        clips = len(held_out)
+        return cls(
+            prompts=tuple(held_out.caption(i % clips) for i in range(wanted.prompts)),
+            seeds=tuple(params.seed + i for i in range(wanted.prompts)),
+            size=ClipSize(prepare.frames, prepare.height, prepare.width, prepare.max_sequence_length),
+            latents=held_out.latents,
+            text=held_out.text(torch.arange(clips)),
+            timesteps=tuple(spread_timesteps(wanted.velocity_timesteps)),
+            seed=params.seed,
+            inference_steps=wanted.inference_steps,
+            guidance_scale=wanted.guidance_scale,
+            batch_size=wanted.batch_size,
+        )
+
+    @property
+    def items(self) -> int:
+        """How many items `observe` reports to `on_batch` in total: videos, then velocity predictions."""
+        return len(self.prompts) + len(self.timesteps) * len(self.latents)
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one model answered."""
+
+    latents: torch.Tensor  # sampled, (n, ...)
+    clips: torch.Tensor  # (n, 3, t, h, w) in [-1, 1]
+    velocities: torch.Tensor  # (timesteps, held-out clips, ...)
+
+
+def load_observation(path: str | Path) -> Observation:
+    """One saved as safetensors with the tensors `latents`, `clips` and `velocities`."""
+    from safetensors.torch import load_file
+
+    return Observation(**load_file(path))
+
+
+def observe(
+    pipeline: Any, family: Family, trial: Trial, guidance_stop: float = 1.0, on_batch: OnBatch = silent
+) -> Observation:
+    """Run one model through the trial. `guidance_stop` is the model's own, see models/family.py. `on_batch(items)` is
+    called as work is done; see `Trial.items`."""
+    latents, clips = sample(
+        pipeline,
+        family,
+        trial.prompts,
+        trial.seeds,
+        trial.size,
+        inference_steps=trial.inference_steps,
+        guidance_scale=trial.guidance_scale,
+        batch_size=trial.batch_size,
+        guidance_stop=guidance_stop,
+        on_batch=on_batch,
+    )
+    predicted = velocities(
+        pipeline.transformer,
+        family,
+        trial.latents,
+        trial.text,
+        trial.timesteps,
+        seed=trial.seed,
+        batch_size=trial.batch_size,
+        on_batch=on_batch,
+    )
+    return Observation(latents, clips, predicted)
+
+
+def compare(reference: Observation, candidate: Observation, trial: Trial) -> dict[str, float]:
+    """Scores of the candidate, each a mean over the trial.
+
+    colour, direction, digit: fractions (absent unless the prompts are captions of the embedded data); psnr_db; ssim;
+    velocity_mse: on held-out latents, mean over timesteps; latent_mse: of the sampled latents; motion, flicker: the
+    candidate's own, see qvgen/evaluation/quality/motion.py.
+    """
+    return {
+        **prompt_accuracy(candidate, trial),
+        "psnr_db": float(similarity.psnr_db(reference.clips, candidate.clips).mean()),
+        "ssim": float(similarity.ssim(reference.clips, candidate.clips).mean()),
+        "velocity_mse": sum(velocity_mse(reference, candidate)) / len(trial.timesteps),
+        "latent_mse": float(similarity.mse(reference.latents, candidate.latents).mean()),
+        **movement(candidate),
+    }
+
+
+def prompt_accuracy(observation: Observation, trial: Trial) -> dict[str, float]:
+    """{"colour", "direction", "digit"} as fractions, or {} for prompts or clips that are not of the embedded data."""
+    try:
+        expected = [parse_caption(prompt) for prompt in trial.prompts]
+    except ValueError:
+        return {}
+    if observation.clips.shape[2] != FRAMES:
+        return {}
+    return judge(observation.clips, expected).as_dict()
+
+
+def velocity_mse(reference: Observation, candidate: Observation) -> list[float]:
+    """Mean squared difference of the predicted velocities, one value per timestep of the trial."""
+    return similarity.mse(reference.velocities, candidate.velocities).tolist()
+
+
+def movement(observation: Observation) -> dict[str, float]:
+    """{"motion", "flicker"}, means over the clips."""
+    return {
+        "motion": float(motion.motion(observation.clips).mean()),
+        "flicker": float(motion.flicker(observation.clips).mean()),
+    }

@@ -1,0 +1,2 @@
+// The same source with other flags.
+#include "isa/avx512vnni.cpp"

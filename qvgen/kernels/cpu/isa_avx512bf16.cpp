@@ -1,2 +1,0 @@
-// The same source with other flags.
-#include "isa_avx512vnni.cpp"

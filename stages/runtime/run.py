@@ -1,0 +1,194 @@
+"""What every stage shares: parameters, outputs that appear whole or not at all, checkpoints, progress, a record.
+
+A stage is a module with `def run(stage: Stage) -> None` that ends with `stage_main("name", run)`. It runs the same
+under `dvc repro`, `dvc exp run` and by hand (`python -m stages.name` in the project folder).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tqdm import tqdm
+
+from qvgen.params import Params, load_params
+from stages.record.journal import Forwarder, Journal, open_pipeline
+from stages.runtime.dvc import DvcFacts, output_hashes, read_dvc_facts, restore_outputs
+from stages.runtime.outputs import write_whole
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of one stage: what it may read, where it writes, and how it reports."""
+
+    name: str
+    params: Params
+    root: Path  # the checkout that this run reads and writes (a copy under `dvc exp run --temp`)
+    home: Path  # the checkout that keeps journals, checkpoints and mlflow.db
+    facts: DvcFacts
+    journal: Journal
+
+    @property
+    def key(self) -> str:
+        """Name of this stage with exactly this command, these dependencies and these parameters."""
+        return self.facts.key
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """Folder for resume checkpoints. It belongs to `key`, so a stage whose parameters, data or code changed finds
+        it empty; it is deleted when the stage succeeds."""
+        folder = self.home / ".qvgen" / "ckpt" / self.key
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def log_metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        """Record numbers (Python, NumPy or zero-dimensional tensors). Cheap: call it every step."""
+        self.journal.write("metrics", step=step, values={k: float(v) for k, v in values.items()})
+
+    def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
+        """Record a finished file or folder (call it after `outputs` has closed). Raises FileNotFoundError."""
+        path = (self.root / path).resolve()
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist, so it cannot be logged; log it after it is written")
+        self.journal.write("artifact", path=str(path), folder=folder)
+
+    def log_text(self, text: str, name: str) -> None:
+        """Record a small text under the artifact name `name`, such as "table.md"."""
+        self.journal.write("text", name=name, text=text)
+
+    def log_tags(self, tags: Mapping[str, str]) -> None:
+        self.journal.write("tags", tags={k: str(v) for k, v in tags.items()})
+
+    def tracking_run(self) -> str | None:
+        """MLflow id of this run; waits until it is known. None if tracking does not answer."""
+        return self.journal.wait_for("run_id")
+
+    def progress(self, total: int, desc: str = "", initial: int = 0, unit: str = "step") -> Progress:
+        """A tqdm bar with the time left: `update()`, `set_postfix(loss=...)`, also a context manager. Where stderr is
+        not a terminal it prints a line every 15 seconds instead."""
+        return Progress(total=total, desc=f"{self.name} {desc}".strip(), initial=initial, unit=unit)
+
+    @contextmanager
+    def outputs(self, path: str | Path) -> Iterator[Path]:
+        """Write an output beside its place and move it there when the block ends.
+
+        Yields an empty folder, or for a path with a suffix (metrics/qat.json) the path of a file to create. If the
+        block fails in any way the old output stays whole and what was written is deleted. Raises ValueError if the
+        block wrote nothing.
+        """
+        with write_whole(self.root / path) as new:
+            yield new
+
+
+class Progress(tqdm):
+    """tqdm that also reads well in a log file, where a bar would be one endless line."""
+
+    def __init__(self, **options: Any) -> None:
+        terminal = sys.stderr.isatty()
+        super().__init__(**options, file=sys.stderr, dynamic_ncols=terminal, mininterval=0.1 if terminal else 15)
+
+    @staticmethod
+    def status_printer(file: Any) -> Callable[[str], None]:
+        if file.isatty():
+            return tqdm.status_printer(file)
+        return lambda line: print(line, file=file, flush=True) if line else None
+
+    def set_postfix(self, ordered_dict: Any = None, refresh: bool = False, **values: Any) -> None:
+        super().set_postfix(ordered_dict, refresh=refresh, **values)  # drawing every step would cost more than the step
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as a scheduler or `kill` sends it; handled like Ctrl-C."""
+
+
+def stage_main(name: str, run: Callable[[Stage], None]) -> None:
+    """Run a stage and exit: 0 done, 1 failed, 130 or 143 interrupted.
+
+    Errors of input, environment and numbers (ValueError, OSError, FloatingPointError) print one message; QVGEN_DEBUG=1
+    shows the traceback, which the journal always keeps. Any other exception is a bug and shows its traceback.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts us with `&` would ignore it
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        _execute(name, run)
+    except KeyboardInterrupt as stop:
+        print(f"\n{name}: interrupted; run again to continue", file=sys.stderr)
+        sys.exit(143 if isinstance(stop, _Terminated) else 130)
+    except Exception as error:
+        if os.environ.get("QVGEN_DEBUG") == "1" or not _is_expected(error):
+            raise
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _execute(name: str, run: Callable[[Stage], None]) -> None:
+    root = Path.cwd()
+    home = Path(os.environ.get("DVC_ROOT") or root)
+    params = load_params(root / "params.yaml")
+    address = os.environ.get("DVC_STAGE", name)
+    # A script may serve several stages, which begin with its name.
+    facts = read_dvc_facts(root, address if address.rpartition(":")[2].startswith(name) else name)
+    with _alone(root, facts.name):
+        pipeline = open_pipeline(root, home)
+        tags = facts.tags | pipeline.git_tags
+        given = {"prefect.flow_run_id": "QVGEN_PREFECT_FLOW_RUN", "prefect.task_run_id": "QVGEN_PREFECT_TASK_RUN"}
+        tags |= {tag: os.environ[variable] for tag, variable in given.items() if variable in os.environ}
+        journal = Journal.create(home, facts.name, pipeline.id, tags=tags, params=facts.params)
+        stage = Stage(name=name, params=params, root=root, home=home, facts=facts, journal=journal)
+        with Forwarder(journal, home):
+            try:
+                run(stage)
+                stage.log_tags({f"dvc.out.{path}": value for path, value in output_hashes(root, facts).items()})
+            except BaseException as error:
+                stage.log_text(traceback.format_exc(), "error.txt")
+                journal.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                if "DVC_STAGE" in os.environ:
+                    _restore(root, facts)
+                raise
+            journal.end("FINISHED")
+        shutil.rmtree(home / ".qvgen" / "ckpt" / stage.key, ignore_errors=True)
+
+
+def _restore(root: Path, facts: DvcFacts) -> None:
+    try:
+        restore_outputs(root, facts)
+    except Exception as error:  # the reason why the stage failed must still be told
+        print(f"warning: old output not restored, try `dvc checkout {facts.address}` ({error})", file=sys.stderr)
+
+
+@contextmanager
+def _alone(root: Path, name: str) -> Iterator[None]:
+    """One run of a stage per checkout: two would write the same outputs and checkpoints."""
+    folder = root / ".qvgen" / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / name).open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            raise ValueError(f"this stage already runs in {root} (process {owner}); wait for it or stop it") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def _terminate(signum: int, frame: FrameType | None) -> Any:
+    raise _Terminated
+
+
+def _is_expected(error: Exception) -> bool:
+    """Bad input or a bad environment, as against a bug. safetensors and DVC have error classes of their own."""
+    package = type(error).__module__.split(".")[0]
+    return isinstance(error, ValueError | OSError | FloatingPointError) or package in ("safetensors", "dvc")

@@ -1,0 +1,110 @@
+"""What the cpu backend cannot run gives an error that says why, and never a crash."""
+
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from qvgen.kernels.cpu.backend import CpuBackend
+from qvgen.kernels.linear_ops import quantized_linear
+from qvgen.kernels.registry import KernelPreference, choose
+from qvgen.nn.packed_linear import PackedLinear, linears
+from qvgen.quant.scheme import QuantArgs, QuantScheme
+from tests.support.cpu_weights import stored_weight
+from tests.support.packed_reference import GROUPS, build, scheme_of
+
+NOT_A_WEIGHT = "the weight is not in this backend's layout, or of another shape"
+X = torch.ones(2, 3, 32)
+
+
+@pytest.fixture
+def layer() -> PackedLinear:
+    layer, _ = build(scheme_of(QuantArgs(), 4, 4, symmetric=False), 70, 32)
+    layer.prepare_backend(KernelPreference.CPU)
+    layer.timestep.set(torch.tensor([0.0, 999.0]))
+    return layer
+
+
+@pytest.mark.parametrize("group", [[-1], [GROUPS], [0, GROUPS], [2**40, 0]], ids=str)
+def test_a_timestep_group_without_clips(layer: PackedLinear, group: list[int]) -> None:
+    arguments = layer._arguments(X)._replace(timestep_group=torch.tensor(group))
+    with pytest.raises(RuntimeError, match="a timestep group has no clips"):
+        quantized_linear(X, *layer._tensors(), *arguments, False, None)
+
+
+def test_timestep_groups_for_other_samples(layer: PackedLinear) -> None:
+    for wrong in ([0, 1, 2], []):
+        arguments = layer._arguments(X)._replace(timestep_group=torch.tensor(wrong, dtype=torch.int64))
+        with pytest.raises(ValueError, match=f"{len(wrong)} timestep groups were given for an input of 2 samples"):
+            quantized_linear(X, *layer._tensors(), *arguments, False, None)
+
+
+def test_too_long_sums() -> None:
+    most = (2**31 - 1) // 255**2
+    eight = stored_weight(np.zeros((1, 8)), 8)
+    assert CpuBackend().supports(eight._replace(in_features=most)) == ""
+    reason = f"in_features {most + 1} is more than {most}"
+    assert CpuBackend().supports(eight._replace(in_features=most + 1)) == reason
+    with pytest.raises(RuntimeError, match=f"'cpu' was asked for and cannot run: {reason}"):
+        choose(eight._replace(in_features=most + 1), KernelPreference.CPU)
+
+
+def test_inputs_that_are_not_quantized() -> None:
+    layer, _ = build(QuantScheme(weights=QuantArgs(), input_activations=None), 5, 32)
+    with pytest.raises(RuntimeError, match=r"'cpu' was asked for and cannot run: its inputs are not quantized \(A16\)"):
+        layer.prepare_backend(KernelPreference.CPU)
+
+
+def test_too_many_layers() -> None:
+    layers = []
+    for seed in range(9):
+        one, _ = build(scheme_of(QuantArgs(), 4, 4, symmetric=False), 5, 32, seed)
+        one.prepare_backend(KernelPreference.CPU)
+        one.timestep.set(torch.tensor([0.0]))
+        layers.append(one)
+    with pytest.raises(RuntimeError, match="too many layers share one input"):
+        linears(X, layers)
+
+
+def test_a_weight_of_another_shape(layer: PackedLinear) -> None:
+    tensors, arguments = layer._tensors(), layer._arguments(X)
+    with pytest.raises(RuntimeError, match=NOT_A_WEIGHT):
+        quantized_linear(X[..., :31], *tensors, *arguments, False, None)
+    with pytest.raises(RuntimeError, match=NOT_A_WEIGHT):
+        quantized_linear(X, tensors.weight, torch.ones(71, 1), *tensors[2:], *arguments, False, None)
+
+
+# Fields of layout.h's Header.
+MAGIC, WEIGHT_BITS, LANE_BITS, N, K, GROUPS_ALONG_K = (0, "q"), (8, "i"), (12, "i"), (16, "q"), (24, "q"), (32, "q")
+TAMPERED = [
+    (MAGIC, 0),
+    *[(field, value) for field, old in ((N, 70), (K, 32), (GROUPS_ALONG_K, 1)) for value in (old + 1, 0, -old)],
+    *[(WEIGHT_BITS, value) for value in (3, 5, 9, -1)],
+    *[(LANE_BITS, value) for value in (8, 3, 0)],
+    *[(field, 2**62) for field in (N, K, GROUPS_ALONG_K)],
+]
+
+
+def tamper(weight: torch.Tensor, field: tuple[int, str], value: int) -> None:
+    at, kind = field
+    new = struct.pack(f"<{kind}", value)
+    weight[at : at + len(new)] = torch.tensor(list(new), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(("field", "value"), TAMPERED)
+def test_a_tampered_header_does_not_run(isa: str, layer: PackedLinear, field: tuple[int, str], value: int) -> None:
+    weight, expected = layer._tensors().weight, layer(X)
+    whole = weight.clone()
+    tamper(weight, field, value)
+    with pytest.raises(RuntimeError, match=NOT_A_WEIGHT):
+        layer(X)
+    weight.copy_(whole)
+    assert torch.equal(layer(X), expected)
+
+
+@pytest.mark.parametrize(("field", "value"), TAMPERED)
+def test_a_tampered_header_does_not_unpack(layer: PackedLinear, field: tuple[int, str], value: int) -> None:
+    tamper(layer._tensors().weight, field, value)
+    with pytest.raises(RuntimeError, match=NOT_A_WEIGHT):
+        layer.state_dict()
