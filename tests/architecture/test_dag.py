@@ -188,11 +188,11 @@ def check_dependencies(stage: dict[str, Any], script: str, untracked: set[str]) 
     assert [dep for dep in deps if dep.startswith(("qvgen/", "stages/")) and not (ROOT / dep).exists()] == []
 
 
-def test_the_readme_draws_the_graph_that_dvc_runs() -> None:
+def test_the_docs_draw_the_graph_that_dvc_runs() -> None:
     with Repo(str(ROOT)) as repo:
         ours = {s for s in repo.index.stages if s.path_in_repo in ("dvc.yaml", "stages/dvc.yaml")}
         graph = repo.index.graph.subgraph(ours)
         edges = {(upstream.name, stage.name) for stage, upstream in graph.edges}
-    diagram = (ROOT / "README.md").read_text(encoding="utf-8").split("```mermaid")[1].split("```")[0]
+    diagram = (ROOT / "docs/pipeline.md").read_text(encoding="utf-8").split("```mermaid")[1].split("```")[0]
     drawn = {tuple(line.strip().split("-->")) for line in diagram.splitlines() if "-->" in line}
     assert drawn == edges
