@@ -27,6 +27,7 @@ from pipelines.run.guard import DEADLINE
 from pipelines.run.lineage import close_execution, runs_of_execution
 from pipelines.run.runners import task_runner
 from qvgen.params import FlowSettings, load_params
+from stages import observe
 
 CACHED, RUN_CACHE, RAN = "Cached", "RunCache", "Completed"  # names of states, as Prefect shows them
 _SAID = {"didn't change, skipping": CACHED, "is cached - skipping run": RUN_CACHE}  # by DVC, about the stage
@@ -88,6 +89,7 @@ def pipeline(root: str, targets: list[str] | None = None) -> list[dict[str, Any]
     with only_one(folder):
         execution = f"prefect-{flow_run.id}"
         variables = {"QVGEN_EXECUTION": execution, "QVGEN_PREFECT_FLOW_RUN": str(flow_run.id)}
+        observe.write(folder)  # what stages depend on besides parameters and data: without it, what changed is not known yet
         read = read_pipeline(folder, targets or ())
         with _stopping_children():
             states = _run(folder, read, settings, variables)
@@ -118,9 +120,11 @@ def _run(root: Path, read: Pipeline, settings: FlowSettings, variables: dict[str
     for name in in_order({name: needs | apart.get(name, set()) for name, needs in graph.items()}):
         base = name.partition("@")[0]
         configured: Any = run_stage.with_options(retries=settings.retries.get(base, 0), retry_delay_seconds=10)
-        needs = [futures[up] for up in sorted(graph[name])]
+        # One that runs every time has told all that it has to tell in `changed`.
+        needs = [futures[up] for up in sorted(graph[name] - read.always)]
         deadline = settings.deadlines.get(base, settings.deadline)
-        also = [allow_failure(futures[other]) for other in sorted(apart.get(name, ()))]
+        also = [futures[up] for up in sorted(graph[name] & read.always)]
+        also += [allow_failure(futures[other]) for other in sorted(apart.get(name, ()))]
         beside = variables | (SHARED if settings.workers > 1 and name not in apart else {})
         futures[name] = configured.submit(name, str(root), needs, name not in read.changed, deadline, beside, wait_for=also)
     states = {}
