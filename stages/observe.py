@@ -104,13 +104,22 @@ def _files(root: Path, name: str) -> list[str]:
     return sorted(found)
 
 
+def texts(root: Path) -> dict[Path, str]:
+    """What the stage would write in the checkout `root`, by path. Writes nothing."""
+    return _texts(Sources(root))
+
+
+def _texts(sources: Sources) -> dict[Path, str]:
+    found = {HARDWARE: hardware(), CODE: {"code": _fingerprints(sources)}}
+    return {path: json.dumps(content, indent=2) + "\n" for path, content in found.items()}
+
+
 def write(root: Path) -> None:
-    """Both files, of the checkout `root`."""
+    """Run the stage in the checkout `root`."""
     sources = Sources(root)
-    fingerprints = _fingerprints(sources)
+    for path, text in _texts(sources).items():
+        _write(root / path, text)
     sources.remember()
-    _write(root / HARDWARE, json.dumps(hardware(), indent=2) + "\n")
-    _write(root / CODE, json.dumps({"code": fingerprints}, indent=2) + "\n")
 
 
 def _write(path: Path, text: str) -> None:

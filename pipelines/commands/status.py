@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipelines.run.dag import in_order, pipeline_stages, read_graph, stages_of, with_upstream
+from stages import observe
 from stages.runtime.dvc import flatten, stage_address
 
+OBSERVE = "stages/dvc.yaml:observe"
 _WORDS = {"modified": "changed", "new": "is new", "deleted": "is missing", "not in cache": "is not in DVC's cache"}
 _SAID = {"changed command": "the command changed"}
 
@@ -32,15 +36,16 @@ def read_status(root: Path, targets: Sequence[str] = ()) -> list[StageStatus]:
     stage that no dvc.yaml has."""
     from dvc.repo import Repo
 
-    graph = read_graph(root)
+    graph, facts = read_graph(root), observe.texts(root)
     chosen = with_upstream(graph, set(targets) or pipeline_stages(graph))
     with Repo(str(root)) as repo, repo.lock:
         stages = {stage_address(stage): stage for stage in stages_of(repo)}
-        reasons = {name: tuple(_reasons(stages[name])) for name in chosen}
+        reasons = {name: tuple(_reasons(stages[name], facts)) for name in chosen}
     found: dict[str, StageStatus] = {}
     for name in in_order({name: graph[name] for name in chosen}):
         # A frozen stage does not follow its dependencies.
-        upstream = () if stages[name].frozen else tuple(up for up in sorted(graph[name]) if found[up].runs)
+        needs = sorted(graph[name] - {OBSERVE})  # what it would write is asked for directly
+        upstream = () if stages[name].frozen else tuple(up for up in needs if found[up].runs)
         found[name] = StageStatus(name, reasons[name], upstream)
     return list(found.values())
 
@@ -58,8 +63,9 @@ def show(root: Path, targets: Sequence[str] = ()) -> None:
     print(f"\n{count} of {len(found)} stages would run; one whose inputs turn out equal is skipped then")
 
 
-def _reasons(stage: Any) -> Iterator[str]:
-    """From what DVC calls the status of a stage: texts, and {"changed deps" or "changed outs": {path: what}}."""
+def _reasons(stage: Any, facts: dict[Path, str]) -> Iterator[str]:
+    """From what DVC calls the status of a stage: texts, and {"changed deps" or "changed outs": {path: what}}; and from
+    `facts`, what stage observe would write, since DVC knows what it wrote last."""
     if stage.always_changed or stage.is_callback:  # a callback has neither dependencies nor outputs
         yield "runs every time"
     if stage.is_callback:
@@ -67,6 +73,7 @@ def _reasons(stage: Any) -> Iterator[str]:
     if not any(part.hash_info for part in (*stage.deps, *stage.outs)):  # dvc.lock does not have it
         yield "never ran"
         return
+    yield from _observed(stage, facts)
     for entries in stage.status(check_updates=False).values():
         for entry in entries:
             if isinstance(entry, str):
@@ -75,7 +82,20 @@ def _reasons(stage: Any) -> Iterator[str]:
                 continue
             for kind, changes in entry.items():
                 for path, change in changes.items():
-                    yield from _told(stage, "output " if kind == "changed outs" else "", path, change)
+                    if Path(path) not in facts:
+                        yield from _told(stage, "output " if kind == "changed outs" else "", path, change)
+
+
+def _observed(stage: Any, facts: dict[Path, str]) -> Iterator[str]:
+    recorded, _ = _values(stage, str(observe.CODE))
+    code = json.loads(facts[observe.CODE])["code"]
+    if recorded and flatten(recorded) != {f"code.{stage.name}": code.get(stage.name)}:
+        yield "its code changed"
+    for dep in stage.deps:
+        if dep.def_path == str(observe.HARDWARE) and dep.hash_info:
+            now = hashlib.md5(facts[observe.HARDWARE].encode(), usedforsecurity=False).hexdigest()
+            if now != dep.hash_info.value:
+                yield "the machine changed"
 
 
 def _told(stage: Any, kind: str, path: str, change: Any) -> Iterator[str]:

@@ -108,3 +108,28 @@ def test_status_says_why(project: Path) -> None:
     assert "seed: 0 -> 7" in {status.stage: status for status in read_status(project, ["a"])}["a"].reasons
     with pytest.raises(ValueError, match="has a stage 'nosuch'"):
         read_status(project, ["nosuch"])
+
+
+def test_changed_code_is_told_before_stage_observe_has_run_again(tmp_path: Path) -> None:
+    """And for the stages that reach it alone; reading writes nothing."""
+    project = tmp_path / "project"
+    for folder in ("stages", "qvgen"):
+        (project / folder).mkdir(parents=True)
+        (project / folder / "__init__.py").touch()
+    for part in ("observe.py", "runtime", "dvc.yaml"):
+        (project / "stages" / part).symlink_to(toy_project.ROOT / "stages" / part)
+    for name in "ab":
+        (project / f"qvgen/{name}.py").write_text("VALUE = 1\n")
+        (project / f"stages/{name}.py").write_text(f"from qvgen.{name} import VALUE\n")
+    stage = "{{cmd: echo > {0}, outs: [{0}], params: [artifacts/code.json: [code.{0}]]}}"
+    (project / "dvc.yaml").write_text("stages:\n" + "".join(f"  {name}: {stage.format(name)}\n" for name in "ab"))
+    for command in (["git", "init", "-q"], *([sys.executable, "-m", "dvc", *c] for c in (["init", "-q"], ["repro", "-q"]))):
+        subprocess.run(command, cwd=project, check=True)
+    assert reasons(project, "a") == reasons(project, "b") == ()
+    (project / "qvgen/a.py").write_text("# a remark\nVALUE = 1\n")
+    assert reasons(project, "a") == ()
+    (project / "qvgen/a.py").write_text("VALUE = 2\n")
+    assert reasons(project, "a") == ("its code changed",) and reasons(project, "b") == ()
+    code, output = run(project, "dvc", "repro")
+    assert code == 0 and "Stage 'b' didn't change" in output and "Running stage 'a'" in output, output
+    assert reasons(project, "a") == ()
