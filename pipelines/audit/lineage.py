@@ -24,12 +24,16 @@ class Step:
     status: str  # FINISHED, FAILED, KILLED, RUNNING
     deleted: bool
     started: int  # milliseconds since 1970
+    ended: int  # 0: it has not
     parent: str | None
     commit: str | None
     dirty: bool | None  # None: not recorded
     deps: dict[str, str]  # path -> DVC hash
     outs: dict[str, str]
     params: dict[str, str]
+    tags: dict[str, str]
+    metrics: frozenset[str]  # names
+    datasets: dict[str, str]  # path -> digest
     cached: bool
 
     @classmethod
@@ -41,12 +45,16 @@ class Step:
             status=run.info.status,
             deleted=run.info.lifecycle_stage != "active",
             started=run.info.start_time or 0,
+            ended=run.info.end_time or 0,
             parent=tags.get("mlflow.parentRunId"),
             commit=tags.get("git.commit"),
             dirty={"true": True, "false": False}.get(tags.get("git.dirty", "")),
             deps={key.removeprefix(_DEP): value for key, value in tags.items() if key.startswith(_DEP)},
             outs={key.removeprefix(_OUT): value for key, value in tags.items() if key.startswith(_OUT)},
             params=dict(run.data.params),
+            tags=dict(tags),
+            metrics=frozenset(run.data.metrics),
+            datasets={x.dataset.name: x.dataset.digest for x in (run.inputs.dataset_inputs if run.inputs else [])},
             cached=tags.get("stage.state") == CACHED,
         )
 
@@ -91,6 +99,7 @@ class Lineage:
     model: LoggedModel | None  # None: deleted, or never there
     steps: list[Step]  # the registering run first
     parents: dict[str, Step] = field(default_factory=dict)  # id -> run of the pipeline; what is missing is left out
+    reads: list[tuple[Step, Step]] = field(default_factory=list)  # a run, and one that wrote something it read
     orphans: list[tuple[Step, str]] = field(default_factory=list)  # dependencies that no run wrote: sources, or a gap
 
     @property
@@ -122,7 +131,13 @@ def read_lineage(client: MlflowClient, version: ModelVersion, runs: Runs) -> Lin
     orphans = [
         (step, path) for step in steps for path, md5 in step.deps.items() if runs.producer(path, md5, step.started) is None
     ]
-    return Lineage(version, model, steps, parents, orphans)
+    reads = [
+        (step, writer)
+        for step in steps
+        for path, md5 in step.deps.items()
+        if (writer := runs.producer(path, md5, step.started)) is not None
+    ]
+    return Lineage(version, model, steps, parents, reads, orphans)
 
 
 def uses(lineage: Lineage, md5: str) -> list[tuple[Step, str]]:

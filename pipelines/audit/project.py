@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from stages.runtime.code import code_fingerprints
 from stages.runtime.dvc import flatten, stage_address
+from stages.runtime.source import is_code, summarize
 
 WORKTREE = ""  # in place of a commit: the files that are checked out
 
@@ -31,6 +35,7 @@ class Snapshot:
 
     outs: dict[str, Kept]
     code: dict[tuple[str, str], str | None]  # (stage, dependency that no stage makes) -> hash of git's content
+    commands: dict[str, str]  # stage -> its command
 
 
 @dataclass
@@ -39,6 +44,7 @@ class Project:
 
     root: Path
     _snapshots: dict[str, Snapshot] = field(default_factory=dict, repr=False)
+    _code: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)
 
     def git(self, *command: str) -> str | None:
         """Output of a git command without the last newline; None if it fails."""
@@ -120,10 +126,39 @@ class Project:
                 for dep in stage.deps
                 if not hasattr(dep, "read_params") and _path(repo, dep) not in outs
             }
-        return Snapshot(outs, code)
+            commands = {stage_address(stage): str(stage.cmd) for stage in stages if not stage.is_data_source}
+        return Snapshot(outs, code, commands)
 
-    def _git(self, *command: str) -> subprocess.CompletedProcess[bytes]:
-        return subprocess.run(["git", *command], cwd=self.root, capture_output=True)
+    def code(self, commit: str) -> dict[str, str]:
+        """Parameter -> fingerprint of the code that each stage can reach at a commit, as stage observe writes them."""
+        if commit not in self._code:
+            blobs = self._blobs(commit)
+            sources = {path: _summary(path, content) for path, content in blobs.items()}
+            scripts = [Path(path) for path in blobs if path.startswith("stages/") and path.count("/") == 1]
+            stages = [path.stem for path in scripts if path.stem not in ("__init__", "observe")]
+            found = code_fingerprints(sources.__getitem__, list(blobs), stages)
+            self._code[commit] = {f"code.{stage}": value for stage, value in found.items()}
+        return self._code[commit]
+
+    def _blobs(self, commit: str) -> dict[str, bytes]:
+        """Path -> content of the source files of a commit, in two commands."""
+        listed = (line.partition("\t") for line in (self.git("ls-tree", "-r", commit) or "").splitlines())
+        ids = {path: about.split()[2] for about, _, path in listed if is_code(path)}  # about: mode, type, id
+        done = self._git("cat-file", "--batch", input="\n".join(ids.values()).encode())
+        found, rest = {}, done.stdout
+        for path in ids:
+            header, _, rest = rest.partition(b"\n")
+            size = int(header.split()[2])
+            found[path], rest = rest[:size], rest[size + 1 :]
+        return found
+
+    def _git(self, *command: str, input: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
+        # `git replace` puts another object in the place of a commit, for every command but not for a clone.
+        variables = os.environ | {"GIT_NO_REPLACE_OBJECTS": "1"}
+        return subprocess.run(["git", *command], cwd=self.root, capture_output=True, input=input, env=variables)
+
+
+_summary = cache(summarize)
 
 
 def _path(repo: Any, item: Any) -> str:

@@ -32,7 +32,7 @@ def rebuild(lineage: Lineage, project: Project, blobs: Blobs) -> Check:
     from pipelines.run.checkout import environment
 
     if not lineage.commits:
-        return Check("rebuild", False, "the runs name no commit, so there is nothing to rebuild from")
+        return Check("rebuild", "FAIL", "the runs name no commit, so there is nothing to rebuild from")
     stage, (packed, md5) = _stage(lineage), lineage.packed
     with tempfile.TemporaryDirectory(prefix="qvgen-audit-") as temporary:
         clone = Path(temporary) / "rebuilt"
@@ -47,11 +47,11 @@ def rebuild(lineage: Lineage, project: Project, blobs: Blobs) -> Check:
             folder = temporary if command is get else clone
             done = subprocess.run(run, cwd=folder, env=variables, stdout=stderr)
             if done.returncode:
-                return Check("rebuild", False, f"`{shlex.join(command)}` failed with exit code {done.returncode}; see above")
+                return Check("rebuild", "FAIL", f"`{shlex.join(command)}` failed with exit code {done.returncode}; see above")
         made = _outputs(clone, lineage)
     found = made.get((stage, packed))
     if found == md5:
-        return Check("rebuild", True, f"{packed} was computed again from {lineage.commits[0][:12]}: the same bytes, {md5}")
+        return Check("rebuild", "PASS", f"{packed} was computed again from {lineage.commits[0][:12]}: the same bytes, {md5}")
     differing = [
         f"{path} of {step.stage}"
         for step in sorted(lineage.steps, key=lambda step: step.started)
@@ -60,7 +60,7 @@ def rebuild(lineage: Lineage, project: Project, blobs: Blobs) -> Check:
     ]
     first = f", and {differing[0]} is the first output that differs" if differing else ""
     why = "was it another processor or other packages? see environment"
-    return Check("rebuild", False, f"{packed} became {found}, registered is {md5}{first}; {why}")
+    return Check("rebuild", "FAIL", f"{packed} became {found}, registered is {md5}{first}; {why}")
 
 
 def _outputs(clone: Path, lineage: Lineage) -> dict[tuple[str, str], str]:

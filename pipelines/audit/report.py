@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.audit.blobs import open_blobs
 from pipelines.audit.checks import (
+    COMMIT,
     Check,
     git_checks,
     lock_check,
     registry_checks,
 )
-from pipelines.audit.data import data_checks, environment_check
+from pipelines.audit.data import data_checks, environment_check, workspace_check
 from pipelines.audit.lineage import Lineage, Runs, read_lineage, uses
 from pipelines.audit.project import Project, current_hash
 from pipelines.audit.rebuild import commands, rebuild
+from pipelines.audit.seal import promotion_check, seal_check
+from pipelines.champion.promote import CHAMPION
 from pipelines.champion.registry import find_model, find_version, open_registry
 from stages.record.promotions import promotions
 
@@ -44,14 +47,32 @@ class Report:
     def ok(self) -> bool:
         return all(check.ok for check in self.checks)
 
+    @property
+    def exit_code(self) -> int:
+        """0: every claim holds. 1: one does not. 2: one will once results are committed. 3: this checkout is another model."""
+        states = {check.state for check in self.checks}
+        return next((code for state, code in (("FAIL", 1), ("TODO", 2), ("WARN", 3)) if state in states), 0)
+
     def as_dict(self) -> dict[str, Any]:
-        return {"ok": self.ok, "checks": [asdict(check) for check in self.checks], "rebuild": self.rebuild}
+        checks = [asdict(check) | {"ok": check.ok} for check in self.checks]
+        return {"ok": self.ok, "exit_code": self.exit_code, "checks": checks, "rebuild": self.rebuild}
 
     def __str__(self) -> str:
-        failed = sum(not check.ok for check in self.checks)
-        verdict = f"{failed} of {len(self.checks)} checks FAIL" if failed else f"all {len(self.checks)} checks pass"
-        lines = [self.model, *map(str, self.checks), f"{self.model}: {verdict}"]
+        lines = [self.model, *map(str, self.checks), f"{self.model}: {self._verdict()}"]
         return "\n".join([*lines, *(["", "To rebuild it:", *self.rebuild] if self.rebuild else [])])
+
+    def _verdict(self) -> str:
+        count = {state: sum(check.state == state for check in self.checks) for state in ("FAIL", "TODO", "WARN")}
+        total = len(self.checks)
+        if count["FAIL"]:
+            return f"{count['FAIL']} of {total} checks FAIL"
+        if count["TODO"]:
+            return f"nothing fails, but {count['TODO']} of {total} checks wait for the results to be committed: {COMMIT}"
+        if count["WARN"]:
+            return (
+                f"the recorded model passes, but what lies in this checkout is not it ({count['WARN']} of {total} checks WARN)"
+            )
+        return f"all {total} checks pass"
 
 
 @dataclass(frozen=True)
@@ -78,18 +99,20 @@ def audit(home: Path, reference: str, *, rebuild_too: bool = False) -> Report:
             checks.append(_alias_check(client, model, alias))
             if alias not in model.aliases:
                 return Report(reference, checks, [])
+            if alias == CHAMPION and (history := promotions(client, name, alias)):
+                checks.append(promotion_check(project, name, alias, history[-1]))
         lineage = _lineage(client, find_version(client, name, number, alias or ""), {})
         texts = _texts(client, lineage)
-    title = f"{name} version {lineage.version.version}"
-    checks += registry_checks(lineage)
-    if lineage.source is None:
-        return Report(title, checks, [])
-    checks += git_checks(lineage, project)
-    check, lock_commit = lock_check(lineage, project)
-    checks.append(check)
+        title = f"{name} version {lineage.version.version}"
+        checks += registry_checks(lineage)
+        if lineage.source is None:
+            return Report(title, checks, [])
+        checks += git_checks(lineage, project)
+        check, lock_commit = lock_check(lineage, project)
+        checks += [check, seal_check(client, lineage, project, lock_commit)]
     with open_blobs(home) as blobs:
         checks += data_checks(lineage, project, blobs, lock_commit)
-        checks.append(environment_check(lineage, project, texts))
+        checks += [environment_check(lineage, project, texts), workspace_check(lineage, project, blobs)]
         if rebuild_too:
             checks.append(rebuild(lineage, project, blobs))
         return Report(title, checks, commands(lineage, project, blobs))
@@ -126,15 +149,15 @@ def _alias_check(client: MlflowClient, model: RegisteredModel, alias: str) -> Ch
     version, history = model.aliases.get(alias), promotions(client, model.name, alias)
     if version is None:
         known = ", ".join(sorted(model.aliases)) or "none"
-        return Check("alias", False, f"{model.name} has no alias {alias} (it has: {known}); `qvgen promote` sets champion")
+        return Check("alias", "FAIL", f"{model.name} has no alias {alias} (it has: {known}); `qvgen promote` sets champion")
     if not history:
-        return Check("alias", False, f"{alias} is version {version}, but no promotion is recorded; use `qvgen promote`")
+        return Check("alias", "FAIL", f"{alias} is version {version}, but no promotion is recorded; use `qvgen promote`")
     newest = history[-1]
     if newest.version != int(version):
         moved = f"{alias} is version {version}, the newest record (number {len(history)}) says {newest.version}"
-        return Check("alias", False, f"{moved}: moved by hand, or cut short; `qvgen promote` decides and records")
+        return Check("alias", "FAIL", f"{moved}: moved by hand, or cut short; `qvgen promote` decides and records")
     how = f"forced by {newest.by}" if newest.forced else f"set by {newest.by}"
-    return Check("alias", True, f"{alias} is version {version}, {how}: {newest.reason} (record {len(history)})")
+    return Check("alias", "PASS", f"{alias} is version {version}, {how}: {newest.reason} (record {len(history)})")
 
 
 def _lineage(client: MlflowClient, version: ModelVersion, runs: dict[str, Runs]) -> Lineage:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from pipelines.champion.gate import Rule, evaluate_gate
 from pipelines.champion.registry import NotRegisteredError, find_version, metrics_of, open_registry
 from qvgen.params import Params, load_params
 from stages.record.promotions import OvertakenError, alias_version, move_alias, promotions
+from stages.record.seal import seal_promotion
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -64,7 +65,10 @@ def promote(
         wanted = find_version(client, name, version, alias)
         for _ in range(ATTEMPTS):
             with suppress(OvertakenError):  # there is another champion to beat
-                return _decide(client, params, wanted, force, reason)
+                outcome = _decide(client, params, wanted, force, reason)
+                if outcome.ok:
+                    seal_promotion(home, name, CHAMPION, asdict(promotions(client, name, CHAMPION)[-1]))
+                return outcome
     raise ValueError(f"other hosts move {CHAMPION} of {name} all the time; see who does, and try again")
 
 

@@ -140,7 +140,8 @@ def audit(
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Also make it again in a clone and compare: hours")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The same, for programs")] = False,
 ) -> None:
-    """From a registered model back to its data, code and parameters, every claim checked. Exit code 1: one does not hold."""
+    """From a registered model back to its data, code and parameters, every claim checked. Exit code 1: one does not
+    hold; 2: results are not committed yet; 3: the record is right, but artifacts/packed here is another model."""
     import json
     from dataclasses import asdict
 
@@ -161,5 +162,5 @@ def audit(
         return
     report = run(root, str(model), rebuild_too=rebuild)
     print(json.dumps(report.as_dict(), indent=2) if as_json else report)
-    if not report.ok:
-        raise typer.Exit(1)
+    if report.exit_code:
+        raise typer.Exit(report.exit_code)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from qvgen.params import Params, load_params
 from stages.record.journal import Forwarder, Journal, open_pipeline
+from stages.record.seal import seal_run
 from stages.runtime.dvc import DvcFacts, output_hashes, read_dvc_facts, restore_outputs
 from stages.runtime.outputs import write_whole
 
@@ -156,6 +157,7 @@ def _execute(name: str, run: Callable[[Stage], None]) -> None:
                     _restore(root, facts)
                 raise
             journal.end("FINISHED")
+            seal_run(root, journal.path)
         shutil.rmtree(home / ".qvgen" / "ckpt" / stage.key, ignore_errors=True)
 
 

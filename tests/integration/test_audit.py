@@ -279,7 +279,7 @@ def test_the_commands_of_the_guide_work(project: Path) -> None:
     assert len(blocks) >= 4
     bin = project / ".qvgen" / "bin"
     bin.mkdir(parents=True)
-    (bin / "qvgen").write_text('#!/bin/sh\nexec python -m pipelines.cli.everyday "$@"\n')
+    (bin / "qvgen").write_text('#!/bin/sh\nexec python -m pipelines.cli "$@"\n')
     (bin / "qvgen").chmod(0o755)
     for block in blocks:
         code, output = toy.run(project, "bash", "-euc", f"PATH={bin}:$PATH\n{block}")

@@ -49,41 +49,42 @@ def run(stage):
 
 stage_main("measure", run)
 """
-RUNNING = ["stages/runtime/run.py", "stages/runtime/outputs.py"]
+CODE = "artifacts/code.json"
 STAGES = {
     "prepare": {
         "cmd": "python -m stages.prepare",
-        "params": ["seed", "prepare"],
-        "deps": ["stages/prepare.py", *RUNNING, "assets/raw.txt"],
+        "params": ["seed", "prepare", {CODE: ["code.prepare"]}],
+        "deps": ["assets/raw.txt"],
         "outs": ["artifacts/data"],
     },
     "pack": {
         "cmd": "python -m stages.pack",
-        "params": ["method", "scheme"],
-        "deps": ["stages/pack.py", *RUNNING, "artifacts/data"],
+        "params": ["method", "scheme", {CODE: ["code.pack"]}],
+        "deps": ["artifacts/data"],
         "outs": ["artifacts/packed"],
     },
     "measure": {
         "cmd": "python -m stages.measure",
-        "deps": ["stages/measure.py", *RUNNING, "artifacts/packed", "assets/evaluate.json", "assets/benchmark.json"],
+        "params": [{CODE: ["code.measure"]}],
+        "deps": ["artifacts/packed", "assets/evaluate.json", "assets/benchmark.json"],
         "metrics": [{f"metrics/{name}.json": {"cache": False}} for name in ("evaluate", "benchmark")],
     },
     "register": {
         "cmd": "python -m stages.register",
-        "params": ["register"],
-        "deps": ["stages/register.py", *RUNNING, "artifacts/packed", "metrics/evaluate.json", "metrics/benchmark.json"],
+        "params": ["register", {CODE: ["code.register"]}],
+        "deps": ["artifacts/packed", "metrics/evaluate.json", "metrics/benchmark.json"],
         "metrics": [{"metrics/register.json": {"cache": False}}],
     },
 }
-IGNORED = (".qvgen/", "artifacts/", "mlflow.db*", "mlruns/", "__pycache__/", "rebuilt/")
+IGNORED = (".qvgen/", "artifacts/", "mlflow.db*", "mlruns/", "__pycache__/", "rebuilt/", "audit.json")
 
 
 def make(root: Path) -> Path:
     """Write and commit the project; nothing has run yet."""
-    (root / "qvgen").symlink_to(ROOT / "qvgen")
+    shutil.copytree(ROOT / "qvgen", root / "qvgen", ignore=shutil.ignore_patterns("__pycache__", "csrc"))
     for folder in ("stages", "assets"):
         (root / folder).mkdir()
-    for script in ("__init__.py", "register.py"):
+    for script in ("__init__.py", "register.py", "observe.py", "dvc.yaml"):
         shutil.copy(ROOT / "stages" / script, root / "stages")
     for folder in ("runtime", "record"):
         shutil.copytree(ROOT / "stages" / folder, root / "stages" / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -138,7 +139,7 @@ def run(root: Path, *command: str, **variables: str) -> tuple[int, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_", "QVGEN_"))}
     kept["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), kept["PATH"]])
     kept["PYTHONPATH"] = str(ROOT)
-    programs = {"qvgen": [sys.executable, "-m", "pipelines.cli.everyday"], "dvc": [sys.executable, "-m", "dvc"]}
+    programs = {"qvgen": [sys.executable, "-m", "pipelines.cli"], "dvc": [sys.executable, "-m", "dvc"]}
     first, *rest = command
     done = subprocess.run(
         [*programs.get(first, [first]), *rest],
