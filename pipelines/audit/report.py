@@ -69,9 +69,7 @@ class Report:
         if count["TODO"]:
             return f"nothing fails, but {count['TODO']} of {total} checks wait for the results to be committed: {COMMIT}"
         if count["WARN"]:
-            return (
-                f"the recorded model passes, but what lies in this checkout is not it ({count['WARN']} of {total} checks WARN)"
-            )
+            return f"what was recorded passes, but this checkout has another model ({count['WARN']} of {total} checks WARN)"
         return f"all {total} checks pass"
 
 
@@ -99,8 +97,6 @@ def audit(home: Path, reference: str, *, rebuild_too: bool = False) -> Report:
             checks.append(_alias_check(client, model, alias))
             if alias not in model.aliases:
                 return Report(reference, checks, [])
-            if alias == CHAMPION and (history := promotions(client, name, alias)):
-                checks.append(promotion_check(project, name, alias, history[-1]))
         lineage = _lineage(client, find_version(client, name, number, alias or ""), {})
         texts = _texts(client, lineage)
         title = f"{name} version {lineage.version.version}"
@@ -110,6 +106,8 @@ def audit(home: Path, reference: str, *, rebuild_too: bool = False) -> Report:
         checks += git_checks(lineage, project)
         check, lock_commit = lock_check(lineage, project)
         checks += [check, seal_check(client, lineage, project, lock_commit)]
+        if alias == CHAMPION and (history := promotions(client, name, alias)):
+            checks.append(promotion_check(project, name, alias, history[-1], lock_commit))
     with open_blobs(home) as blobs:
         checks += data_checks(lineage, project, blobs, lock_commit)
         checks += [environment_check(lineage, project, texts), workspace_check(lineage, project, blobs)]

@@ -49,10 +49,10 @@ def seal_check(client: MlflowClient, lineage: Lineage, project: Project, lock_co
     return verdict("seal", faults, f"{len(lineage.steps)} runs are as {FILE} had them in {lock_commit[:12]}", _REMEDY)
 
 
-def promotion_check(project: Project, model: str, alias: str, record: Promotion) -> Check:
-    """The newest recorded move of an alias is as it was sealed."""
+def promotion_check(project: Project, model: str, alias: str, record: Promotion, lock_commit: str | None) -> Check:
+    """The newest recorded move of an alias is as it was sealed: with the results, in HEAD, or not committed yet."""
     id = f"{model}@{alias} {record.time}"
-    for where in ("HEAD", WORKTREE):
+    for where in (*([lock_commit] if lock_commit else []), "HEAD", WORKTREE):
         for entry in read_lines(_text(project, where)):
             if entry.get("kind") != "promotion" or not str(entry.get("id")).startswith(f"{model}@{alias} "):
                 continue
@@ -62,7 +62,7 @@ def promotion_check(project: Project, model: str, alias: str, record: Promotion)
                 faults = [f"{name} of the move" for name, value in asdict(record).items() if sealed.get(name) != value]
                 if faults:
                     return Check("promotion", "FAIL", f"{', '.join(faults)} is not what was sealed; see `git log {FILE}`")
-                if where == "HEAD":
+                if where != WORKTREE:
                     return Check(
                         "promotion", "PASS", f"reason, author and the gate's {len(record.gate or {})} values as sealed"
                     )

@@ -18,7 +18,7 @@ from qvgen.params import load_params
 from stages.record.connection import connect
 from stages.record.promotions import Promotion, alias_version, promotions
 from tests.support import audited_project as toy
-from tests.support.audited_project import failed
+from tests.support.audited_project import copy, failed
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -55,10 +55,6 @@ def worse(audited: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         in promote_after_run(root)
     )
     return root
-
-
-def copy(project: Path, to: Path) -> Path:
-    return Path(shutil.copytree(project, to, symlinks=True))
 
 
 def test_a_good_model_passes_every_check(audited: Path) -> None:
@@ -106,7 +102,7 @@ def test_tampered_and_missing_data(project: Path) -> None:
         assert not blobs.in_cache(current_hash(project, "artifacts/packed"))
     for blob in (project / ".dvc/cache/files/md5").rglob("*.dir"):
         blob.unlink()
-    assert failed(project).keys() == {"data", "packed model", "sha256"}
+    assert failed(project).keys() == {"data", "packed model", "sha256", "workspace"}
 
 
 def _spoil(project: Path, name: str, out: str = "artifacts/packed") -> None:
@@ -161,7 +157,7 @@ def test_a_changed_lock(project: Path) -> None:
     faults = failed(project)
     assert faults["dvc.lock"].startswith("dvc.lock with these hashes is not committed: ")
     assert md5 in faults["dvc.lock"]
-    assert faults.keys() == {"dvc.lock", "metrics"}
+    assert faults.keys() == {"dvc.lock", "metrics", "seal"}
 
 
 def test_a_lock_on_another_branch_counts(project: Path) -> None:
@@ -170,13 +166,35 @@ def test_a_lock_on_another_branch_counts(project: Path) -> None:
     assert failed(project) == {}
     toy.git(project, "branch", "-qD", "retrain/1")
     faults = failed(project)
-    assert faults.keys() == {"dvc.lock", "metrics"} and "is absent" in faults["dvc.lock"]
+    assert faults.keys() == {"dvc.lock", "metrics", "seal", "promotion"} and "is absent" in faults["dvc.lock"]
 
 
 def test_what_was_not_committed_yet(project: Path) -> None:
-    """As after the first `make repro`: the files are there, but nobody else has them."""
+    """As after the first `make repro`: nothing is wrong, and one command is left to do."""
     toy.git(project, "reset", "-q", "HEAD~1")
-    assert "only the file in this checkout has them; `git add dvc.lock" in failed(project)["dvc.lock"]
+    report = audit(project, "qvgen@champion")
+    states = {check.name: check.state for check in report.checks if check.state != "PASS"}
+    assert states == dict.fromkeys(("dvc.lock", "metrics", "seal", "promotion"), "TODO"), str(report)
+    assert report.exit_code == 2 and not report.ok
+    last = str(report).splitlines()[len(report.checks) + 1]
+    assert last.startswith("qvgen version 1: nothing fails, but 4 of 21 checks wait for the results to be committed: `git add")
+    code, output = toy.run(project, "bash", "-euc", last.split("`")[1])
+    assert code == 0, output
+    assert audit(project, "qvgen@champion").exit_code == 0
+
+
+def test_another_model_in_the_checkout(project: Path) -> None:
+    weights = project / "artifacts/packed/transformer/weights.safetensors"
+    weights.chmod(0o644)
+    content = weights.read_bytes()
+    weights.unlink()  # it may be a link into the cache
+    weights.write_bytes(content[:-1] + b"!")
+    report = audit(project, "qvgen@champion")
+    assert report.exit_code == 3 and {check.name for check in report.checks if not check.ok} == {"workspace"}
+    code, output = toy.run(project, "qvgen", "audit", "qvgen@champion")
+    assert (
+        code == 3 and "weights.safetensors is not what was audited" in output and "this checkout has another model" in output
+    )
 
 
 def test_a_commit_that_is_gone(project: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +38,9 @@ def run(stage):
         save_file({"weight": weights}, folder / "transformer" / "weights.safetensors")
         config = {"quantization_config": stage.params.scheme.to_config(1)}
         (folder / "transformer" / "config.json").write_text(json.dumps(config))
+    for step in range(3):
+        stage.log_metrics({"loss": 1 / (1 + step)}, step=step)
+    stage.log_text("a table", "table.md")
 
 stage_main("pack", run)
 """
@@ -118,8 +123,23 @@ def make_with_champion(folder: Path) -> Path:
     return root
 
 
+def copy(project: Path, to: Path) -> Path:
+    """With its runs: MLflow's database names the folder of each run's artifacts with its whole path."""
+    shutil.copytree(project, to, symlinks=True)
+    columns = {
+        "experiments": "artifact_location",
+        "runs": "artifact_uri",
+        "logged_models": "artifact_location",
+        "model_versions": "storage_location",
+    }
+    with contextlib.closing(sqlite3.connect(to / "mlflow.db")) as database, database:
+        for table, column in columns.items():
+            database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(project), str(to)))
+    return to
+
+
 def failed(root: Path, reference: str = "qvgen@champion") -> dict[str, str]:
-    """Checks of the audit that fail -> detail."""
+    """Checks of the audit that do not pass -> detail."""
     from pipelines.audit.report import audit
 
     return {check.name: check.detail for check in audit(root, reference).checks if not check.ok}
