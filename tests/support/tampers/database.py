@@ -19,7 +19,7 @@ DELETED = {
     **{f"every input of {stage}": Tamper("dvc.lock", lambda p, s=stage: p.tag(s, "dvc.dep.%", None)) for stage in STAGES},
     "one input of pack": Tamper("dvc.lock", lambda p: p.tag("pack", "dvc.dep.artifacts/data", None)),
     "one input of register": Tamper("dvc.lock", lambda p: p.tag("register", "dvc.dep.metrics/evaluate.json", None)),
-    "the output of pack": Tamper("dvc.lock", lambda p: p.tag("pack", "dvc.out.%", None)),
+    "the output of pack": Tamper("producers", lambda p: p.tag("pack", "dvc.out.%", None)),
     "the output of measure": Tamper("dvc.lock", lambda p: p.tag("measure", "dvc.out.metrics/evaluate.json", None)),
     "the output of register": Tamper("dvc.lock", lambda p: p.tag("register", "dvc.out.%", None)),
     "a parameter of prepare": Tamper(
