@@ -26,6 +26,7 @@ from pipelines.champion.promote import promote_after_run
 from pipelines.run.checkout import environment
 from pipelines.run.dag import read_pipeline
 from pipelines.run.flow import run_pipeline
+from stages import observe
 from stages.record.connection import without_secrets
 
 BRANCH = "retrain/{date}"
@@ -56,6 +57,7 @@ def retrain(root: str, force: bool = False, push: bool = False) -> State:
     champion and checkout as they were. State Unchanged: nothing had changed.
     """
     folder = Path(root)
+    observe.write(folder)  # or a change of code would not be known yet
     read = read_pipeline(folder)
     reasons = sorted(read.changed - read.always)
     if not reasons and not force:

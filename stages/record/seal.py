@@ -1,11 +1,11 @@
 """The seal: what each run reported, as a line in metrics/seal.jsonl, which git keeps.
 
-MLflow's database can be changed by whoever can write it. A line holds what `qvgen audit` relies on, each names the sha256 of the
-line before, and the audit reads the lines from the commit that has the run's results: who changes the database has to change
-the history of git too. Against somebody who rewrites both, signed commits help, and nothing here does.
+MLflow's database can be changed by whoever can write it. A line holds what `qvgen audit` relies on, each names the sha256 of
+the line before, and the audit reads the lines from the commit that has the run's results: who changes the database has to
+change the history of git too. Against somebody who rewrites both, signed commits help, and nothing here does.
 
-The stage itself writes its line when it is done, from its own journal: MLflow may be down then, and what it holds later is what
-is to be checked. So do executions (with their first stage) and moves of the alias champion.
+The stage itself writes its line when it is done, from its own journal: MLflow may be down then, and what it holds later is
+what is to be checked. So do executions (with their first stage) and moves of the alias champion.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def read_lines(text: str) -> list[dict[str, Any]]:
 
 
 def chain_faults(text: str) -> list[str]:
-    """What is wrong with the chain. A merge of two branches puts their lines one after the other, so a line may follow any that
-    stands before it, not the last one only."""
+    """What is wrong with the chain. A merge of two branches puts their lines one after the other, so a line may follow any
+    that stands before it, not the last one only."""
     seen, faults = {FIRST}, []
     for number, line in enumerate(text.splitlines(), start=1):
         try:
