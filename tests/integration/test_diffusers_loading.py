@@ -15,12 +15,15 @@ from safetensors.torch import load_file, save_file
 
 import qvgen.integrations.diffusers as integration
 from qvgen.checkpoint.packed import export_pipeline, load_packed_transformer, verify_folder
-from qvgen.models.family import Family, generate, load_family, load_pipeline
+from qvgen.checkpoint.pipeline import load_pipeline
+from qvgen.models.family import Family
+from qvgen.models.registry import load_family
 from qvgen.models.tiny import TINY_CLIP, TINY_PROMPT, tiny_pipeline
 from qvgen.nn.packed_linear import packed_layers
 from qvgen.nn.swap import convert_, prepare_
 from qvgen.packing.layout import PACKED_NAMES
 from qvgen.quant.scheme import QuantArgs, QuantScheme
+from qvgen.sampling.sample import generate
 
 pytestmark = pytest.mark.integration
 
@@ -173,7 +176,8 @@ def test_the_whole_pipeline_loads_and_samples(packed: Packed, dtype: torch.dtype
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.transformer.dtype == dtype
     videos = [
-        generate(pipeline, [TINY_PROMPT], [seed], TINY_CLIP, inference_steps=2, guidance_scale=3.0) for seed in (0, 0, 1)
+        generate(pipeline, packed.family, [TINY_PROMPT], [seed], TINY_CLIP, inference_steps=2, guidance_scale=3.0)
+        for seed in (0, 0, 1)
     ]
     assert videos[0].isfinite().all()
     assert torch.equal(videos[0], videos[1])

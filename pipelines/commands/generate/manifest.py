@@ -20,7 +20,8 @@ def model_hash(model: Path) -> str:
     """sha256 over the names and sha256 of the pipeline's files that decide what it computes."""
     import hashlib
 
-    from qvgen.models.source import hash_files, read_pipeline
+    from qvgen.models.hashes import hash_files
+    from qvgen.models.source import read_pipeline
 
     files = [name for name in read_pipeline(model).files if name not in _SAYS_NOTHING]
     records = hash_files(model, files)
