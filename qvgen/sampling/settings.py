@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from qvgen.models.family import SamplingSettings
@@ -16,12 +17,13 @@ from qvgen.models.source import read_pipeline
 _TYPES = {field.name: float if field.name.startswith("guidance") else int for field in fields(SamplingSettings)}
 
 
-def read_settings(model: Path, overrides: Mapping[str, Any]) -> SamplingSettings:
+def read_settings(model: str | Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> SamplingSettings:
     """Settings of a pipeline folder: `overrides` that are not None, else generation.json, else the family's defaults.
 
     Raises ValueError for a folder that is not a supported pipeline or damaged, an unknown entry, a value out of range, and a
     clip size that the model has no latents for.
     """
+    model = Path(model)
     if not model.is_dir():
         raise ValueError(f"model folder {str(model)!r} does not exist")
     values = vars(family_class(read_pipeline(model).pipeline_class).sampling) | _own(model)

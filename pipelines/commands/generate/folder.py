@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.commands.generate.manifest import claim, model_hash
-from qvgen.sampling.folder import SAMPLES, read_prompts, video_name, video_seed
+from pipelines.commands.generate.manifest import claim, model_hash, record_names
+from qvgen.sampling.folder import SAMPLES, read_prompts, short_names, video_name, video_seed
 
 if TYPE_CHECKING:
     from qvgen.models.family import SamplingSettings
@@ -70,7 +70,8 @@ def generate_folder(
     shard: str | None = None,
     **overrides: Any,
 ) -> Done:
-    """Write `out/{prompt}-{0..samples-1}.mp4` for each prompt of the file `prompts`; what is there already is kept.
+    """Write `out/{prompt}-{0..samples-1}.mp4` for each prompt of the file `prompts`; what is there already is kept. A prompt
+    that cannot name a file gets a short name (qvgen/sampling/folder.py), which the manifest maps to it.
 
     Its manifest (manifest.py) ties the folder to one model, seed and settings. `threads`: per process;
     None: as the manifest says, in a new folder this process's divided by `processes`. `shard` "2/5": the second of five
@@ -85,13 +86,14 @@ def generate_folder(
             raise ValueError(f"{name} = {value} must be at least 1")
     if samples % batch_size:
         raise ValueError(f"batches of {batch_size} do not divide {samples} samples of a prompt evenly: choose a divisor")
-    listed = read_prompts(prompts, samples)
+    listed = read_prompts(prompts)
     part, parts = parse_shard(shard)
     settings = read_settings(model, overrides)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; with --prompts, --out names the folder of the videos")
     identity = {"model": model_hash(model), "seed": seed, "batch_size": batch_size, "settings": asdict(settings)}
     threads = claim(out, identity, threads, processes)
+    record_names(out, short_names(listed))
 
     ranges = [tuple(range(start, start + batch_size)) for start in range(0, samples, batch_size)]
     batches = [Batch(prompt, numbers) for prompt in listed for numbers in ranges][part - 1 :: parts]
