@@ -22,9 +22,9 @@ Names are imported when they are used: `import qvgen` loads neither torch nor di
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from qvgen.lazy import lazy
 
 if TYPE_CHECKING:
     from qvgen.checkpoint.packed import export_pipeline
@@ -49,17 +49,6 @@ __all__ = [
     "sample",
     "write_video",
 ]
-
-
-def lazy(homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """A package's `__getattr__` that imports a name from its module, `homes[name]`, when it is first asked for."""
-
-    def get(name: str) -> Any:
-        if name not in homes:
-            raise AttributeError(f"no name {name!r} here; there are {', '.join(sorted(homes))}")
-        return getattr(importlib.import_module(homes[name]), name)
-
-    return get
 
 
 __getattr__ = lazy(

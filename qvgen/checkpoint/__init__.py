@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qvgen import lazy
+from qvgen.lazy import lazy
 
 if TYPE_CHECKING:
     from qvgen.checkpoint.grids import load_folds, load_grids, save_folds, save_grids

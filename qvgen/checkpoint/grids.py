@@ -15,6 +15,7 @@ from qvgen.tensors import save_tensors
 
 
 def save_grids(path: str | Path, grids: Mapping[str, LayerGrid]) -> None:
+    """Grids by layer name, as `load_grids` reads them."""
     save_tensors(path, {f"{name}.{k}": v for name, grid in grids.items() for k, v in grid.to_tensors().items()})
 
 

@@ -5,13 +5,15 @@ Stage fetch asks before it copies gigabytes; what it accepts, every later stage 
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qvgen.checkpoint.pipeline import load_pipeline
+from qvgen.checkpoint.pipeline import load_component
 from qvgen.models.files import SourceError, read_json
 from qvgen.models.source import Pipeline
 
@@ -26,14 +28,14 @@ def check_loadable(pipeline: Pipeline) -> None:
     of its parameters are compared with the headers of its weight files.
     """
     index = read_json(pipeline.folder / "model_index.json")
-    models = [name for name in pipeline.components if (pipeline.folder / name / "config.json").is_file()]
-    for name in models:
-        library, class_name = index[name]
-        _check_model(pipeline.folder / name, library, class_name)
-    try:
-        load_pipeline(pipeline.folder, without=models)
-    except Exception as error:  # diffusers and transformers raise all kinds
-        raise SourceError(f"{pipeline.folder}: scheduler or tokenizer cannot be loaded ({_first_line(error)})") from None
+    for name in pipeline.components:
+        if (pipeline.folder / name / "config.json").is_file():
+            _check_model(pipeline.folder / name, *index[name])
+            continue
+        try:
+            load_component(pipeline.folder, name)
+        except Exception as error:  # diffusers and transformers raise all kinds
+            raise SourceError(f"{pipeline.folder / name} cannot be loaded ({_first_line(error)}); get it again") from None
 
 
 def _check_model(folder: Path, library: str, class_name: str) -> None:
@@ -59,14 +61,19 @@ def _check_model(folder: Path, library: str, class_name: str) -> None:
             f"{folder} lacks {len(missing)} tensors of a {class_name} ({', '.join(missing[:_NAMED])}): its files are of "
             "another model, or incomplete; get them again"
         )
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    known = {*expected, *optional, *(name for name, _ in model.named_buffers())}
+    if left := sorted(n for n in found if n not in known and not any(re.search(pattern, n) for pattern in ignored)):
+        raise SourceError(
+            f"{folder} holds {len(left)} tensors that a {class_name} with this config.json has no place for "
+            f"({', '.join(left[:_NAMED])}): they would be dropped; get both again"
+        )
     for name, shape in expected.items():
         if name in found and found[name] != shape:
             raise SourceError(f"{folder}: {name} has shape {found[name]}, its config.json makes {shape} of it; get both again")
 
 
 def _empty_model(library: str, class_name: str, config: dict[str, Any]) -> torch.nn.Module:
-    import importlib
-
     model_class = getattr(importlib.import_module(library), class_name)
     with torch.device("meta"):
         if library == "diffusers":

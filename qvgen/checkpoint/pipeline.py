@@ -6,7 +6,7 @@ nothing unpickled. safetensors are memory-mapped: a weight takes memory once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,11 @@ import qvgen.integrations.diffusers  # noqa: F401  (lets diffusers load packed t
 from qvgen.models.files import read_json
 
 
-def load_pipeline(
-    folder: str | Path, dtype: torch.dtype | dict[str, torch.dtype] | None = None, without: Sequence[str] = ()
-) -> Any:
+def load_pipeline(folder: str | Path, dtype: torch.dtype | dict[str, torch.dtype] | None = None) -> Any:
     """The diffusers pipeline of a folder, on the CPU in evaluation mode.
 
     `dtype`: of the parameters, packed layers excepted, or one per component ("default": of the rest); None: float32, a text
-    encoder as it is stored. `without`: components that are not loaded and are None in the result.
+    encoder as it is stored.
     """
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
@@ -30,10 +28,7 @@ def load_pipeline(
 
     diffusers_logging.disable_progress_bar()  # bars for files that load in milliseconds
     transformers_logging.disable_progress_bar()
-    absent: dict[str, Any] = dict.fromkeys(without)
-    pipeline = DiffusionPipeline.from_pretrained(
-        Path(folder), dtype=dtype, local_files_only=True, use_safetensors=True, **absent
-    )
+    pipeline = DiffusionPipeline.from_pretrained(Path(folder), dtype=dtype, local_files_only=True, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -60,3 +55,10 @@ def transformer_class(folder: str | Path) -> Any:
     if found is None:
         raise ValueError(f"{path}: diffusers has no model {name!r}")
     return found
+
+
+def load_component(folder: str | Path, name: str) -> Any:
+    """One component of a pipeline folder, such as its tokenizer, by the class that model_index.json names."""
+    library, class_name = read_json(Path(folder) / "model_index.json")[name]
+    component: Any = getattr(importlib.import_module(library), class_name)
+    return component.from_pretrained(Path(folder) / name, local_files_only=True, use_safetensors=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qvgen import lazy
+from qvgen.lazy import lazy
 
 if TYPE_CHECKING:
     from qvgen.models.family import ClipSize, ClipStep, Family, SamplingSettings

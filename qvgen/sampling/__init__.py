@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qvgen import lazy
+from qvgen.lazy import lazy
 
 if TYPE_CHECKING:
     from qvgen.sampling.folder import read_prompts, video_name, video_seed
