@@ -113,9 +113,9 @@ def training_scores(curve: list[dict[str, float]]) -> dict[str, Any]:
 
 def tuning_scores(trainer: Trainer, student: Any, sources: Sources, params: Params) -> dict[str, float]:
     """How near the packed student comes to the teacher on calibration clips: {"tuning_velocity_mse", "tuning_psnr_db"}."""
+    from qvgen.checkpoint.pipeline import load_pipeline
     from qvgen.data.latents import LatentDataset
     from qvgen.evaluation.quality.trial import Trial, compare, observe
-    from qvgen.models.family import load_pipeline
     from qvgen.nn.swap import convert_
 
     trial = Trial.from_params(params, LatentDataset.open(sources.data / "calibration"))
@@ -156,11 +156,12 @@ def packed_scores(stage: Stage, student: Any, params: Params, sources: Sources, 
     import torch
 
     from qvgen.checkpoint.packed import export_pipeline
+    from qvgen.checkpoint.pipeline import load_pipeline
     from qvgen.data.latents import LatentDataset
     from qvgen.evaluation.cost.speed import interleaved
     from qvgen.evaluation.quality.similarity import psnr_db
     from qvgen.evaluation.quality.trial import Trial, compare, load_observation, observe, velocity_mse
-    from qvgen.models.family import load_family, load_pipeline
+    from qvgen.models.registry import load_family
     from qvgen.nn.swap import convert_
 
     convert_(student)

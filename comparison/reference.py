@@ -13,12 +13,12 @@ from stages.runtime.run import Stage, stage_main
 
 
 def run(stage: Stage) -> None:
-    from safetensors.torch import save_file
-
     from comparison.store import save_clips
+    from qvgen.checkpoint.pipeline import load_pipeline
     from qvgen.data.latents import LatentDataset
     from qvgen.evaluation.quality.trial import Trial, movement, observe, prompt_accuracy
-    from qvgen.models.family import load_family, load_pipeline
+    from qvgen.models.registry import load_family
+    from qvgen.tensors import save_tensors
 
     source = stage.root / "artifacts/model"
     trial = Trial.from_params(reference_params(stage.root), LatentDataset.open(stage.root / "artifacts/data/held_out"))
@@ -26,7 +26,7 @@ def run(stage: Stage) -> None:
         seen = observe(load_pipeline(source), load_family(source), trial, on_batch=progress.update)
     with stage.outputs(REFERENCE) as folder:
         tensors = {"latents": seen.latents, "clips": seen.clips, "velocities": seen.velocities}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "reference.safetensors")
+        save_tensors(folder / "reference.safetensors", tensors)
     scores = {
         "case": FULL_PRECISION,
         "group": "reference",

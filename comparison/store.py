@@ -12,11 +12,11 @@ import torch
 
 def save_clips(folder: Path, clips: torch.Tensor, prompts: Sequence[str], count: int) -> None:
     """clips.safetensors (uint8, `count` of the clips (n, 3, t, h, w) in [-1, 1], evenly spread) and clips.json."""
-    from safetensors.torch import save_file
+    from qvgen.tensors import save_tensors
 
     chosen = [i * len(prompts) // count for i in range(count)]
     pixels = ((clips[chosen].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    save_file({"clips": pixels.contiguous()}, folder / "clips.safetensors")
+    save_tensors(folder / "clips.safetensors", {"clips": pixels})
     (folder / "clips.json").write_text(json.dumps([prompts[i] for i in chosen], indent=0, ensure_ascii=False) + "\n")
 
 

@@ -15,10 +15,11 @@ METHODS_WITHOUT_TRAINING = ("rtn", "mse")
 
 def run(stage: Stage) -> None:
     from qvgen.checkpoint.grids import load_grids
+    from qvgen.checkpoint.pipeline import load_pipeline
     from qvgen.data.latents import LatentDataset
     from qvgen.evaluation.quality.trial import Trial, compare, observe
     from qvgen.methods.registry import METHODS
-    from qvgen.models.family import load_family, load_pipeline
+    from qvgen.models.registry import load_family
     from qvgen.nn.swap import convert_, prepare_
 
     params, source = stage.params, stage.root / "artifacts/model"

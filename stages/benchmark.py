@@ -51,8 +51,7 @@ def run(stage: Stage) -> None:
         "video_s": {name: timing.median for name, timing in video_s.items()},
         "speedup": {f"over_{name}": step_ms[name] / step_ms["packed"] for name in ("fp32", "bf16")},
     }
-    if (ratio := packed_ratio(stage)) is not None:
-        metrics["bytes_ratio_wan2.1_1.3b"] = ratio
+    metrics |= published_ratio(stage)
     details = {
         "hardware": device,
         "batch_size": settings.batch_size,
@@ -82,9 +81,9 @@ def write_variants(stage: Stage, folder: Path) -> dict[str, Path]:
 def write_inputs(stage: Stage, pipeline: Any, path: Path) -> Path:
     """What the transformer is given in the middle of denoising: its values do not change how long it takes."""
     import torch
-    from safetensors.torch import save_file
 
-    from qvgen.sampling.sample import family_adapter
+    from qvgen.models.registry import family_adapter
+    from qvgen.tensors import save_tensors
 
     size, count = clip_size(stage), stage.params.benchmark.batch_size
     family = family_adapter(pipeline)
@@ -96,7 +95,7 @@ def write_inputs(stage: Stage, pipeline: Any, path: Path) -> Path:
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(stage.params.seed))
     latents = family.add_noise(clean, noise, timestep)
     tensors = {"latents": latents, "timestep": timestep, "text": text}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    save_tensors(path, tensors)
     return path
 
 
@@ -105,7 +104,7 @@ def step_action(stage: Stage, pipeline: Any, inputs: Path) -> Any:
     import torch
     from safetensors.torch import load_file
 
-    from qvgen.sampling.sample import family_adapter
+    from qvgen.models.registry import family_adapter
 
     tensors, family, transformer = load_file(inputs), family_adapter(pipeline), pipeline.transformer
     latents, text = tensors["latents"].to(transformer.dtype), tensors["text"].to(transformer.dtype)
@@ -114,7 +113,8 @@ def step_action(stage: Stage, pipeline: Any, inputs: Path) -> Any:
 
 def video_action(stage: Stage, pipeline: Any) -> Any:
     """A function that makes one batch of videos: text, all denoising steps with guidance, decoding."""
-    from qvgen.sampling.sample import family_adapter, sample
+    from qvgen.models.registry import family_adapter
+    from qvgen.sampling.sample import sample
 
     evaluate, count = stage.params.evaluate, stage.params.benchmark.batch_size
     return lambda: sample(
@@ -145,15 +145,16 @@ def kernel_name(transformer: Any) -> str:
     return "+".join(f"cpu ({library.isa().decode()})" if name == "cpu" else name for name in names)
 
 
-def packed_ratio(stage: Stage) -> float | None:
-    """What the scheme makes of Wan 2.1 1.3B; None if it names layers which that model does not have."""
-    from qvgen.evaluation.cost.size import wan_packed_ratio
-    from qvgen.models.wan import WanFamily
+def published_ratio(stage: Stage) -> dict[str, float]:
+    """What the scheme makes of a published model of the same family; empty if it names layers which that one lacks."""
+    from qvgen.evaluation.cost.size import published_packed_ratio
+    from qvgen.models.registry import load_family
 
+    family = load_family(stage.root / "artifacts/model")
     try:
-        return wan_packed_ratio(stage.params.effective_scheme, WanFamily.default_targets)
+        return {f"bytes_ratio_{family.published[0]}": published_packed_ratio(family, stage.params.effective_scheme)}
     except ValueError:
-        return None
+        return {}
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ AT_RISK = 5  # layers named in the summary
 
 def run(stage: Stage) -> None:
     from qvgen.checkpoint.grids import save_folds, save_grids
+    from qvgen.checkpoint.pipeline import load_transformer
     from qvgen.data.latents import LatentDataset
     from qvgen.methods.registry import METHODS
-    from qvgen.models.family import load_family, load_pipeline
+    from qvgen.models.registry import load_family
     from qvgen.nn.targets import match_linears
     from qvgen.quant.calibrate import LayerGrid, layer_error
     from qvgen.training.calibration import fold_inputs_, record_inputs, search_grids
@@ -27,7 +28,7 @@ def run(stage: Stage) -> None:
     params, method, plain = stage.params, stage.params.chosen, METHODS["mse"]
     scheme, settings = params.effective_scheme, params.calibrate
     source = stage.root / "artifacts/model"
-    transformer, family = load_pipeline(source).transformer.float(), load_family(source)
+    transformer, family = load_transformer(source).float(), load_family(source)
     names = match_linears(transformer, scheme.targets, scheme.ignore, family.default_targets)
     data = LatentDataset.open(stage.root / "artifacts/data/calibration")
     with stage.progress(len(data), "inputs", unit="clip") as progress:

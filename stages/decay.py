@@ -11,9 +11,8 @@ from stages.runtime.training import STATE, Sources, build_trainer, finish, train
 
 
 def run(stage: Stage) -> None:
-    from safetensors.torch import save_file
-
     from qvgen.checkpoint.training import load_training_state
+    from qvgen.tensors import save_tensors
 
     sources = Sources.of(stage.root)
     trainer = build_trainer(stage.params, sources)
@@ -22,7 +21,7 @@ def run(stage: Stage) -> None:
     rows = train(stage, trainer, stage.params.schedule.total_steps)
     student = finish(trainer, stage.params, sources)
     with stage.outputs("artifacts/decay") as folder:
-        save_file({k: v.contiguous() for k, v in student.state_dict().items()}, folder / "student.safetensors")
+        save_tensors(folder / "student.safetensors", student.state_dict())
     write_metrics(stage, rows)
 
 

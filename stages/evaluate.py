@@ -15,13 +15,17 @@ LABELS = ("full precision", "packed")
 
 
 def run(stage: Stage) -> None:
-    import qvgen.integrations.diffusers  # noqa: F401  (lets diffusers load the packed transformer)
+    from qvgen.checkpoint.pipeline import load_pipeline
     from qvgen.data.latents import LatentDataset
     from qvgen.evaluation.quality.trial import Trial, compare, movement, observe, prompt_accuracy, velocity_mse
-    from qvgen.models.family import load_family, load_pipeline, read_guidance_stop
+    from qvgen.models.registry import load_family
+    from qvgen.models.size import check_size
+    from qvgen.sampling.settings import read_guidance_stop
 
     folders = [stage.root / "artifacts/model", stage.root / "artifacts/packed"]
     trial = Trial.from_params(stage.params, LatentDataset.open(stage.root / "artifacts/data/held_out"))
+    for folder in folders:
+        check_size(folder, trial.size)
     observations = []
     with stage.progress(total=len(folders) * trial.items, unit="item") as progress:
         for folder in folders:

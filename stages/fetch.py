@@ -14,10 +14,17 @@ from stages.runtime.run import Stage, stage_main
 
 
 def run(stage: Stage) -> None:
-    from qvgen.models.source import MANIFEST, check_hashes, hash_files, read_pipeline, recorded_hashes, resolve_source
+    from qvgen.checkpoint.loadable import check_loadable
+    from qvgen.models.files import MANIFEST
+    from qvgen.models.hashes import check_hashes, hash_files, recorded_hashes
+    from qvgen.models.registry import load_family
+    from qvgen.models.source import check_links, read_pipeline, resolve_source
 
     source, revision = stage.params.fetch.source, stage.params.fetch.revision
     pipeline = read_pipeline(resolve_source(source, revision, stage.root))
+    check_links(pipeline)
+    load_family(pipeline.folder)  # refuses a scheduler that training would not follow
+    check_loadable(pipeline)
     sizes = {name: (pipeline.folder / name).stat().st_size for name in pipeline.files}
     with stage.outputs("artifacts/model") as folder:
         with stage.progress(sum(sizes.values()), desc="copy", unit="B") as progress:

@@ -15,23 +15,20 @@ def run(stage: Stage) -> None:
     from safetensors.torch import load_file
 
     from qvgen.checkpoint.packed import export_pipeline
-    from qvgen.models.family import GENERATION, load_family, load_pipeline
-    from qvgen.models.source import read_pipeline
+    from qvgen.checkpoint.pipeline import load_transformer
+    from qvgen.models.registry import load_family
     from qvgen.nn.swap import convert_, prepare_
 
     params, source = stage.params, stage.root / "artifacts/model"
     scheme = params.effective_scheme
-    family, student = load_family(source), load_pipeline(source).transformer.float()
+    family, student = load_family(source), load_transformer(source).float()
     prepare_(student, scheme, default_targets=family.default_targets)
     student.load_state_dict(load_file(stage.root / "artifacts/decay/student.safetensors"))
     names = convert_(student)
     with stage.outputs("artifacts/packed") as folder:
-        export_pipeline(source, student, scheme, folder, getattr(torch, params.pack.dtype), params.method)
-        # Other pipelines fix guidance before their first step, so their models are sampled with it to the end.
-        if params.chosen.guidance_stop < 1 and read_pipeline(source).pipeline_class == "WanPipeline":
-            sidecar = folder / GENERATION
-            settings = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
-            sidecar.write_text(json.dumps(settings | {"guidance_stop": params.chosen.guidance_stop}, indent=2) + "\n")
+        # A pipeline that fixes guidance before its first step is sampled with it to the end.
+        stop = params.chosen.guidance_stop if family.guidance_can_stop else 1.0
+        export_pipeline(source, student, scheme, folder, getattr(torch, params.pack.dtype), params.method, stop)
     packed = _bytes(stage.root / "artifacts/packed/transformer")
     summary = {
         "layers": len(names),

@@ -20,12 +20,16 @@ Batches = Iterator[tuple["torch.Tensor", "torch.Tensor"]]
 
 
 def run(stage: Stage) -> None:
+    from qvgen.checkpoint.pipeline import load_pipeline
     from qvgen.data.latents import write_part, write_text
-    from qvgen.models.family import load_family, load_pipeline
+    from qvgen.models.family import ClipSize
+    from qvgen.models.registry import load_family
+    from qvgen.models.size import check_size
 
     settings = stage.params.prepare
     source = stage.root / "artifacts/model"
-    pipeline, family = load_pipeline(source), load_family(source)
+    check_size(source, ClipSize(settings.frames, settings.height, settings.width, settings.max_sequence_length))
+    family, pipeline = load_family(source), load_pipeline(source)
     captions, parts = digit_clips(stage.params) if settings.source == "digits" else video_clips(stage.params)
     sizes = {
         "train": settings.train_clips,

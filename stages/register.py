@@ -42,7 +42,7 @@ def describe(stage: Stage) -> dict[str, Any]:
 
     Raises ValueError if the packed transformer's config.json does not say how it is quantized.
     """
-    from qvgen.models.source import hash_files
+    from qvgen.models.hashes import hash_files
     from qvgen.quant.scheme import QuantScheme
 
     transformer = stage.root / PACKED / "transformer"

@@ -12,10 +12,9 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanTransformerBlock
 from torch import Tensor, nn
 
-import qvgen.integrations.diffusers  # noqa: F401  (lets diffusers load packed transformers)
 from qvgen.checkpoint.packed import export_pipeline
-from qvgen.evaluation.cost.size import WAN_2_1_1_3B, write_variant
-from qvgen.models.wan import WanFamily
+from qvgen.evaluation.cost.size import write_variant
+from qvgen.models.wan import WAN_2_1_1_3B, WanFamily
 from qvgen.nn.packed_linear import packed_layers
 from qvgen.nn.swap import convert_, prepare_
 from qvgen.quant.scheme import QuantScheme

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from qvgen.models.folding import ChannelGrid
 from qvgen.quant.calibrate import LayerGrid
+from qvgen.tensors import save_tensors
 
 
 def save_grids(path: str | Path, grids: Mapping[str, LayerGrid]) -> None:
-    save_file({f"{name}.{k}": v for name, grid in grids.items() for k, v in grid.to_tensors().items()}, path)
+    """Grids by layer name, as `load_grids` reads them."""
+    save_tensors(path, {f"{name}.{k}": v for name, grid in grids.items() for k, v in grid.to_tensors().items()})
 
 
 def load_grids(path: str | Path) -> dict[str, LayerGrid]:
@@ -24,7 +26,7 @@ def load_grids(path: str | Path) -> dict[str, LayerGrid]:
 
 def save_folds(path: str | Path, folds: Mapping[str, ChannelGrid]) -> None:
     """Folded inputs, tensors named `<input>.<shift or scale>`; an empty file where nothing is folded."""
-    save_file({f"{name}.{k}": v.contiguous() for name, fold in folds.items() for k, v in fold._asdict().items()}, path)
+    save_tensors(path, {f"{name}.{k}": v for name, fold in folds.items() for k, v in fold._asdict().items()})
 
 
 def load_folds(path: str | Path) -> dict[str, ChannelGrid]:

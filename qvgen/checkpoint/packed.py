@@ -11,19 +11,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import ModelCard, ModelCardData, split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-import qvgen.integrations.diffusers  # noqa: F401  (lets diffusers load packed transformers)
-from qvgen.models.source import MANIFEST
+from qvgen.checkpoint.pipeline import load_transformer
+from qvgen.models.files import GENERATION, MANIFEST, read_json
 from qvgen.nn.packed_linear import packed_layers
 from qvgen.packing.layout import EXACT_NAMES
 from qvgen.quant.scheme import EXTRAS, QuantScheme
+from qvgen.tensors import save_tensors
 
 _TRANSFORMER, _CARD = "transformer", "README.md"
 _MAX_SHARD_SIZE = "10GB"  # diffusers' own
@@ -36,14 +35,15 @@ def export_pipeline(
     out_folder: str | Path,
     dtype: torch.dtype,
     method: str = "qvgen",
+    guidance_stop: float = 1.0,
 ) -> None:
     """Write a packed pipeline to `out_folder`, which must be empty or absent.
 
     `transformer` is the converted model of the pipeline in `source_folder`. Its tensors outside the packed layers, and the
     biases and low-rank factors of these, are stored in `dtype`; packed tensors as they are. config.json names every packed
     layer, so that loading matches no patterns. The source's manifest stays behind: it records the hash of another
-    transformer. Same input, same bytes. Raises ValueError if the transformer has no packed layers or they have another
-    scheme.
+    transformer. A `guidance_stop` below 1 goes into generation.json and the model card. Same input, same bytes. Raises
+    ValueError if the transformer has no packed layers or they have another scheme.
     """
     source, out = Path(source_folder), Path(out_folder)
     names = _packed_names(transformer, scheme)
@@ -53,10 +53,15 @@ def export_pipeline(
     for entry in sorted(source.iterdir()):
         if entry.name in (_TRANSFORMER, _CARD, MANIFEST) or entry.name.startswith("."):
             continue
-        copy = shutil.copytree if entry.is_dir() else shutil.copyfile
-        copy(entry, out / entry.name)
+        if entry.is_dir():
+            shutil.copytree(entry, out / entry.name, copy_function=shutil.copyfile)  # new files: the umask's mode
+        else:
+            shutil.copyfile(entry, out / entry.name)
     _write_transformer(transformer, scheme, names, out / _TRANSFORMER, dtype)
-    (out / _CARD).write_text(_model_card(source, scheme, len(names), method), encoding="utf-8")
+    if guidance_stop < 1:
+        settings = read_json(out / GENERATION) if (out / GENERATION).is_file() else {}
+        (out / GENERATION).write_text(json.dumps(settings | {"guidance_stop": guidance_stop}, indent=2) + "\n")
+    (out / _CARD).write_text(_model_card(source, scheme, len(names), method, guidance_stop), encoding="utf-8")
 
 
 def load_packed_transformer(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
@@ -65,13 +70,9 @@ def load_packed_transformer(folder: str | Path, dtype: torch.dtype | None = None
     Activations and the tensors outside the packed layers are in `dtype`, by default float32. Raises ValueError for a
     folder that is not a packed pipeline and for damaged, missing or inconsistent tensors, naming them.
     """
-    folder = Path(folder) / _TRANSFORMER
-    config = _read_config(folder)
-    _check_files(folder)
-    model_class = getattr(diffusers, str(config.get("_class_name")), None)
-    if model_class is None:
-        raise ValueError(f"{folder / 'config.json'}: diffusers has no model {config.get('_class_name')!r}")
-    return model_class.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+    _check_config(Path(folder) / _TRANSFORMER)
+    _check_files(Path(folder) / _TRANSFORMER)
+    return load_transformer(folder, dtype)
 
 
 def verify_folder(folder: str | Path) -> int:
@@ -118,23 +119,19 @@ def _write_transformer(transformer: Any, scheme: QuantScheme, names: list[str], 
         state, max_shard_size=_MAX_SHARD_SIZE, filename_pattern=stem + "{suffix}." + suffix
     )
     for filename, tensors in split.filename_to_tensors.items():
-        save_file({name: state[name] for name in tensors}, folder / filename, metadata={"format": "pt"})
+        save_tensors(folder / filename, {name: state[name] for name in tensors}, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _check_config(folder: Path) -> None:
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{folder.parent} is not a packed pipeline: it has no {_TRANSFORMER}/config.json") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if config.get("quantization_config", {}).get("quant_method") != "qvgen":
+    if not path.is_file():
+        raise ValueError(f"{folder.parent} is not a packed pipeline: it has no {_TRANSFORMER}/config.json")
+    quantization = read_json(path).get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "qvgen":
         raise ValueError(f"{folder.parent} is not packed: {path.name} of its transformer has no qvgen quantization_config")
-    return config
 
 
 def _check_files(folder: Path) -> None:
@@ -160,7 +157,20 @@ def _extra_rows(scheme: QuantScheme) -> str:
     return "".join(f"| and | {rows[name]} |\n" for name in scheme.extras)
 
 
-def _model_card(source: Path, scheme: QuantScheme, layers: int, method: str) -> str:
+def _snippet(pipeline_class: str, guidance_stop: float) -> str:
+    """Python that samples the model as evaluation does."""
+    lines = ["import qvgen.integrations.diffusers", f"from diffusers import {pipeline_class}"]
+    load = [f'pipeline = {pipeline_class}.from_pretrained("path/to/this/folder")']
+    if guidance_stop < 1:
+        lines.append("from qvgen.sampling import stop_guidance")
+        load += [
+            f"# Sampled and scored without guidance from cleanness {guidance_stop} on, which also takes half the time there.",
+            f'video = pipeline("a prompt", callback_on_step_end=stop_guidance({guidance_stop})).frames',
+        ]
+    return "\n".join([*lines, "", *load])
+
+
+def _model_card(source: Path, scheme: QuantScheme, layers: int, method: str, guidance_stop: float) -> str:
     given = ModelCard.load(source / _CARD, ignore_metadata_errors=True) if (source / _CARD).is_file() else None
     facts = given.data if given is not None else ModelCardData()
     heading = next((line[2:].strip() for line in (given.text if given else "").splitlines() if line.startswith("# ")), None)
@@ -197,9 +207,6 @@ Base model: {base}. {layers} linear layers of its transformer are packed; every 
 | licence | {facts.get("license") or "that of the base model"} |
 
 ```python
-import qvgen.integrations.diffusers
-from diffusers import {index["_class_name"]}
-
-pipeline = {index["_class_name"]}.from_pretrained("path/to/this/folder")
+{_snippet(index["_class_name"], guidance_stop)}
 ```
 """

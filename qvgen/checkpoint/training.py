@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from qvgen.nn.swap import qat_layers
 from qvgen.phi.auxiliary import replace_parameters
+from qvgen.tensors import save_tensors
 
 
 def save_training_state(
@@ -35,7 +35,7 @@ def save_training_state(
     tensors |= {f"average.{n}": t for n, t in (average or {}).items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary, metadata={"step": str(step)})
+        save_tensors(temporary, {k: v.detach() for k, v in tensors.items()}, metadata={"step": str(step)})
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from qvgen.models.family import Family
+from qvgen.tensors import save_tensors
 
 PARTS = ("train", "calibration", "held_out")
 
@@ -79,7 +80,7 @@ def write_text(
         for i in range(0, len(texts), batch_size)
     ]
     (folder / "captions.json").write_text(json.dumps(list(captions), indent=0, ensure_ascii=False))
-    save_file({"embeddings": torch.cat(parts).contiguous()}, folder / "text.safetensors")
+    save_tensors(folder / "text.safetensors", {"embeddings": torch.cat(parts)})
 
 
 @torch.no_grad()
@@ -103,11 +104,8 @@ def write_part(
             return
         all_latents, all_index = torch.cat(latents), torch.cat(index)
         while len(all_latents) >= shard_size or (everything and len(all_latents)):
-            now = {
-                "latents": all_latents[:shard_size].contiguous(),
-                "caption_index": all_index[:shard_size].contiguous(),
-            }
-            save_file(now, folder / f"shard-{shard:05d}.safetensors")
+            now = {"latents": all_latents[:shard_size], "caption_index": all_index[:shard_size]}
+            save_tensors(folder / f"shard-{shard:05d}.safetensors", now)
             all_latents, all_index, shard = all_latents[shard_size:], all_index[shard_size:], shard + 1
         latents, index = [all_latents], [all_index]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -13,25 +14,52 @@ from qvgen.models.family import ClipSize
 
 
 def read_captions(folder: str | Path) -> list[tuple[Path, str]]:
-    """Video files and captions, in the order of captions.csv. Raises ValueError for a missing or empty list, a missing
-    file, an empty caption."""
+    """Video files and captions, in the order of captions.csv (UTF-8, with or without a byte-order mark).
+
+    Raises ValueError, naming the line, for a missing or empty list, a missing file or one outside the folder, an empty
+    caption, a caption with a comma that is not quoted, and a quote that is not closed.
+    """
     folder = Path(folder)
     table = folder / "captions.csv"
     if not table.is_file():
         raise ValueError(f"{table} does not exist; write a CSV with columns file and caption, one row per video")
-    with table.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if not {"file", "caption"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"{table} must have columns file and caption, found {reader.fieldnames}")
-        rows = [(folder / row["file"], (row["caption"] or "").strip()) for row in reader]
+    (_, header), *lines = list(_read_table(table)) or [(1, [])]
+    if not {"file", "caption"} <= set(header):
+        raise ValueError(f"{table} must have columns file and caption, found {header}")
+    rows = []
+    for line, fields in lines:
+        if len(fields) != len(header):
+            raise ValueError(
+                f"{table} line {line} has {len(fields)} columns, the header {len(header)}: a caption with a comma needs "
+                'quotes, file.mp4,"a red ball, bouncing"'
+            )
+        row = dict(zip(header, fields, strict=True))
+        name, caption = row["file"].strip(), row["caption"].strip()
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            raise ValueError(f"{table} line {line}: {name!r} must be a path inside {folder}")
+        if not (folder / name).is_file():
+            raise ValueError(f"{table} line {line}: {folder / name} does not exist")
+        if not caption:
+            raise ValueError(f"{table} line {line}: the caption of {name} is empty")
+        rows.append((folder / name, caption))
     if not rows:
         raise ValueError(f"{table} lists no videos")
-    for line, (path, caption) in enumerate(rows, start=2):
-        if not path.is_file():
-            raise ValueError(f"{table} line {line}: {path} does not exist")
-        if not caption:
-            raise ValueError(f"{table} line {line}: the caption of {path.name} is empty")
     return rows
+
+
+def _read_table(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Rows of a CSV that are not blank, each with the line it begins on. Raises ValueError, naming that line."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader, line = csv.reader(file, strict=True), 1
+        try:
+            for fields in reader:
+                if fields:
+                    yield line, fields
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise ValueError(f"{path} line {line}: {error}; is a quote that begins there not closed?") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
 
 
 def read_clip(path: str | Path, size: ClipSize) -> torch.Tensor:

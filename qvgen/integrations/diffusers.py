@@ -25,7 +25,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from qvgen.integrations.fused.wan import fuse_wan_
+from qvgen.integrations.fused import fuse_
 from qvgen.nn.packed_linear import PackedLinear, packed_layers
 from qvgen.nn.targets import match_linears, replace_module
 from qvgen.nn.timestep import track_timestep
@@ -142,7 +142,7 @@ class QVGenQuantizer(DiffusersQuantizer):
             raise ValueError(f"loading left {_some(empty)} empty; the checkpoint is incomplete, export it again")
         for name, layer in packed_layers(model):
             layer.validate(name)
-        fuse_wan_(model)
+        fuse_(model)
         # diffusers refuses model.to(dtype) for quantized models; packed layers keep their grid by themselves.
         model.is_quantized = False  # type: ignore[assignment]
         return model

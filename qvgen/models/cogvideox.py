@@ -1,26 +1,127 @@
-"""CogVideoX 2B / 5B text-to-video: discrete diffusion with velocity prediction on latents (n, t, c, h, w)."""
+"""CogVideoX 2B / 5B / 1.5 text-to-video: discrete diffusion with velocity prediction on latents (n, t, c, h, w)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 
-from qvgen.models.family import NUM_TRAIN_TIMESTEPS
+from qvgen.models.family import NUM_TRAIN_TIMESTEPS, ClipStep, Family, SamplingSettings
 from qvgen.models.folding import FoldableInput, linear_fold, modulation_fold
+from qvgen.models.tiny import LATENT_CHANNELS, TEXT_DIM, TINY_CLIP, seeded, t5_sizes, word_tokenizer
+
+# transformer/config.json of CogVideoX 2B in diffusers format.
+COGVIDEOX_2B: Mapping[str, Any] = {
+    "num_attention_heads": 30,
+    "attention_head_dim": 64,
+    "in_channels": 16,
+    "out_channels": 16,
+    "time_embed_dim": 512,
+    "text_embed_dim": 4096,
+    "num_layers": 30,
+    "sample_width": 90,
+    "sample_height": 60,
+    "sample_frames": 49,
+    "patch_size": 2,
+    "temporal_compression_ratio": 4,
+    "max_text_seq_length": 226,
+}
+TINY: Mapping[str, Any] = {
+    **COGVIDEOX_2B,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": LATENT_CHANNELS,
+    "out_channels": LATENT_CHANNELS,
+    "time_embed_dim": 12,
+    "text_embed_dim": TEXT_DIM,
+    "num_layers": 2,
+    "sample_width": TINY_CLIP.width // 8,
+    "sample_height": TINY_CLIP.height // 8,
+    "sample_frames": TINY_CLIP.frames,
+    "max_text_seq_length": TINY_CLIP.max_sequence_length,
+}
 
 
-class CogVideoXFamily:
-    name = "cogvideox"
-    default_targets: tuple[str, ...] = (r"re:transformer_blocks\..*",)
+class CogVideoXFamily(Family):
+    name: ClassVar[str] = "cogvideox"
+    pipelines: ClassVar[tuple[str, ...]] = ("CogVideoXPipeline",)
+    default_targets: ClassVar[tuple[str, ...]] = (r"re:transformer_blocks\..*",)
+    sampling: ClassVar[SamplingSettings] = SamplingSettings(49, 480, 720, 226, 50, 6.0, fps=8)
+    guidance_can_stop: ClassVar[bool] = False
+    scheduler_options: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "num_train_timesteps": (NUM_TRAIN_TIMESTEPS,),
+        "prediction_type": ("v_prediction",),
+    }
+    published: ClassVar[tuple[str, Mapping[str, Any]]] = ("cogvideox_2b", COGVIDEOX_2B)
 
-    def __init__(self, scheduler_config: dict[str, Any]) -> None:
+    def __init__(self, scheduler_config: Mapping[str, Any]) -> None:
         from diffusers import CogVideoXDDIMScheduler
 
-        self._scheduler: Any = CogVideoXDDIMScheduler.from_config(scheduler_config)
+        self._scheduler: Any = CogVideoXDDIMScheduler.from_config(dict(scheduler_config))
+
+    @classmethod
+    def from_scheduler(cls, config: Mapping[str, Any]) -> Self:
+        return cls(config)
+
+    @staticmethod
+    def refusal(index: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> str | None:
+        channels = [transformer_config.get(name, 16) for name in ("in_channels", "out_channels")]
+        if channels[0] != (channels[1] or channels[0]) or transformer_config.get("ofs_embed_dim") is not None:
+            found = "{} input channels for {}".format(*channels)
+            return f"the transformer is conditioned on images ({found}), which no stage encodes; give a text-to-video model"
+        return None
+
+    @staticmethod
+    def clip_step(transformer_config: Mapping[str, Any], vae_config: Mapping[str, Any]) -> ClipStep:
+        """The VAE decodes latent frames by twos, the first three together: only an odd number comes back as it went in."""
+        frames = 2 * vae_config.get("temporal_compression_ratio", 4)
+        halvings = len(vae_config.get("block_out_channels", (128, 256, 256, 512))) - 1
+        pixels = 2**halvings * transformer_config.get("patch_size", 2)
+        return ClipStep(frames, pixels, pixels)
+
+    @staticmethod
+    def transformer(config: Mapping[str, Any]) -> nn.Module:
+        from diffusers import CogVideoXTransformer3DModel
+
+        return CogVideoXTransformer3DModel(**config)
+
+    @staticmethod
+    def tiny_pipeline(seed: int = 0, **options: bool) -> Any:
+        """Options: those of `tiny_transformer`."""
+        from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline
+        from transformers import T5Config, T5EncoderModel
+
+        tokenizer = word_tokenizer()
+        with seeded(seed):
+            vae = AutoencoderKLCogVideoX(
+                block_out_channels=(8, 8, 8, 8),  # type: ignore[arg-type]  (annotated as one number)
+                latent_channels=LATENT_CHANNELS,
+                layers_per_block=1,
+                norm_num_groups=2,
+                temporal_compression_ratio=4,
+                sample_height=TINY_CLIP.height,
+                sample_width=TINY_CLIP.width,
+            )
+            text_encoder = T5EncoderModel(T5Config(**t5_sizes(tokenizer))).eval()
+        return CogVideoXPipeline(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=vae.eval(),
+            # The published models' settings.
+            scheduler=CogVideoXDDIMScheduler(
+                beta_schedule="scaled_linear",
+                beta_start=0.00085,
+                beta_end=0.012,
+                prediction_type="v_prediction",
+                rescale_betas_zero_snr=True,
+                snr_shift_scale=3.0,
+                timestep_spacing="trailing",
+            ),
+            transformer=tiny_transformer(seed=seed, **options),
+        )
 
     def sample_timesteps(self, n: int, generator: torch.Generator) -> torch.Tensor:
         """Uniform over the 1,000 discrete levels."""
@@ -81,8 +182,20 @@ class CogVideoXFamily:
             latents = torch.cat([latents[:, :1].expand(-1, missing, -1, -1, -1), latents], dim=1)
         return latents
 
-    def decode_latents(self, pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
+    def decode_latents(self, pipeline: Any, latents: torch.Tensor, frames: int) -> torch.Tensor:
+        padding = latents.shape[1] - ((frames - 1) // pipeline.vae_scale_factor_temporal + 1)
+        latents = latents[:, padding:]
         return pipeline.decode_latents(latents.to(pipeline.vae.dtype)).float().clamp(-1, 1)
+
+
+def tiny_transformer(rotary: bool = False, temporal_patch: bool = False, seed: int = 0) -> Any:
+    """2 layers, 2 heads of 16, in evaluation mode. `rotary` as in 5B, without as in 2B; `temporal_patch` with patches of two
+    latent frames, as in 1.5 (and rotary). Latents (n, t, 4, h, w) with t = 3 and h = w = 4, text (n, 8, 16)."""
+    options = {"use_rotary_positional_embeddings": rotary or temporal_patch}
+    if temporal_patch:
+        options |= {"patch_size_t": 2, "patch_bias": False}
+    with seeded(seed):
+        return CogVideoXFamily.transformer({**TINY, **options}).eval()
 
 
 def _have_bias(model: nn.Module, layers: Sequence[str]) -> bool:

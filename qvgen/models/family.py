@@ -1,21 +1,21 @@
-"""What the library must know about a family of video diffusion transformers: one protocol, one adapter per family."""
+"""The protocol of a family of video diffusion transformers: all that the library asks of one.
+
+A family is one file (wan.py, cogvideox.py): everything that is true of it and of no other stands there. registry.py knows the
+families by the diffusers pipelines they belong to; docs/add-a-family.md adds one step by step.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import nn
 
 from qvgen.models.folding import FoldableInput
 
-GENERATION = "generation.json"  # beside model_index.json: how this model is meant to be sampled
-NUM_TRAIN_TIMESTEPS = 1000  # both families number noise levels 0 (clean) to 1000 (noise)
+NUM_TRAIN_TIMESTEPS = 1000  # the library numbers noise levels 0 (clean) to 1000 (noise); a family with others is refused
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,71 @@ class ClipSize:
     max_sequence_length: int
 
 
-class Family(Protocol):
-    """Adapter of one family. Latents have whatever layout the transformer takes; only the adapter looks inside."""
+@dataclass(frozen=True)
+class ClipStep:
+    """Sizes that a model has latents for: `frames` k + 1 frames, whole multiples of `height` and `width` pixels."""
 
-    name: str
-    default_targets: tuple[str, ...]  # linear layers of the transformer blocks, as patterns of QuantScheme
+    frames: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How a model is sampled: the entries of generation.json, and of the flags of `qvgen generate` that override them."""
+
+    frames: int
+    height: int  # pixels
+    width: int
+    max_sequence_length: int  # text tokens the model was trained with
+    inference_steps: int
+    guidance_scale: float
+    fps: int
+    guidance_stop: float = 1.0  # cleanness from which sampling goes on without guidance, in (0, 1]; 1: never
+
+    @property
+    def size(self) -> ClipSize:
+        return ClipSize(self.frames, self.height, self.width, self.max_sequence_length)
+
+
+class Family(Protocol):
+    """Adapter of one family. Latents have whatever layout the transformer takes; only the adapter looks inside.
+
+    `config` arguments are the contents of a component's config.json; a missing entry has the default of diffusers.
+    """
+
+    name: ClassVar[str]
+    pipelines: ClassVar[tuple[str, ...]]  # class names of the diffusers pipelines that are of this family
+    default_targets: ClassVar[tuple[str, ...]]  # linear layers of the transformer blocks, as patterns of QuantScheme
+    sampling: ClassVar[SamplingSettings]  # of the family's own pipeline, for folders without generation.json
+    guidance_can_stop: ClassVar[bool]  # whether the pipeline asks for guidance at each step, not once before the first
+    scheduler_options: ClassVar[Mapping[str, tuple[Any, ...]]]  # option -> values for which the equations below hold
+    published: ClassVar[tuple[str, Mapping[str, Any]]]  # a published model: its name in metrics, its transformer's config
+
+    @classmethod
+    def from_scheduler(cls, config: Mapping[str, Any]) -> Self:
+        """The adapter for a pipeline with this scheduler, whose options were checked against `scheduler_options`."""
+        ...
+
+    @staticmethod
+    def refusal(index: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> str | None:
+        """Why a pipeline of this family cannot go through the stages, in words; None if it can. `index`: model_index.json."""
+        ...
+
+    @staticmethod
+    def clip_step(transformer_config: Mapping[str, Any], vae_config: Mapping[str, Any]) -> ClipStep:
+        """Which clips have latents that the transformer takes whole."""
+        ...
+
+    @staticmethod
+    def transformer(config: Mapping[str, Any]) -> nn.Module:
+        """A transformer with random weights, on the device of `torch.device(...)` around the call."""
+        ...
+
+    @staticmethod
+    def tiny_pipeline(seed: int = 0, **options: bool) -> Any:
+        """A whole diffusers pipeline with a two-layer transformer and random weights, for clips of TINY_CLIP (tiny.py)."""
+        ...
 
     def sample_timesteps(self, n: int, generator: torch.Generator) -> torch.Tensor:
         """Training timesteps (n,) float32 in [0, 1000], distributed as the family trains."""
@@ -66,93 +126,6 @@ class Family(Protocol):
         """Normalised latents of clips (n, 3, t, h, w) in [-1, 1]."""
         ...
 
-    def decode_latents(self, pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
-        """Clips (n, 3, t, h, w) in [-1, 1] of normalised latents; the inverse of `encode_clips`."""
+    def decode_latents(self, pipeline: Any, latents: torch.Tensor, frames: int) -> torch.Tensor:
+        """Clips (n, 3, frames, h, w) in [-1, 1] of normalised latents; the inverse of `encode_clips`."""
         ...
-
-
-def family_of(pipeline_class: str, scheduler_config: dict[str, Any]) -> Family:
-    """Adapter for a diffusers pipeline class name. Raises ValueError for a family that is not supported."""
-    from qvgen.models.cogvideox import CogVideoXFamily
-    from qvgen.models.wan import WanFamily
-
-    if pipeline_class == "WanPipeline":
-        return WanFamily(shift=float(scheduler_config.get("shift", scheduler_config.get("flow_shift", 1.0))))
-    if pipeline_class == "CogVideoXPipeline":
-        return CogVideoXFamily(scheduler_config)
-    raise ValueError(f"pipeline {pipeline_class!r} is not supported; supported: WanPipeline, CogVideoXPipeline")
-
-
-def load_family(folder: str | Path) -> Family:
-    """Adapter for a diffusers pipeline folder, by its model_index.json."""
-    folder = Path(folder)
-    index = json.loads((folder / "model_index.json").read_text())
-    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    return family_of(index["_class_name"], scheduler)
-
-
-def read_guidance_stop(folder: str | Path) -> float:
-    """The cleanness from which a pipeline folder is meant to be sampled without guidance; 1 (never) unless its
-    generation.json says otherwise."""
-    path = Path(folder) / GENERATION
-    return float(json.loads(path.read_text()).get("guidance_stop", 1.0)) if path.is_file() else 1.0
-
-
-def load_pipeline(folder: str | Path) -> Any:
-    """A diffusers pipeline on the CPU in evaluation mode: local files and safetensors only, packed or not.
-
-    A packed transformer needs `import qvgen.integrations.diffusers` first; callers above that layer do it.
-    """
-    from diffusers import DiffusionPipeline
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()  # bars for files that load in milliseconds
-    transformers_logging.disable_progress_bar()
-    pipeline = DiffusionPipeline.from_pretrained(Path(folder), local_files_only=True, use_safetensors=True)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def generate(
-    pipeline: Any,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    size: ClipSize,
-    *,
-    inference_steps: int,
-    guidance_scale: float,
-    guidance_stop: float = 1.0,
-) -> torch.Tensor:
-    """Latents sampled by a diffusers pipeline; those of all families take the same arguments.
-
-    Each clip has its own seed, so it does not depend on the batch it is generated in (up to floating-point reductions).
-    Guidance is off from cleanness (1 - t / 1000) `guidance_stop` on. Raises ValueError for a stop below 1 with a family whose
-    pipeline fixes guidance before its first step (CogVideoX).
-    """
-    gate = {}
-    if guidance_stop < 1:
-        if type(pipeline).__name__ != "WanPipeline":
-            raise ValueError(f"{type(pipeline).__name__} cannot stop guidance on its way; guidance_stop must be 1")
-        gate = {"callback_on_step_end": partial(_gate_guidance, guidance_stop), "callback_on_step_end_tensor_inputs": []}
-    return pipeline(
-        prompt=list(prompts),
-        negative_prompt=[""] * len(prompts),
-        height=size.height,
-        width=size.width,
-        num_frames=size.frames,
-        max_sequence_length=size.max_sequence_length,
-        num_inference_steps=inference_steps,
-        guidance_scale=guidance_scale,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="latent",
-        **gate,
-    ).frames
-
-
-def _gate_guidance(stop: float, pipeline: Any, step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
-    """Called after each step: the next one is without guidance if it is clean enough."""
-    timesteps = pipeline.scheduler.timesteps
-    if step + 1 < len(timesteps) and 1 - float(timesteps[step + 1]) / NUM_TRAIN_TIMESTEPS >= stop:
-        pipeline._guidance_scale = 1.0  # what its loop asks; diffusers has no public way
-    return {}

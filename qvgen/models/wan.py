@@ -2,22 +2,128 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 
-from qvgen.models.family import NUM_TRAIN_TIMESTEPS
+from qvgen.models.family import NUM_TRAIN_TIMESTEPS, ClipStep, Family, SamplingSettings
 from qvgen.models.folding import Fold, FoldableInput, affine_fold, linear_fold, shared_modulation_fold, shift_fold
+from qvgen.models.tiny import LATENT_CHANNELS, TEXT_DIM, seeded, t5_sizes, word_tokenizer
+
+# transformer/config.json of Wan 2.1 T2V 1.3B in diffusers format.
+WAN_2_1_1_3B: dict[str, Any] = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 12,
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "ffn_dim": 8960,
+    "num_layers": 30,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 1024,
+}
+TINY: Mapping[str, Any] = {
+    **WAN_2_1_1_3B,
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": LATENT_CHANNELS,
+    "out_channels": LATENT_CHANNELS,
+    "text_dim": TEXT_DIM,
+    "freq_dim": 16,
+    "ffn_dim": 40,
+    "num_layers": 2,
+    "rope_max_seq_len": 32,
+}
 
 
-class WanFamily:
-    name = "wan"
-    default_targets: tuple[str, ...] = (r"re:blocks\..*",)
+class WanFamily(Family):
+    name: ClassVar[str] = "wan"
+    pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline",)
+    default_targets: ClassVar[tuple[str, ...]] = (r"re:blocks\..*",)
+    sampling: ClassVar[SamplingSettings] = SamplingSettings(81, 480, 832, 512, 50, 5.0, fps=16)
+    guidance_can_stop: ClassVar[bool] = True
+    # Flow matching on the straight path, its levels shifted by one number.
+    scheduler_options: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "num_train_timesteps": (NUM_TRAIN_TIMESTEPS,),
+        "prediction_type": ("flow_prediction",),
+        "use_flow_sigmas": (True,),
+        "use_dynamic_shifting": (False,),
+        "use_karras_sigmas": (False, None),
+        "use_exponential_sigmas": (False, None),
+        "use_beta_sigmas": (False, None),
+        "use_lu_lambdas": (False, None),
+        "shift_terminal": (None,),
+        "invert_sigmas": (False,),
+        "sigma_min": (None,),
+        "sigma_max": (None,),
+    }
+    published: ClassVar[tuple[str, Mapping[str, Any]]] = ("wan2.1_1.3b", WAN_2_1_1_3B)
 
     def __init__(self, shift: float = 1.0) -> None:
         self.shift = shift
+
+    @classmethod
+    def from_scheduler(cls, config: Mapping[str, Any]) -> Self:
+        return cls(shift=float(config.get("shift", config.get("flow_shift", 1.0))))
+
+    @staticmethod
+    def refusal(index: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> str | None:
+        if index.get("boundary_ratio") is not None:
+            return (
+                f"boundary_ratio = {index['boundary_ratio']}: two transformers share the noise levels (Wan 2.2 A14B), and "
+                "only `transformer` would be quantized, trained on the levels of both; one transformer is supported"
+            )
+        options = ("image_dim", "added_kv_proj_dim", "vace_layers")
+        image = [name for name in options if transformer_config.get(name) is not None]
+        channels = [transformer_config.get(name, 16) for name in ("in_channels", "out_channels")]
+        if image or channels[0] != (channels[1] or channels[0]):
+            found = f"{image[0]} = {transformer_config[image[0]]}" if image else "{} input channels for {}".format(*channels)
+            return f"the transformer is conditioned on images ({found}), which no stage encodes; give a text-to-video model"
+        return None
+
+    @staticmethod
+    def clip_step(transformer_config: Mapping[str, Any], vae_config: Mapping[str, Any]) -> ClipStep:
+        patch = transformer_config.get("patch_size", (1, 2, 2))
+        time, space = vae_config.get("scale_factor_temporal", 4), vae_config.get("scale_factor_spatial", 8)
+        return ClipStep(time * patch[0], space * patch[1], space * patch[2])
+
+    @staticmethod
+    def transformer(config: Mapping[str, Any]) -> nn.Module:
+        from diffusers import WanTransformer3DModel
+
+        return WanTransformer3DModel(**config)
+
+    @staticmethod
+    def tiny_pipeline(seed: int = 0, **options: bool) -> Any:
+        from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
+        from transformers import UMT5Config, UMT5EncoderModel
+
+        if any(options.values()):
+            raise ValueError(f"a tiny Wan pipeline has no options, got {', '.join(options)}")
+        tokenizer = word_tokenizer()
+        with seeded(seed):
+            vae = AutoencoderKLWan(
+                base_dim=4,
+                z_dim=LATENT_CHANNELS,
+                dim_mult=[1, 1, 1, 1],
+                num_res_blocks=1,
+                temperal_downsample=[False, True, True],
+                latents_mean=[0.0] * LATENT_CHANNELS,
+                latents_std=[1.0] * LATENT_CHANNELS,
+            )
+            text_encoder = UMT5EncoderModel(UMT5Config(**t5_sizes(tokenizer))).eval()
+        return WanPipeline(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=vae.eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            transformer=tiny_transformer(seed),
+        )
 
     def sample_timesteps(self, n: int, generator: torch.Generator) -> torch.Tensor:
         """Uniform noise levels, shifted as the sampler shifts its own."""
@@ -73,9 +179,15 @@ class WanFamily:
         mean, std = _latent_statistics(pipeline.vae)
         return (pipeline.vae.encode(clips.to(pipeline.vae.dtype)).latent_dist.mean - mean) / std
 
-    def decode_latents(self, pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
+    def decode_latents(self, pipeline: Any, latents: torch.Tensor, frames: int) -> torch.Tensor:
         mean, std = _latent_statistics(pipeline.vae)
         return pipeline.vae.decode(latents.to(pipeline.vae.dtype) * std + mean).sample.float()
+
+
+def tiny_transformer(seed: int = 0) -> Any:
+    """2 layers, 2 heads of 12, in evaluation mode. Latents (n, 4, t, h, w), text (n, l, 16)."""
+    with seeded(seed):
+        return WanFamily.transformer(TINY).eval()
 
 
 def _modulated(time_proj: nn.Linear, blocks: Sequence[Any], first: int) -> Fold:

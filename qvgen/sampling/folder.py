@@ -1,4 +1,4 @@
-"""Videos of many prompts in one folder, named as VBench expects: `{prompt}-{0..4}.mp4`.
+"""Videos of many prompts in one folder, named as VBench expects, `{prompt}-{0..4}.mp4`, wherever a file can have the name.
 
 The folder holds nothing but videos: VBench takes the suffix of whatever file the system lists first for that of all.
 """
@@ -6,15 +6,35 @@ The folder holds nothing but videos: VBench takes the suffix of whatever file th
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 SAMPLES = 5  # videos per prompt that VBench looks for
 _LONGEST_NAME = 240  # bytes: file systems allow 255, and a file that is being written has a longer name
+_LARGEST_SAMPLE = 9999  # that a name has room for: the name of a video does not depend on how many there are
+_PREFIX = 60  # characters of a long prompt that its file is called by
 
 
 def video_name(prompt: str, sample: int) -> str:
-    """File name of a prompt's video number `sample`, from 0 on."""
-    return f"{prompt}-{sample}.mp4"
+    """File name of a prompt's video number `sample`, from 0 on.
+
+    VBench's own, `{prompt}-{sample}.mp4`, where a file can have it. A prompt that is too long, begins with a dot, or holds a
+    slash or a control character gets `{its first words}-{12 digits of sha256}-{sample}.mp4`: short, and the same everywhere.
+    """
+    return f"{_stem(prompt)}-{sample}.mp4"
+
+
+def short_names(prompts: Iterable[str]) -> dict[str, str]:
+    """File name without number and suffix -> prompt, of those prompts that cannot name a file themselves."""
+    return {stem: prompt for prompt in prompts if (stem := _stem(prompt)) != prompt}
+
+
+def _stem(prompt: str) -> str:
+    length = len(f"{prompt}-{_LARGEST_SAMPLE}.mp4".encode())
+    if length <= _LONGEST_NAME and not prompt.startswith(".") and "/" not in prompt and prompt.isprintable():
+        return prompt
+    words = "".join(c if c.isascii() and c.isalnum() else " " for c in prompt).split()
+    return f"{' '.join(words)[:_PREFIX].strip()}-{hashlib.sha256(prompt.encode()).hexdigest()[:12]}"
 
 
 def video_seed(seed: int, prompt: str, sample: int) -> int:
@@ -26,11 +46,10 @@ def video_seed(seed: int, prompt: str, sample: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def read_prompts(path: str | Path, samples: int = SAMPLES) -> list[str]:
+def read_prompts(path: str | Path) -> list[str]:
     """Prompts of a text file, one per line, in its order; blank lines and spaces around a prompt do not count.
 
-    Raises ValueError that names the line for a prompt that comes twice or cannot be a file name, and for a file that is
-    missing, empty or not UTF-8.
+    Raises ValueError that names the line for a prompt that comes twice, and for a file that is missing, empty or not UTF-8.
     """
     path = Path(path)
     if not path.is_file():
@@ -45,24 +64,7 @@ def read_prompts(path: str | Path, samples: int = SAMPLES) -> list[str]:
             continue
         if prompt in found:
             raise ValueError(f"{path} line {number} repeats the prompt of line {found[prompt]}, {prompt!r}: remove one")
-        if fault := _fault(prompt, samples):
-            raise ValueError(f"{path} line {number}: {fault}")
         found[prompt] = number
     if not found:
         raise ValueError(f"{path} has no prompts: write one per line")
     return list(found)
-
-
-def _fault(prompt: str, samples: int) -> str | None:
-    """Why a prompt cannot name a file, and what to do; None if it can."""
-    length = len(video_name(prompt, samples - 1).encode())
-    if length > _LONGEST_NAME:
-        return (
-            f"the file of prompt {prompt[:40]!r}... would have a name of {length} bytes, {_LONGEST_NAME} is the limit: "
-            f"shorten it by {length - _LONGEST_NAME}"
-        )
-    if prompt.startswith("."):
-        return f"prompt {prompt!r} begins with a dot, so its files would be hidden: begin it with a word"
-    if bad := sorted({c for c in prompt if c == "/" or not c.isprintable()}):
-        return f"prompt {prompt!r} has {bad}, which a file name cannot have: replace it"
-    return None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qvgen.models.family import NUM_TRAIN_TIMESTEPS, ClipSize, Family, family_of, generate
+from qvgen.models.family import NUM_TRAIN_TIMESTEPS, ClipSize, Family
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -19,9 +19,62 @@ def silent(_items: int) -> None:
     pass
 
 
-def family_adapter(pipeline: Any) -> Family:
-    """The adapter of a loaded pipeline."""
-    return family_of(type(pipeline).__name__, dict(pipeline.scheduler.config))
+@torch.no_grad()
+def generate(
+    pipeline: Any,
+    family: Family,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    size: ClipSize,
+    *,
+    inference_steps: int,
+    guidance_scale: float,
+    guidance_stop: float = 1.0,
+) -> torch.Tensor:
+    """Latents (n, ...) sampled by a diffusers pipeline; those of all families take the same arguments.
+
+    Each clip has its own seed, so it does not depend on the batch it is generated in (up to floating-point reductions).
+    Guidance is off from cleanness (1 - t / 1000) `guidance_stop` on. Raises ValueError for a stop below 1 with a family whose
+    pipeline fixes guidance before its first step.
+    """
+    arguments: dict[str, Any] = {}
+    if guidance_stop < 1:
+        if not family.guidance_can_stop:
+            raise ValueError(f"family {family.name} cannot stop guidance on its way; guidance_stop must be 1")
+        arguments["callback_on_step_end"] = stop_guidance(guidance_stop)
+        arguments["callback_on_step_end_tensor_inputs"] = []
+    # In the transformer's dtype, which a text encoder that is stored in 16 bits does not give, and not every pipeline sees to.
+    dtype = pipeline.transformer.dtype
+    arguments["prompt_embeds"] = family.encode_text(pipeline, prompts, size.max_sequence_length).to(dtype)
+    if guidance_scale > 1:
+        empty = family.encode_text(pipeline, [""] * len(prompts), size.max_sequence_length)
+        arguments["negative_prompt_embeds"] = empty.to(dtype)
+    return pipeline(
+        height=size.height,
+        width=size.width,
+        num_frames=size.frames,
+        max_sequence_length=size.max_sequence_length,
+        num_inference_steps=inference_steps,
+        guidance_scale=guidance_scale,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="latent",
+        **arguments,
+    ).frames
+
+
+def stop_guidance(stop: float) -> Callable[..., dict[str, Any]]:
+    """A `callback_on_step_end` for a diffusers pipeline: steps from cleanness (1 - t / 1000) `stop` on take no guidance.
+
+    For pipelines that ask for guidance at each step (`Family.guidance_can_stop`).
+    """
+
+    def after_step(pipeline: Any, step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+        timesteps = pipeline.scheduler.timesteps
+        if step + 1 < len(timesteps) and 1 - float(timesteps[step + 1]) / NUM_TRAIN_TIMESTEPS >= stop:
+            pipeline._guidance_scale = 1.0  # what its loop asks; diffusers has no public way
+        return {}
+
+    return after_step
 
 
 @torch.no_grad()
@@ -49,6 +102,7 @@ def sample(
     for part in _batches(len(prompts), batch_size):
         sampled = generate(
             pipeline,
+            family,
             prompts[part],
             seeds[part],
             size,
@@ -57,7 +111,7 @@ def sample(
             guidance_stop=guidance_stop,
         )
         latents.append(sampled.float())
-        clips.append(family.decode_latents(pipeline, sampled).float())
+        clips.append(family.decode_latents(pipeline, sampled, size.frames).float())
         on_batch(len(sampled))
     return torch.cat(latents), torch.cat(clips)
 

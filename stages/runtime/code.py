@@ -28,6 +28,10 @@ EXCLUDED = {
 # Imported by these stages, but not run: package -> stages and reason.
 NOT_RUN = {
     "qvgen.kernels.": (("calibrate", "qat", "decay"), "training computes in PyTorch; stage pack makes the first packed layer"),
+    "qvgen.integrations.": (
+        ("fetch", "prepare", "calibrate", "qat", "decay"),
+        "loads packed folders, and these stages read full-precision ones",
+    ),
 }
 
 

@@ -40,12 +40,13 @@ class Sources:
 def calibrate(params: Params, sources: Sources) -> None:
     """What stage calibrate leaves for training: grids.safetensors and folds.safetensors."""
     from qvgen.checkpoint.grids import save_folds, save_grids
+    from qvgen.checkpoint.pipeline import load_transformer
     from qvgen.data.latents import LatentDataset
-    from qvgen.models.family import load_family, load_pipeline
+    from qvgen.models.registry import load_family
     from qvgen.nn.targets import match_linears
     from qvgen.training.calibration import fold_inputs_, record_inputs, search_grids
 
-    transformer, family = load_pipeline(sources.model).transformer.float(), load_family(sources.model)
+    transformer, family = load_transformer(sources.model).float(), load_family(sources.model)
     scheme, method = params.effective_scheme, params.chosen
     names = match_linears(transformer, scheme.targets, scheme.ignore, family.default_targets)
     data = LatentDataset.open(sources.data / "calibration")
@@ -60,13 +61,14 @@ def calibrate(params: Params, sources: Sources) -> None:
 
 def build_trainer(params: Params, sources: Sources) -> Trainer:
     """Trainer at step 0: the student as the method starts it, and the full-precision teacher."""
+    from qvgen.checkpoint.pipeline import load_transformer
     from qvgen.data.latents import LatentDataset
-    from qvgen.models.family import load_family, load_pipeline
+    from qvgen.models.registry import load_family
     from qvgen.training.loop import LoopSettings, Trainer
     from qvgen.training.optim import OptimizerSettings
 
     family = load_family(sources.model)
-    teacher, student = (load_pipeline(sources.model).transformer.float() for _ in range(2))
+    teacher, student = (load_transformer(sources.model).float() for _ in range(2))
     if params.chosen.quantized:
         prepare_student_(student, params, sources)
     qat = params.qat
@@ -102,7 +104,7 @@ def prepare_student_(student: Any, params: Params, sources: Sources) -> None:
     import torch
 
     from qvgen.checkpoint.grids import load_folds, load_grids
-    from qvgen.models.family import load_family
+    from qvgen.models.registry import load_family
     from qvgen.nn.swap import add_adapters_, add_phi_, freeze_zero_points_, prepare_
     from qvgen.training.calibration import apply_folds_
 

@@ -8,15 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from qvgen.checkpoint.pipeline import load_pipeline
 from qvgen.data.latents import LatentDataset
 from qvgen.evaluation.quality.similarity import MAX_PSNR_DB
 from qvgen.evaluation.quality.trial import Trial, compare, observe, prompt_accuracy, velocity_mse
-from qvgen.models.family import load_pipeline
+from qvgen.models.registry import family_adapter
 from qvgen.models.tiny import TINY_CLIP, TINY_PROMPT, tiny_pipeline
 from qvgen.nn.swap import convert_, prepare_
 from qvgen.params import load_params
 from qvgen.quant.scheme import QuantArgs, QuantScheme
-from qvgen.sampling.sample import family_adapter, sample, spread_timesteps
+from qvgen.sampling.sample import sample, spread_timesteps
 
 FAMILIES = ("wan", "cogvideox")
 PROMPTS = (TINY_PROMPT, "a blue digit one moving left", "a green digit zero moving down")

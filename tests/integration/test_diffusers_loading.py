@@ -15,12 +15,15 @@ from safetensors.torch import load_file, save_file
 
 import qvgen.integrations.diffusers as integration
 from qvgen.checkpoint.packed import export_pipeline, load_packed_transformer, verify_folder
-from qvgen.models.family import Family, generate, load_family, load_pipeline
+from qvgen.checkpoint.pipeline import load_pipeline
+from qvgen.models.family import Family
+from qvgen.models.registry import load_family
 from qvgen.models.tiny import TINY_CLIP, TINY_PROMPT, tiny_pipeline
 from qvgen.nn.packed_linear import packed_layers
 from qvgen.nn.swap import convert_, prepare_
 from qvgen.packing.layout import PACKED_NAMES
 from qvgen.quant.scheme import QuantArgs, QuantScheme
+from qvgen.sampling.sample import generate
 
 pytestmark = pytest.mark.integration
 
@@ -173,7 +176,8 @@ def test_the_whole_pipeline_loads_and_samples(packed: Packed, dtype: torch.dtype
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.transformer.dtype == dtype
     videos = [
-        generate(pipeline, [TINY_PROMPT], [seed], TINY_CLIP, inference_steps=2, guidance_scale=3.0) for seed in (0, 0, 1)
+        generate(pipeline, packed.family, [TINY_PROMPT], [seed], TINY_CLIP, inference_steps=2, guidance_scale=3.0)
+        for seed in (0, 0, 1)
     ]
     assert videos[0].isfinite().all()
     assert torch.equal(videos[0], videos[1])
@@ -344,3 +348,32 @@ def test_a_full_precision_model_is_not_quantized_on_the_fly(wan: Packed) -> None
     config = integration.QVGenConfig(**SCHEME.to_config(20))
     with pytest.raises(ValueError, match="require the model to be pre-quantized"):
         diffusers.WanTransformer3DModel.from_pretrained(wan.source / "transformer", quantization_config=config)
+
+
+def test_what_the_card_shows_is_what_was_scored(wan: Packed, tmp_path: Path) -> None:
+    """The snippet of a model with a guidance stop samples the video that evaluation scores; without the stop it would not."""
+    stop, how = 0.3, {"inference_steps": 5, "guidance_scale": 3.0}
+    folder = tmp_path / "packed"
+    export_pipeline(wan.source, wan.transformer, SCHEME, folder, torch.float32, "dsa", stop)
+    assert json.loads((folder / "generation.json").read_text()) == {"guidance_stop": stop}
+    snippet = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert f"callback_on_step_end=stop_guidance({stop})" in snippet
+    size = "height=32, width=32, num_frames=9, max_sequence_length=8, num_inference_steps=5, guidance_scale=3.0"
+    seed = 'generator=torch.Generator().manual_seed(0), output_type="latent"'
+    snippet = snippet.replace("path/to/this/folder", str(folder)).replace('"a prompt"', f'"{TINY_PROMPT}", {size}, {seed}')
+    shown: dict[str, Any] = {"torch": torch}
+    exec(snippet, shown)
+    pipeline = load_pipeline(folder)
+    scored = generate(pipeline, wan.family, [TINY_PROMPT], [0], TINY_CLIP, guidance_stop=stop, **how)
+    guided = generate(pipeline, wan.family, [TINY_PROMPT], [0], TINY_CLIP, **how)
+    assert torch.equal(shown["video"], scored) and not torch.equal(scored, guided)
+
+
+def test_the_exported_files_follow_the_umask(wan: Packed, tmp_path: Path) -> None:
+    import stat
+
+    (tmp_path / "probe").write_text("")
+    mode = stat.S_IMODE((tmp_path / "probe").stat().st_mode)
+    export_pipeline(wan.source, wan.transformer, SCHEME, tmp_path / "packed", torch.float32)
+    modes = {f: stat.S_IMODE(f.stat().st_mode) for f in (tmp_path / "packed").rglob("*") if f.is_file()}
+    assert modes and {f for f, found in modes.items() if found != mode} == set()

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from qvgen.checkpoint.grids import load_grids, save_grids
 from qvgen.checkpoint.packed import export_pipeline, load_packed_transformer, verify_folder
+from qvgen.checkpoint.pipeline import load_pipeline
 from qvgen.integrations.fused.wan import fuse_wan_
 from qvgen.methods.registry import METHODS
-from qvgen.models.family import generate, load_family, load_pipeline
+from qvgen.models.registry import load_family
 from qvgen.models.tiny import TINY_CLIP, TINY_PROMPT, tiny_pipeline
 from qvgen.nn.packed_linear import packed_layers
 from qvgen.nn.swap import convert_, prepare_
@@ -25,6 +26,7 @@ from qvgen.nn.targets import match_linears
 from qvgen.packing.layout import EXACT_NAMES, packed_bytes
 from qvgen.quant.calibrate import InputRecorder
 from qvgen.quant.scheme import QuantScheme
+from qvgen.sampling.sample import generate
 
 pytestmark = pytest.mark.integration
 
@@ -154,7 +156,10 @@ def test_the_whole_pipeline_samples(packed: Packed) -> None:
     index = json.loads((packed.folder / "model_index.json").read_text())
     pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(packed.folder)
     pipeline.set_progress_bar_config(disable=True)
-    videos = [generate(pipeline, [TINY_PROMPT], [0], TINY_CLIP, inference_steps=2, guidance_scale=3.0) for _ in range(2)]
+    videos = [
+        generate(pipeline, packed.family, [TINY_PROMPT], [0], TINY_CLIP, inference_steps=2, guidance_scale=3.0)
+        for _ in range(2)
+    ]
     assert videos[0].isfinite().all()
     assert torch.equal(*videos)
 

@@ -66,7 +66,7 @@ def test_a_packed_model(monkeypatch, model: Path, tmp_path: Path) -> None:
     import torch
 
     from qvgen.checkpoint.packed import export_pipeline
-    from qvgen.models.family import load_pipeline
+    from qvgen.checkpoint.pipeline import load_pipeline
     from qvgen.models.wan import WanFamily
     from qvgen.nn.swap import convert_, prepare_
     from qvgen.quant.scheme import QuantScheme
@@ -105,7 +105,7 @@ def test_the_prompt_matters(monkeypatch, model: Path, tmp_path: Path) -> None:
         ([], "a", "a.avi", ".mp4, .gif, .png"),
         (["--seed", "-1"], "a", "a.mp4", "seed -1"),
         (["--steps", "0"], "a", "a.mp4", "inference_steps = 0"),
-        (["--height", "33"], "a", "a.mp4", "divisible by 16"),
+        (["--height", "33"], "a", "a.mp4", "height = 33 must be a multiple of 16: 32 or 48"),
     ],
 )
 def test_bad_arguments(monkeypatch, capsys, model: Path, tmp_path: Path, more, prompt: str, name: str, says: str) -> None:

@@ -241,3 +241,15 @@ def test_options_of_lists_need_a_list(monkeypatch, capsys, model: Path, tmp_path
         cli.main()
     assert stop.value.code == 1
     assert "--batch-size, --shard: only with --prompts" in capsys.readouterr().err
+
+
+def test_long_prompts_get_short_names_and_the_manifest_knows_them(model: Path, tmp_path: Path) -> None:
+    long, slash, plain = "a red digit three moving up, " * 20, "a red/blue digit", "a green digit"
+    listed, out = tmp_path / "prompts.txt", tmp_path / "out"
+    for prompts in ((long, plain), (slash, plain)):  # the second list adds to the folder of the first
+        listed.write_text("\n".join(prompts))
+        assert run(model, listed, out) == 0
+    names = json.loads(manifest_path(out).read_text())["names"]
+    assert sorted(names.values()) == sorted([long.strip(), slash])
+    expected = [f"{stem}-{sample}.mp4" for stem in (*names, plain) for sample in range(SAMPLES)]
+    assert sorted(content(out)) == sorted(expected)

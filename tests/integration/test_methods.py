@@ -12,15 +12,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qvgen.checkpoint.packed import export_pipeline, load_packed_transformer
+from qvgen.checkpoint.pipeline import load_pipeline
 from qvgen.checkpoint.training import load_training_state, save_training_state
 from qvgen.evaluation.quality.modules import module_errors
 from qvgen.methods.registry import METHODS
-from qvgen.models.family import generate, load_family, load_pipeline
+from qvgen.models.registry import load_family
 from qvgen.models.tiny import TINY_CLIP, TINY_PROMPT, tiny_pipeline
 from qvgen.nn.swap import add_adapters_, convert_, merge_adapters_, prepare_, qat_layers
 from qvgen.params import Params, validate_params
 from qvgen.quant.scheme import QuantScheme
-from qvgen.sampling.sample import sample
+from qvgen.sampling.sample import generate, sample
 from qvgen.training.loop import Trainer, _stratified
 from stages.runtime.training import Sources, build_trainer, calibrate, finish
 
@@ -183,7 +184,7 @@ def test_guidance_stops_where_it_should(prepared: SimpleNamespace) -> None:
     arguments = {"inference_steps": 5, "guidance_scale": 3.0}
     if prepared.family == "cogvideox":
         with pytest.raises(ValueError, match="cannot stop guidance"):
-            generate(pipeline, [TINY_PROMPT], [0], TINY_CLIP, guidance_stop=0.5, **arguments)
+            generate(pipeline, family, [TINY_PROMPT], [0], TINY_CLIP, guidance_stop=0.5, **arguments)
         return
     sample(pipeline, family, [TINY_PROMPT], [0], TINY_CLIP, batch_size=1, guidance_stop=0.5, **arguments)
     twice = {t for t in calls if calls.count(t) == 2}

@@ -8,7 +8,8 @@ import torch
 from safetensors import safe_open
 
 from qvgen.checkpoint.packed import export_pipeline
-from qvgen.models.family import load_family, load_pipeline
+from qvgen.checkpoint.pipeline import load_transformer
+from qvgen.models.registry import load_family
 from qvgen.nn.packed_linear import packed_layers
 from qvgen.nn.swap import convert_, prepare_
 from qvgen.quant.scheme import QuantArgs, QuantScheme
@@ -25,7 +26,7 @@ PER_OUTPUT, PER_TIMESTEP_GROUP, SHAPE = 3 * 4, 2 * 4, 2 * 8
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_bits_per_weight(bits: int, tmp_path: Path) -> None:
     scheme = QuantScheme(weights=QuantArgs(num_bits=bits, zero_point_domain="float"), timestep_groups=GROUPS)
-    transformer = load_pipeline(SOURCE).transformer
+    transformer = load_transformer(SOURCE)
     prepare_(transformer, scheme, default_targets=load_family(SOURCE).default_targets)
     convert_(transformer)
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in packed_layers(transformer)}

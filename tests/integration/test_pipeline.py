@@ -18,7 +18,8 @@ import pytest
 import torch
 import yaml
 
-from qvgen.models.source import hash_files, read_pipeline
+from qvgen.models.hashes import hash_files
+from qvgen.models.source import read_pipeline
 from qvgen.models.tiny import TINY_CLIP, tiny_pipeline
 from qvgen.sampling.video import write_video
 

@@ -11,9 +11,10 @@ from qvgen.checkpoint.training import load_training_state, save_training_state
 from qvgen.data.latents import LatentDataset
 from qvgen.methods.registry import METHODS
 from qvgen.models.cogvideox import CogVideoXFamily
+from qvgen.models.cogvideox import tiny_transformer as tiny_cogvideox_transformer
 from qvgen.models.family import Family
-from qvgen.models.tiny import tiny_cogvideox_transformer, tiny_wan_transformer
 from qvgen.models.wan import WanFamily
+from qvgen.models.wan import tiny_transformer as tiny_wan_transformer
 from qvgen.nn.packed_linear import PackedLinear
 from qvgen.nn.swap import add_phi_, convert_, prepare_, qat_layers, set_phi_
 from qvgen.phi.rank_decay import RankDecaySchedule

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from qvgen.models.cogvideox import CogVideoXFamily
-from qvgen.models.tiny import tiny_cogvideox_transformer, tiny_wan_transformer
+from qvgen.models.cogvideox import tiny_transformer as tiny_cogvideox_transformer
 from qvgen.models.wan import WanFamily
+from qvgen.models.wan import tiny_transformer as tiny_wan_transformer
 from qvgen.nn.packed_linear import PackedLinear, feed_forward, linears, packed_layers
 from qvgen.nn.qat_linear import QATLinear
 from qvgen.nn.swap import add_phi_, convert_, prepare_, qat_layers

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from qvgen.models.source import RECORD, hash_files, read_pipeline
+from qvgen.models.files import RECORD
+from qvgen.models.hashes import hash_files
+from qvgen.models.source import read_pipeline
 
 HERE = Path(__file__).resolve().parents[1]
 

@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipelines.commands.generate.manifest import claim, model_hash
-from pipelines.commands.generate.video import Settings, check_seed, read_settings
-from qvgen.sampling.folder import SAMPLES, read_prompts, video_name, video_seed
+from pipelines.commands.generate.manifest import claim, model_hash, record_names
+from qvgen.sampling.folder import SAMPLES, read_prompts, short_names, video_name, video_seed
+
+if TYPE_CHECKING:
+    from qvgen.models.family import SamplingSettings
 
 _TEMPORARY = re.compile(r"\.(.+)\.(\d+)\.mp4")  # what write_video calls a file until it is whole
 
@@ -42,7 +44,7 @@ class Task:
 
     model: Path
     out: Path
-    settings: Settings
+    settings: SamplingSettings
     seed: int
     threads: int
 
@@ -68,26 +70,30 @@ def generate_folder(
     shard: str | None = None,
     **overrides: Any,
 ) -> Done:
-    """Write `out/{prompt}-{0..samples-1}.mp4` for each prompt of the file `prompts`; what is there already is kept.
+    """Write `out/{prompt}-{0..samples-1}.mp4` for each prompt of the file `prompts`; what is there already is kept. A prompt
+    that cannot name a file gets a short name (qvgen/sampling/folder.py), which the manifest maps to it.
 
     Its manifest (manifest.py) ties the folder to one model, seed and settings. `threads`: per process;
     None: as the manifest says, in a new folder this process's divided by `processes`. `shard` "2/5": the second of five
-    parts of the work, which other machines may do at the same time. `overrides`: fields of Settings; None means the model's.
-    Raises ValueError or OSError with a message for people.
+    parts of the work, which other machines may do at the same time. `overrides`: fields of SamplingSettings;
+    None means the model's. Raises ValueError or OSError with a message for people.
     """
+    from qvgen.sampling.settings import check_seed, read_settings
+
     check_seed(seed)
     for name, value in {"samples": samples, "batch_size": batch_size, "processes": processes, "threads": threads}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value} must be at least 1")
     if samples % batch_size:
         raise ValueError(f"batches of {batch_size} do not divide {samples} samples of a prompt evenly: choose a divisor")
-    listed = read_prompts(prompts, samples)
+    listed = read_prompts(prompts)
     part, parts = parse_shard(shard)
     settings = read_settings(model, overrides)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; with --prompts, --out names the folder of the videos")
     identity = {"model": model_hash(model), "seed": seed, "batch_size": batch_size, "settings": asdict(settings)}
     threads = claim(out, identity, threads, processes)
+    record_names(out, short_names(listed))
 
     ranges = [tuple(range(start, start + batch_size)) for start in range(0, samples, batch_size)]
     batches = [Batch(prompt, numbers) for prompt in listed for numbers in ranges][part - 1 :: parts]
@@ -208,13 +214,12 @@ def _work(connection: Any, task: Task) -> None:
 
 def _sampler(task: Task) -> Callable[[Batch], int]:
     """Loads the model; the function returned samples a batch, writes the files that are missing and returns their number."""
-    import qvgen.integrations.diffusers  # noqa: F401  (lets diffusers load packed transformers)
-    from qvgen.models.family import ClipSize, load_family, load_pipeline
+    from qvgen.checkpoint.pipeline import load_pipeline
+    from qvgen.models.registry import load_family
     from qvgen.sampling.sample import sample
     from qvgen.sampling.video import write_video
 
-    pipeline, family, settings = load_pipeline(task.model), load_family(task.model), task.settings
-    size = ClipSize(settings.frames, settings.height, settings.width, settings.max_sequence_length)
+    family, pipeline, settings = load_family(task.model), load_pipeline(task.model), task.settings
 
     def write(batch: Batch) -> int:
         wanted = batch.missing(task.out)
@@ -223,7 +228,7 @@ def _sampler(task: Task) -> Callable[[Batch], int]:
             family,
             [batch.prompt] * len(batch.samples),
             [video_seed(task.seed, batch.prompt, number) for number in batch.samples],
-            size,
+            settings.size,
             inference_steps=settings.inference_steps,
             guidance_scale=settings.guidance_scale,
             guidance_stop=settings.guidance_stop,

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+_NAMES = "names"  # file name without number and suffix -> prompt, of prompts that cannot name a file
 _SAYS_NOTHING = ("generation.json", "README.md", "LICENSE")  # files of a pipeline that do not decide what it computes
 
 
@@ -20,7 +21,8 @@ def model_hash(model: Path) -> str:
     """sha256 over the names and sha256 of the pipeline's files that decide what it computes."""
     import hashlib
 
-    from qvgen.models.source import hash_files, read_pipeline
+    from qvgen.models.hashes import hash_files
+    from qvgen.models.source import read_pipeline
 
     files = [name for name in read_pipeline(model).files if name not in _SAYS_NOTHING]
     records = hash_files(model, files)
@@ -52,6 +54,7 @@ def claim(out: Path, identity: dict[str, Any], threads: int | None, processes: i
             temporary.unlink(missing_ok=True)
     try:
         recorded = json.loads(path.read_text())
+        recorded.pop(_NAMES, None)
         recorded_threads = int(recorded.pop("threads"))
     except (ValueError, KeyError, AttributeError):
         raise ValueError(f"{path} is damaged: remove it together with {out}, or choose another folder") from None
@@ -62,6 +65,21 @@ def claim(out: Path, identity: dict[str, Any], threads: int | None, processes: i
         found = "; ".join(f"{name} {there.get(name)!r} there, {wanted.get(name)!r} now" for name in differing)
         raise ValueError(f"{out} was begun otherwise ({path.name}): {found}. Use the same, or choose another folder")
     return recorded_threads
+
+
+def record_names(out: Path, names: dict[str, str]) -> None:
+    """Add short file names and their prompts to the manifest. Several shards may do so at once, with different prompts."""
+    if not names:
+        return
+    from filelock import FileLock
+
+    path = manifest_path(out)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        content = json.loads(path.read_text())
+        content[_NAMES] = dict(sorted((content.get(_NAMES, {}) | names).items()))
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
 
 
 def _flat(identity: dict[str, Any]) -> dict[str, Any]:

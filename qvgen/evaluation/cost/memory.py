@@ -29,21 +29,18 @@ def peak_resident_mb() -> float:
 
 @torch.no_grad()
 def main(folder: str, inputs: str, dtype: str, threads: int) -> dict[str, float]:
-    import diffusers
     from safetensors.torch import load_file
 
-    import qvgen.integrations.diffusers  # noqa: F401  (packed transformers)
-    from qvgen.models.family import load_family
+    from qvgen.checkpoint.pipeline import load_transformer, transformer_class
+    from qvgen.models.registry import load_family
 
     if threads:
         torch.set_num_threads(threads)
     tensors, family = load_file(inputs), load_family(folder)
-    transformer = Path(folder) / "transformer"
-    config = json.loads((transformer / "config.json").read_text())
-    model_class = getattr(diffusers, config["_class_name"])  # diffusers imports lazily: now, not while loading
+    transformer_class(folder)  # diffusers imports lazily: now, not while loading
     imports = peak_resident_mb()
     started = time.perf_counter()
-    model = model_class.from_pretrained(transformer, dtype=getattr(torch, dtype), local_files_only=True).eval()
+    model = load_transformer(folder, getattr(torch, dtype))
     load_s, loaded = time.perf_counter() - started, peak_resident_mb()
     family.predict(model, tensors["latents"].to(model.dtype), tensors["timestep"], tensors["text"].to(model.dtype))
     return {"peak": peak_resident_mb(), "imports": imports, "loaded": loaded, "load_s": load_s}

@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from qvgen.checkpoint.pipeline import load_transformer
+from qvgen.models.family import Family
 from qvgen.nn.targets import match_linears
 from qvgen.packing.layout import packed_bytes
 from qvgen.quant.scheme import QuantScheme
-
-# transformer/config.json of Wan 2.1 T2V 1.3B in diffusers format.
-WAN_2_1_1_3B: dict[str, Any] = {
-    "patch_size": (1, 2, 2),
-    "num_attention_heads": 12,
-    "attention_head_dim": 128,
-    "in_channels": 16,
-    "out_channels": 16,
-    "text_dim": 4096,
-    "freq_dim": 256,
-    "ffn_dim": 8960,
-    "num_layers": 30,
-    "cross_attn_norm": True,
-    "qk_norm": "rms_norm_across_heads",
-    "rope_max_seq_len": 1024,
-}
 
 
 def folder_bytes(folder: str | Path) -> int:
@@ -38,32 +23,28 @@ def write_variant(pipeline: str | Path, target: str | Path, dtype: str) -> None:
 
     Only the transformer is written, the rest are links to `pipeline`.
     """
-    import diffusers
-
     pipeline, target = Path(pipeline).resolve(), Path(target)
     target.mkdir(parents=True)
     for entry in pipeline.iterdir():
         if entry.name != "transformer":
             (target / entry.name).symlink_to(entry)
-    source = pipeline / "transformer"
-    transformer: Any = diffusers.AutoModel.from_pretrained(str(source), dtype=getattr(torch, dtype), local_files_only=True)
+    transformer = load_transformer(pipeline, getattr(torch, dtype))
     for parameter in transformer.parameters():  # diffusers keeps some in float32 when it loads bfloat16
         parameter.data = parameter.data.to(getattr(torch, dtype))
     transformer.save_pretrained(target / "transformer")
 
 
-def wan_packed_ratio(scheme: QuantScheme, default_targets: tuple[str, ...]) -> float:
-    """Bytes of Wan 2.1 1.3B packed with `scheme` over its bytes in bfloat16, counted on the meta device.
+def published_packed_ratio(family: Family, scheme: QuantScheme) -> float:
+    """Bytes of the family's published model packed with `scheme` over its bytes in bfloat16, counted on the meta device.
 
-    What is not packed stays bfloat16. File headers, below a ten-thousandth here, are left out on both sides.
+    What is not packed stays bfloat16. File headers, below a ten-thousandth here, are left out on both sides. Raises
+    ValueError if the scheme names layers that the model does not have.
     """
-    from diffusers import WanTransformer3DModel
-
     with torch.device("meta"):
-        model = WanTransformer3DModel(**WAN_2_1_1_3B)
+        model = family.transformer(family.published[1])
     whole = sum(parameter.numel() for parameter in model.parameters())
     packed = replaced = 0
-    for name in match_linears(model, scheme.targets, scheme.ignore, default_targets):
+    for name in match_linears(model, scheme.targets, scheme.ignore, family.default_targets):
         linear = model.get_submodule(name)
         assert isinstance(linear, torch.nn.Linear)
         replaced += sum(parameter.numel() for parameter in linear.parameters())

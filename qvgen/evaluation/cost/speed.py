@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from qvgen.checkpoint.pipeline import load_pipeline
+
 _WARM_UP = 2  # calls of each variant that are not counted
 
 
@@ -131,12 +133,5 @@ def peak_memory_mb(folder: str | Path, inputs: str | Path, dtype: str, threads: 
 def load_variant(folder: str | Path, dtype: str) -> Any:
     """A pipeline whose transformer and text encoder are in `dtype` ("bfloat16", ...), packed layers excepted; the VAE
     stays float32."""
-    from diffusers import DiffusionPipeline
-
-    import qvgen.integrations.diffusers  # noqa: F401  (packed transformers)
-
     reduced = getattr(torch, dtype)
-    dtypes = {"transformer": reduced, "text_encoder": reduced, "default": torch.float32}
-    pipeline = DiffusionPipeline.from_pretrained(Path(folder), dtype=dtypes, local_files_only=True, use_safetensors=True)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return load_pipeline(folder, {"transformer": reduced, "text_encoder": reduced, "default": torch.float32})

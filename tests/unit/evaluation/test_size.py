@@ -3,8 +3,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qvgen.evaluation.cost.size import WAN_2_1_1_3B, folder_bytes, wan_packed_ratio
-from qvgen.models.wan import WanFamily
+from qvgen.evaluation.cost.size import folder_bytes, published_packed_ratio
+from qvgen.models.wan import WAN_2_1_1_3B, WanFamily
 from qvgen.quant.scheme import QuantArgs, QuantScheme
 
 MAX_W4A4 = 0.27  # issue: the same scheme on Wan 2.1 1.3B
@@ -30,7 +30,7 @@ def test_the_wan_config_is_that_of_the_1_3b_model() -> None:
 def test_ratio_of_wan_falls_with_the_bits_and_meets_the_target() -> None:
     def ratio(bits: int) -> float:
         weights = QuantArgs(num_bits=bits, zero_point_domain="float")
-        return wan_packed_ratio(QuantScheme(weights=weights), WanFamily.default_targets)
+        return published_packed_ratio(WanFamily(), QuantScheme(weights=weights))
 
     assert 0.25 < ratio(4) <= MAX_W4A4
     assert ratio(2) < ratio(3) < ratio(4) < ratio(8) < 0.53

@@ -6,10 +6,11 @@ from torch import nn
 
 from qvgen.methods.qvgen_plus import channel_grid
 from qvgen.models.cogvideox import CogVideoXFamily
+from qvgen.models.cogvideox import tiny_transformer as tiny_cogvideox_transformer
 from qvgen.models.family import Family
 from qvgen.models.folding import ChannelGrid, FoldableInput, fold_, shift_fold
-from qvgen.models.tiny import tiny_cogvideox_transformer, tiny_wan_transformer
 from qvgen.models.wan import WanFamily
+from qvgen.models.wan import tiny_transformer as tiny_wan_transformer
 from qvgen.quant.calibrate import calibrate_layer, layer_error
 from qvgen.quant.scheme import QuantArgs, QuantScheme
 

@@ -10,15 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from qvgen.models.source import (
-    SourceError,
-    check_hashes,
-    check_safetensors,
-    hash_files,
-    read_pipeline,
-    recorded_hashes,
-    resolve_source,
-)
+from qvgen.models.files import SourceError, check_safetensors
+from qvgen.models.hashes import check_hashes, hash_files, recorded_hashes
+from qvgen.models.source import read_pipeline, resolve_source
 
 ROOT = Path(__file__).parents[3]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -27,6 +21,7 @@ INDEX = {
     "_diffusers_version": "0.42.0",
     "boundary_ratio": None,
     "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
     "tokenizer": ["transformers", "T5TokenizerFast"],
     "transformer": ["diffusers", "WanTransformer3DModel"],
     "transformer_2": [None, None],
@@ -43,7 +38,7 @@ def make_pipeline(folder: Path) -> Path:
     write_json(folder / "model_index.json", INDEX)
     write_json(folder / "scheduler" / "scheduler_config.json", {})
     write_json(folder / "tokenizer" / "tokenizer_config.json", {})
-    for component in ("transformer", "vae"):
+    for component in ("text_encoder", "transformer", "vae"):
         write_json(folder / component / "config.json", {})
         weights = {"weight": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.ones(2, dtype=np.float16)}
         save_file(weights, folder / component / "model.safetensors")
@@ -67,11 +62,13 @@ def refusal(folder: Path) -> str:
 def test_a_pipeline_is_its_components_and_its_card(pipeline: Path) -> None:
     found = read_pipeline(pipeline)
     assert found.pipeline_class == "WanPipeline"
-    assert found.components == ("scheduler", "tokenizer", "transformer", "vae")
+    assert found.components == ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
     assert found.files == (
         "README.md",
         "model_index.json",
         "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
         "tokenizer/tokenizer_config.json",
         "transformer/config.json",
         "transformer/model.safetensors",

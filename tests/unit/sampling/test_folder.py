@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from qvgen.sampling.folder import read_prompts, video_name, video_seed
+from qvgen.sampling.folder import read_prompts, short_names, video_name, video_seed
 
 
 def test_names_are_those_of_vbench() -> None:
@@ -29,11 +29,6 @@ def test_lists(tmp_path) -> None:
     ("content", "says"),
     [
         ("a\nb\n\na \n", "line 4 repeats the prompt of line 1, 'a': remove one"),
-        ("a\nb/c\n", "line 2: prompt 'b/c' has ['/']"),
-        ("a\tb\n", "has ['\\t']"),
-        (".a\n", "begins with a dot"),
-        ("a" * 234 + "\n" + "é" * 118 + "\n", "line 2: the file of prompt"),
-        ("a" * 235 + "\n", "241 bytes, 240 is the limit: shorten it by 1"),
         (" \n\n", "has no prompts"),
         (b"caf\xe9\n", "is not UTF-8"),
     ],
@@ -46,12 +41,26 @@ def test_bad_lists(tmp_path, content: str | bytes, says: str) -> None:
     assert says in str(error.value)
 
 
-def test_more_samples_leave_less_room(tmp_path) -> None:
-    path = tmp_path / "prompts.txt"
-    path.write_text("a" * 234)
-    assert read_prompts(path, samples=10)
-    with pytest.raises(ValueError, match="241 bytes"):
-        read_prompts(path, samples=11)
+LONG = "A cat walks, " * 30
+SHORT = "A cat walks A cat walks A cat walks A cat walks A cat walks"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prefix"),
+    [(LONG, SHORT), ("b/c", "b c"), ("a\tb", "a b"), (".a", "a"), ("é" * 118, ""), ("a" * 232, "a" * 60), ("../x", "x")],
+)
+def test_a_prompt_that_cannot_name_a_file_gets_a_short_stable_name(tmp_path, prompt: str, prefix: str) -> None:
+    stem = f"{prefix}-{hashlib.sha256(prompt.encode()).hexdigest()[:12]}"
+    assert video_name(prompt, 3) == f"{stem}-3.mp4"
+    assert short_names(["a dog", prompt]) == {stem: prompt}
+    (tmp_path / video_name(prompt, 3)).write_bytes(b"x")  # the file system takes it, in this folder
+    assert [path.name for path in tmp_path.iterdir()] == [f"{stem}-3.mp4"]
+
+
+def test_a_prompt_that_can_name_a_file_does() -> None:
+    longest = "a" * 231
+    assert video_name(longest, 0) == f"{longest}-0.mp4" and len(video_name(longest, 9999)) == 240
+    assert short_names([longest, "a dog."]) == {}
 
 
 def test_no_list(tmp_path) -> None:

@@ -1,0 +1,74 @@
+"""Single files of a model source: what counts as one, whether it is whole, and the configuration in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"  # what a folder made by stage fetch records
+RECORD = "sha256.json"  # what anybody may put beside a model: {"path": "sha256"}
+GENERATION = "generation.json"  # how this model is meant to be sampled
+BESIDE = ("model_index.json", GENERATION, "README.md", "LICENSE")
+SUFFIXES = (".safetensors", ".json", ".txt", ".model")  # .model: sentencepiece vocabulary, a plain protobuf
+_LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+_LFS_POINTER = b"version https://git-lfs"  # first line of what git has in place of a large file
+
+
+class SourceError(ValueError):
+    """The source of a model is unusable: the message names the file or value, and what to do."""
+
+
+def read_json(path: Path, meaning: str = "") -> dict[str, Any]:
+    """The object in a JSON file. Raises SourceError for a file that is missing (then with `meaning`), damaged or of another
+    kind."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SourceError(f"{path} does not exist, {meaning}".rstrip(", ")) from None
+    except ValueError as error:
+        raise SourceError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise SourceError(f"{path} must hold an object, found {type(content).__name__}")
+    return content
+
+
+def check_not_pointer(path: Path) -> None:
+    """Raises SourceError for a git-lfs pointer: the few lines that a clone without git-lfs has in place of a file."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise SourceError(
+                f"{path} is a git-lfs pointer, not the file itself: run `git lfs install` and `git lfs pull` in its folder"
+            )
+
+
+def check_safetensors(path: str | Path) -> None:
+    """Raises SourceError for a file that is not whole: its header says how long it must be."""
+    path = Path(path)
+    found = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if found < 8 or length > _LONGEST_HEADER:
+            raise SourceError(f"{path} is not a safetensors file: {found} bytes, header of {length} bytes")
+        if found < 8 + length:
+            raise _truncated(path, f"at least {8 + length}", found)
+        try:
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise SourceError(f"{path} has a damaged safetensors header ({error})") from None
+    expected = 8 + length + max(ends, default=0)
+    if found != expected:
+        raise _truncated(path, str(expected), found)
+
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            tensors.keys()
+    except SafetensorError as error:
+        raise SourceError(f"{path} is not a valid safetensors file ({error}); get the file again") from None
+
+
+def _truncated(path: Path, expected: str, found: int) -> SourceError:
+    return SourceError(f"{path} is cut short or has extra bytes: expected {expected} bytes, found {found}; get it again")

@@ -1,0 +1,92 @@
+"""Families by the class of the diffusers pipeline: the only place that lists them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qvgen.models.cogvideox import CogVideoXFamily
+from qvgen.models.family import Family
+from qvgen.models.files import SourceError, read_json
+from qvgen.models.wan import WanFamily
+
+_FAMILIES: dict[str, type[Family]] = {}
+
+
+def register(family: type[Family]) -> type[Family]:
+    """Make a family known, under each of its pipeline classes; usable as a decorator.
+
+    Raises ValueError if another family already has the class.
+    """
+    for pipeline_class in family.pipelines:
+        if (known := _FAMILIES.setdefault(pipeline_class, family)) is not family:
+            raise ValueError(f"{pipeline_class} already belongs to family {known.name!r}, not to {family.name!r}")
+    return family
+
+
+register(WanFamily)
+register(CogVideoXFamily)
+
+
+def families() -> dict[str, type[Family]]:
+    """Every family by its name."""
+    return {family.name: family for family in _FAMILIES.values()}
+
+
+def family_class(pipeline_class: Any) -> type[Family]:
+    """The family of a diffusers pipeline class name. Raises SourceError (a ValueError) for one that is not supported."""
+    if pipeline_class in _FAMILIES:
+        return _FAMILIES[pipeline_class]
+    message = f"pipeline {pipeline_class!r} is not supported; supported: {', '.join(_FAMILIES)}"
+    if isinstance(pipeline_class, str) and any(word in pipeline_class for word in _MORE_THAN_TEXT):
+        message += (
+            ". It makes videos from more than text (a first image, a video, a mask), which no stage reads or encodes: "
+            "give a text-to-video pipeline"
+        )
+    raise SourceError(message)
+
+
+_MORE_THAN_TEXT = ("ImageTo", "VideoTo", "VACE", "Control", "Animate", "S2V", "Inpaint")
+
+
+def family_of(pipeline_class: Any, scheduler_config: Mapping[str, Any]) -> Family:
+    """Adapter for a pipeline class name and the config of its scheduler.
+
+    Raises ValueError for a family that is not supported, and for a scheduler with other noise levels or another target
+    than the family's equations have.
+    """
+    family = family_class(pipeline_class)
+    options = _scheduler_defaults(scheduler_config.get("_class_name")) | dict(scheduler_config)
+    for name, accepted in family.scheduler_options.items():
+        if name in options and options[name] not in accepted:
+            allowed = " or ".join(map(repr, accepted))
+            raise ValueError(
+                f"scheduler option {name} = {options[name]!r} changes noise levels or the target in a way that training and "
+                f"evaluation of {family.name} do not follow; it must be {allowed} in scheduler_config.json"
+            )
+    return family.from_scheduler(options)
+
+
+def load_family(folder: str | Path) -> Family:
+    """Adapter for a diffusers pipeline folder, by its model_index.json. Raises ValueError as `family_of` does."""
+    folder = Path(folder)
+    index = read_json(folder / "model_index.json")
+    return family_of(index.get("_class_name"), read_json(folder / "scheduler" / "scheduler_config.json"))
+
+
+def family_adapter(pipeline: Any) -> Family:
+    """Adapter for a loaded pipeline."""
+    return family_of(type(pipeline).__name__, dict(pipeline.scheduler.config))
+
+
+def _scheduler_defaults(class_name: Any) -> dict[str, Any]:
+    """Options that a scheduler has where its config is silent; empty for a class that diffusers does not have."""
+    import diffusers
+
+    scheduler = getattr(diffusers, class_name, None) if isinstance(class_name, str) else None
+    if scheduler is None:
+        return {}
+    parameters = inspect.signature(scheduler.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}

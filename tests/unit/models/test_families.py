@@ -1,0 +1,185 @@
+"""Facts of the families: which clips they have latents for, which schedulers and variants they refuse."""
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qvgen.checkpoint.pipeline import load_pipeline
+from qvgen.models.family import ClipSize, ClipStep
+from qvgen.models.registry import families, family_adapter, family_of
+from qvgen.models.size import check_size
+from qvgen.models.tiny import TINY_CLIP, TINY_PROMPT, tiny_pipeline
+from qvgen.sampling.sample import generate, sample
+
+ROOT = Path(__file__).parents[3]
+WAN_2_2_5B = {"patch_size": [1, 2, 2]}, {"scale_factor_temporal": 4, "scale_factor_spatial": 16}
+VARIANTS = ("wan", "cogvideox", "rotary", "temporal_patch")
+STEP_TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def pipeline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("pipeline") / request.param
+    if request.param in families():
+        tiny_pipeline(request.param, folder)
+    else:
+        tiny_pipeline("cogvideox", folder, **{request.param: True})
+    return load_pipeline(folder)
+
+
+@pytest.mark.parametrize("frames", [1, 9, 17])
+def test_a_clip_has_as_many_frames_as_were_asked_for(pipeline: Any, frames: int) -> None:
+    """CogVideoX 1.5 (temporal_patch) once gave 16 for 9: its latents are padded in front."""
+    family, size = family_adapter(pipeline), ClipSize(frames, 32, 32, 8)
+    _, clips = sample(pipeline, family, [TINY_PROMPT], [0], size, inference_steps=1, guidance_scale=1.0, batch_size=1)
+    assert clips.shape == (1, 3, frames, 32, 32)
+    with torch.no_grad():
+        latents = family.encode_clips(pipeline, clips.clamp(-1, 1))
+        assert family.decode_latents(pipeline, latents, frames).shape == clips.shape
+
+
+def test_decoding_is_the_pipelines_own(pipeline: Any) -> None:
+    family = family_adapter(pipeline)
+    arguments: dict[str, Any] = {"inference_steps": 2, "guidance_scale": 2.0}
+    _, clips = sample(pipeline, family, [TINY_PROMPT], [3], TINY_CLIP, batch_size=1, **arguments)
+    own = pipeline(
+        prompt=[TINY_PROMPT],
+        negative_prompt=[""],
+        height=32,
+        width=32,
+        num_frames=9,
+        max_sequence_length=8,
+        num_inference_steps=2,
+        guidance_scale=2.0,
+        generator=[torch.Generator().manual_seed(3)],
+        output_type="pt",
+    ).frames
+    assert torch.allclose(own * 2 - 1, clips.clamp(-1, 1).transpose(1, 2), atol=1e-5)
+
+
+def test_a_pipeline_denoises_with_the_familys_velocity(pipeline: Any) -> None:
+    """The first step of the pipeline is the scheduler's step along `predict`."""
+    family, seen = family_adapter(pipeline), {}
+    first = generate(pipeline, family, [TINY_PROMPT], [0], TINY_CLIP, inference_steps=1, guidance_scale=1.0)
+    hook = pipeline.transformer.register_forward_pre_hook(lambda _m, _a, given: seen.update(given), with_kwargs=True)
+    generate(pipeline, family, [TINY_PROMPT], [0], TINY_CLIP, inference_steps=1, guidance_scale=1.0)
+    hook.remove()
+    noise, timestep = seen["hidden_states"], seen["timestep"]
+    with torch.no_grad():
+        text = family.encode_text(pipeline, [TINY_PROMPT], 8)
+        velocity = family.predict(pipeline.transformer, noise, timestep, text)
+    pipeline.scheduler.set_timesteps(1)
+    expected = pipeline.scheduler.step(velocity, pipeline.scheduler.timesteps[0], noise, return_dict=False)[0]
+    assert torch.allclose(first, expected, atol=STEP_TOLERANCE)
+
+
+@pytest.mark.parametrize("family_name", ["wan", "cogvideox"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_text_encoder_stored_in_16_bits_samples(family_name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    family = families()[family_name]
+    whole = family.tiny_pipeline()
+    whole.text_encoder.to(dtype)
+    whole.save_pretrained(tmp_path / "model")
+    loaded = load_pipeline(tmp_path / "model")
+    assert loaded.text_encoder.dtype == dtype and loaded.transformer.dtype == torch.float32
+    arguments: dict[str, Any] = {"inference_steps": 1, "guidance_scale": 2.0, "batch_size": 1}
+    latents, _ = sample(loaded, family_adapter(loaded), [TINY_PROMPT], [0], TINY_CLIP, **arguments)
+    assert latents.isfinite().all() and latents.dtype == torch.float32
+
+
+def test_clip_steps_are_vae_factor_times_patch() -> None:
+    wan, cogvideox = families()["wan"], families()["cogvideox"]
+    assert wan.clip_step({}, {}) == ClipStep(4, 16, 16)
+    assert wan.clip_step(*WAN_2_2_5B) == ClipStep(4, 32, 32)
+    assert cogvideox.clip_step({}, {}) == ClipStep(8, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("family_name", "size", "says"),
+    [
+        ("wan", (8, 32, 32), "frames = 8 must be a multiple of 4 and one more: 5 or 9"),
+        ("wan", (9, 40, 80), "height = 40 must be a multiple of 16: 32 or 48"),
+        ("wan", (9, 32, 8), "width = 8 must be a multiple of 16: 16"),
+        ("wan", (2, 33, 33), "1 or 5; height = 33 must be a multiple of 16: 32 or 48; width = 33"),
+        ("cogvideox", (5, 32, 32), "frames = 5 must be a multiple of 8 and one more: 1 or 9"),
+    ],
+)
+def test_other_sizes_are_refused_with_the_nearest(tmp_path: Path, family_name: str, size: Any, says: str) -> None:
+    folder = tiny_pipeline(family_name, tmp_path / "model")
+    check_size(folder, TINY_CLIP)
+    with pytest.raises(ValueError, match="has no latents for such clips") as error:
+        check_size(folder, ClipSize(*size, 8))
+    assert says in str(error.value)
+
+
+def test_the_5b_layout_takes_multiples_of_32(tmp_path: Path) -> None:
+    folder = tiny_pipeline("wan", tmp_path / "model")
+    path = folder / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"scale_factor_spatial": 16}))
+    with pytest.raises(ValueError, match=r"height = 48 must be a multiple of 32: 32 or 64; width = 80 .* 64 or 96"):
+        check_size(folder, ClipSize(9, 48, 80, 8))
+    check_size(folder, ClipSize(9, 64, 96, 8))
+
+
+EULER, UNIPC = {"_class_name": "FlowMatchEulerDiscreteScheduler"}, {"_class_name": "UniPCMultistepScheduler"}
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+DDIM = {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction"}
+
+
+@pytest.mark.parametrize(
+    ("pipeline_class", "config"),
+    [
+        ("WanPipeline", EULER | {"shift": 3.0}),
+        ("WanPipeline", EULER | {"use_karras_sigmas": None, "shift_terminal": None}),
+        ("WanPipeline", UNIPC | FLOW | {"flow_shift": 3.0, "solver_order": 2}),
+        ("CogVideoXPipeline", DDIM | {"snr_shift_scale": 1.0}),
+        ("CogVideoXPipeline", {"_class_name": "CogVideoXDPMScheduler", "prediction_type": "v_prediction"}),
+    ],
+)
+def test_schedulers_that_training_follows(pipeline_class: str, config: dict[str, Any]) -> None:
+    family = family_of(pipeline_class, config)
+    if "Wan" in pipeline_class:
+        assert family.shift == config.get("shift", config.get("flow_shift", 1.0))
+
+
+@pytest.mark.parametrize(
+    ("pipeline_class", "config", "option"),
+    [
+        ("WanPipeline", EULER | {"use_dynamic_shifting": True}, "use_dynamic_shifting = True"),
+        ("WanPipeline", EULER | {"use_karras_sigmas": True}, "use_karras_sigmas = True"),
+        ("WanPipeline", EULER | {"use_exponential_sigmas": True}, "use_exponential_sigmas = True"),
+        ("WanPipeline", EULER | {"use_beta_sigmas": True}, "use_beta_sigmas = True"),
+        ("WanPipeline", EULER | {"shift_terminal": 0.1}, "shift_terminal = 0.1"),
+        ("WanPipeline", EULER | {"invert_sigmas": True}, "invert_sigmas = True"),
+        ("WanPipeline", EULER | {"num_train_timesteps": 500}, "num_train_timesteps = 500"),
+        ("WanPipeline", UNIPC | {"prediction_type": "flow_prediction"}, "use_flow_sigmas = False"),
+        ("WanPipeline", UNIPC | {"use_flow_sigmas": True}, "prediction_type = 'epsilon'"),
+        ("CogVideoXPipeline", DDIM | {"prediction_type": "epsilon"}, "prediction_type = 'epsilon'"),
+        ("CogVideoXPipeline", DDIM | {"prediction_type": "sample"}, "prediction_type = 'sample'"),
+        ("CogVideoXPipeline", {"_class_name": "CogVideoXDDIMScheduler"}, "prediction_type = 'epsilon'"),
+    ],
+)
+def test_other_noise_levels_and_targets_are_refused(pipeline_class: str, config: dict[str, Any], option: str) -> None:
+    with pytest.raises(ValueError, match="changes noise levels or the target") as error:
+        family_of(pipeline_class, config)
+    assert option in str(error.value)
+
+
+def test_no_family_is_named_outside_its_own_file() -> None:
+    own = {"qvgen/models/wan.py", "qvgen/models/cogvideox.py", "qvgen/models/registry.py", "qvgen/integrations/fused/wan.py"}
+    words = ("WanPipeline", "WanFamily", "WanTransformer3DModel", "CogVideoXPipeline", "CogVideoXFamily")
+    named = {
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for package in ("qvgen", "stages", "comparison", "pipelines")
+        for path in (ROOT / package).rglob("*.py")
+        if str(path.relative_to(ROOT)) not in own
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if (isinstance(node, ast.Name) and node.id in words)
+        or (isinstance(node, ast.Constant) and node.value in words)
+        or (isinstance(node, ast.alias) and node.name in words)
+    }
+    assert named == set()
