@@ -12,9 +12,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+from pipelines.commands.exposure import measure
 from pipelines.run.checkout import environment, run_is_active
 from pipelines.run.health import accepts, fetch
-from pipelines.run.prefect_home import LOCAL_API, answers
+from pipelines.run.prefect_home import LOCAL_API, LOGIN, SECRET, answers, is_local, server_login
 from stages.record.connection import public_uri, tracking_uri
 
 Verdict = Literal["PASS", "WARN", "FAIL"]
@@ -203,7 +204,8 @@ def _journals(root: Path) -> Iterator[Check]:
 
 def _prefect(root: Path) -> Iterator[Check]:
     api = os.environ.get("PREFECT_API_URL", LOCAL_API)
-    up = answers(api, SECONDS)
+    login = os.environ.get(LOGIN) or (server_login(root) if is_local(api) and (root / SECRET).exists() else None)
+    up = answers(api, SECONDS, login)
     state = "answers" if up else "does not answer: flows start a temporary server, schedules need this one"
     detail = f"{public_uri(api, root)} {state}"
     yield Check("prefect", "PASS" if up else "WARN", detail, "qvgen ui, or set PREFECT_API_URL")
@@ -236,9 +238,16 @@ def _exposed(root: Path) -> Iterator[Check]:
         return
     found = [f"{ip}:{port}" for ip, port in listening if port in (4200, 5000) and ip not in ("127.0.0.1", "::1")]
     detail = f"anybody in the network can reach {', '.join(found)}" if found else "no server listens beyond this machine"
-    yield Check(
-        "exposed", "WARN" if found else "PASS", detail, "start it with --host 127.0.0.1; it asks nobody for a password"
-    )
+    yield Check("exposed", "WARN" if found else "PASS", detail, "start it with --host 127.0.0.1, or put a proxy before it")
+    servers = measure(root, SECONDS)
+    for server in servers:
+        # Whoever can use Prefect's API can run commands; MLflow's is of use to read and write runs.
+        bad = server.to_web_pages, server.to_this_machine and server.kind == "Prefect"
+        verdict: Verdict = "FAIL" if bad[0] else "WARN" if bad[1] else "PASS"
+        remedy = "stop it and start `qvgen ui`, or close it as docs/security.md says"
+        yield Check(f"exposed {server.where}", verdict, str(server), remedy)
+    if not servers:
+        yield Check("exposed servers", "PASS", "none of this project's servers runs")
 
 
 def _room(root: Path) -> Iterator[Check]:

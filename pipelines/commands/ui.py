@@ -10,16 +10,29 @@ import subprocess
 import sys
 import time
 import webbrowser
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from pipelines.run.checkout import environment
 from pipelines.run.health import fetch
-from pipelines.run.prefect_home import use_prefect
+from pipelines.run.prefect_home import SERVER_LOGIN, answers, server_login, use_prefect
+from pipelines.run.server import LOGIN_PATH, origins
 from stages.record.connection import EXPERIMENT, public_uri, tracking_uri
 
 HOST = "127.0.0.1"
 PATIENCE = 180  # seconds until a server must answer; on a quiet machine it takes ten
+
+
+@dataclass(frozen=True)
+class Server:
+    """Whether it answers; else what starts it, and with which variables."""
+
+    answers: Callable[[], bool]
+    command: list[str]
+    variables: dict[str, str]
 
 
 def show(root: Path, mlflow_port: int, prefect_port: int, browser: bool) -> int:
@@ -35,35 +48,43 @@ def show(root: Path, mlflow_port: int, prefect_port: int, browser: bool) -> int:
     if elsewhere and not _answers(f"{mlflow}/health"):
         raise ValueError(f"MLFLOW_TRACKING_URI is {public_uri(mlflow, root)}, which does not answer: start it, or unset it")
     use_prefect(root)
+    login = server_login(root)
     prefect = f"http://{HOST}:{prefect_port}"
     python = [sys.executable, "-m"]
-    commands = {
-        (prefect, "/api/health"): [*python, "prefect", "server", "start", "--host", HOST, "--port", str(prefect_port)],
+    servers = {
+        prefect: Server(
+            lambda: answers(f"{prefect}/api", 3, login),
+            [*python, "pipelines.run.server", "--port", str(prefect_port)],
+            {SERVER_LOGIN: login},
+        )
     }
     if not elsewhere:
-        commands[mlflow, "/health"] = [
-            *python, "mlflow", "ui", "--host", HOST, "--port", str(mlflow_port), "--workers", "1"
-        ]  # fmt: skip
-    variables = {
-        # Not as an argument: everybody on this machine can read those, and the store's address may hold a password.
-        "MLFLOW_BACKEND_STORE_URI": store,
-        # Else the page asks PREFECT_API_URL, or port 4200 whatever its own port is.
-        "PREFECT_SERVER_UI_API_URL": f"{prefect}/api",
-    }
+        own = [origin.removeprefix("http://") for origin in origins(mlflow_port)]
+        servers[mlflow] = Server(
+            lambda: _answers(f"{mlflow}/health"),
+            [*python, "mlflow", "ui", "--host", HOST, "--port", str(mlflow_port), "--workers", "1"],
+            {
+                # Not as an argument: everybody on this machine can read those, and the store's address may hold a password.
+                "MLFLOW_BACKEND_STORE_URI": store,
+                # Its own default takes 10.example.com, or any port, for this machine.
+                "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(own),
+                "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": ",".join(origins(mlflow_port)),
+            },
+        )
     started: list[subprocess.Popen[bytes]] = []
     told: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda received, _frame: told.append(received))
     try:
-        for (address, health), command in commands.items():
-            if not _answers(address + health):
-                started.append(_start(root, address, command, variables))
-        for address, health in commands:
-            _wait(root, address, health, started, told)
+        for address, server in servers.items():
+            if not server.answers():
+                started.append(_start(root, address, server))
+        for address, server in servers.items():
+            _wait(root, address, server, started, told)
         if not told:
             link = _experiment(mlflow, public_uri(mlflow, root))
             stops = ("nothing: both ran already", "what was started", "both")[len(started)]
-            print(f"MLflow:  {link}\nPrefect: {prefect}\nCtrl-C stops {stops}.", flush=True)
+            print(f"MLflow:  {link}\nPrefect: {prefect}{_login(prefect, login)}\nCtrl-C stops {stops}.", flush=True)
             if browser:
                 with suppress(webbrowser.Error):
                     webbrowser.open(link)
@@ -85,18 +106,25 @@ def _experiment(mlflow: str, shown: str) -> str:
         return shown
 
 
-def _start(root: Path, address: str, command: list[str], variables: dict[str, str]) -> subprocess.Popen[bytes]:
+def _login(prefect: str, login: str) -> str:
+    """What opens Prefect's pages without asking: behind #, which a browser keeps to itself. None of it is for a server that
+    was not started by us."""
+    return f"{LOGIN_PATH}#{quote(login)}" if _answers(f"{prefect}{LOGIN_PATH}") else ""
+
+
+def _start(root: Path, address: str, server: Server) -> subprocess.Popen[bytes]:
     port = int(address.rpartition(":")[2])
     with socket.socket() as probe:
         if probe.connect_ex((HOST, port)) == 0:
-            raise ValueError(f"port {port} is taken by something else: stop it, or choose another (`qvgen ui --help`)")
+            what = "something else, perhaps a server of another project"
+            raise ValueError(f"port {port} is taken by {what}: stop it, or choose another (`qvgen ui --help`)")
     log = root / ".qvgen" / "logs" / "ui.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
         return subprocess.Popen(
-            command,
+            server.command,
             cwd=root,
-            env=environment(root) | variables,
+            env=environment(root) | server.variables,
             stdout=file,
             stderr=file,
             stdin=subprocess.DEVNULL,
@@ -104,9 +132,9 @@ def _start(root: Path, address: str, command: list[str], variables: dict[str, st
         )
 
 
-def _wait(root: Path, address: str, health: str, started: list[subprocess.Popen[bytes]], told: list[int]) -> None:
+def _wait(root: Path, address: str, server: Server, started: list[subprocess.Popen[bytes]], told: list[int]) -> None:
     deadline = time.monotonic() + PATIENCE
-    while not told and not _answers(address + health):
+    while not told and not server.answers():
         if time.monotonic() > deadline or any(p.poll() is not None for p in started):
             raise ValueError(f"{address} does not answer; see {root / '.qvgen/logs/ui.log'}")
         time.sleep(0.3)

@@ -7,8 +7,12 @@ import http.client
 import socket
 import threading
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from typing import TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
+
+Answer = TypeVar("Answer")
 
 
 def fetch(address: str, seconds: float) -> bytes | None:
@@ -29,6 +33,19 @@ def fetch(address: str, seconds: float) -> bytes | None:
     return _within(seconds, ask)
 
 
+def status(address: str, seconds: float, body: bytes, headers: Mapping[str, str]) -> int | None:
+    """The status of the answer to a POST within `seconds`; None without one. Never raises; uses no proxy."""
+
+    def ask() -> int:
+        parts = urlsplit(address)
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        with closing(kind(parts.hostname or "", parts.port, timeout=seconds)) as connection:
+            connection.request("POST", parts.path, body, {"Content-Type": "application/json"} | dict(headers))
+            return connection.getresponse().status
+
+    return _within(seconds, ask)
+
+
 def accepts(host: str, port: int, seconds: float) -> bool:
     """Whether a connection to the port succeeds within `seconds`. Never raises."""
 
@@ -39,7 +56,7 @@ def accepts(host: str, port: int, seconds: float) -> bool:
     return bool(_within(seconds, connect))
 
 
-def _within(seconds: float, ask: Callable[[], bytes | bool | None]) -> bytes | None:
+def _within(seconds: float, ask: Callable[[], Answer]) -> Answer | None:
     """In a thread, because timeouts of sockets start again with every byte and address, and leave out the look-up of names."""
     found: list = []
 

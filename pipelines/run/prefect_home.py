@@ -3,30 +3,66 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from pipelines.run.health import fetch
 
 LOCAL_API = "http://127.0.0.1:4200/api"
+LOGIN = "PREFECT_API_AUTH_STRING"  # that clients send
+SERVER_LOGIN = "PREFECT_SERVER_API_AUTH_STRING"  # that a server asks for
+SECRET = Path(".qvgen", "prefect.secret")
 STARTUP_SECONDS = 180  # of a temporary server; ten on a quiet machine
 
 
 def use_prefect(root: Path) -> str | None:
     """Set Prefect's environment and return the address of the server that is there: PREFECT_API_URL, else that on
-    127.0.0.1:4200 if it answers, else None. Prefect's files are in .qvgen/prefect."""
+    127.0.0.1:4200 if it accepts this project's login, else None. Prefect's files are in .qvgen/prefect.
+
+    Clients and child processes find the login as PREFECT_API_AUTH_STRING, for a server on this machine only.
+    """
     os.environ.setdefault("PREFECT_HOME", str(root / ".qvgen" / "prefect"))
     Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)  # its server dies without
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    if "PREFECT_API_URL" not in os.environ and answers(LOCAL_API):
-        os.environ["PREFECT_API_URL"] = LOCAL_API
-    return os.environ.get("PREFECT_API_URL")
+    os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "false")  # a server that Prefect starts asks for no login
+    api = os.environ.get("PREFECT_API_URL")
+    if api is None and answers(LOCAL_API, login=os.environ.get(LOGIN) or server_login(root)):
+        api = os.environ["PREFECT_API_URL"] = LOCAL_API
+    if api is not None and is_local(api):
+        os.environ.setdefault(LOGIN, server_login(root))
+    return api
+
+
+def is_local(api: str) -> bool:
+    """Whether the address is of this machine: the project's login goes to no other."""
+    return urlsplit(api).hostname in ("127.0.0.1", "localhost", "::1")
+
+
+def server_login(root: Path) -> str:
+    """`user:password` of the servers that this project starts: PREFECT_SERVER_API_AUTH_STRING, else .qvgen/prefect.secret,
+    which is made on first use and which only its owner may read. Raises ValueError if others may, too."""
+    if given := os.environ.get(SERVER_LOGIN):
+        return given
+    file = root / SECRET
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent) as draft:  # of mode 0600
+            draft.write(f"qvgen:{secrets.token_urlsafe(32)}\n")
+            draft.flush()
+            with suppress(FileExistsError):  # another process was first
+                os.link(draft.name, file)
+    if file.stat().st_mode & 0o077:
+        raise ValueError(f"{file} can be read by others: delete it and start the servers again, then it is made anew")
+    return file.read_text().strip()
 
 
 @contextmanager
@@ -43,18 +79,20 @@ def some_server(root: Path) -> Iterator[None]:
         port = free.getsockname()[1]
     log = root / ".qvgen" / "logs" / "prefect.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    serve = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    login = server_login(root)
+    serve = [sys.executable, "-m", "pipelines.run.server", "--port", str(port)]
     with log.open("w") as file:
         command = [sys.executable, "-m", "pipelines.run.guard", "--", *serve]
-        guard = subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
+        variables = os.environ | {SERVER_LOGIN: login}
+        guard = subprocess.Popen(command, env=variables, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
     try:
         api = f"http://127.0.0.1:{port}/api"
         deadline = time.monotonic() + STARTUP_SECONDS
-        while not answers(api):
+        while not answers(api, login=login):
             if guard.poll() is not None or time.monotonic() > deadline:
                 raise ValueError(f"a temporary Prefect server did not start; see {log}, or run `dvc repro`, which needs none")
             time.sleep(0.3)
-        os.environ["PREFECT_API_URL"] = api
+        os.environ |= {"PREFECT_API_URL": api, LOGIN: login}
         yield
     finally:
         _send_last_logs()
@@ -71,6 +109,10 @@ def _send_last_logs() -> None:
         APILogWorker.drain_all(timeout=5)
 
 
-def answers(api: str, seconds: float = 1.0) -> bool:
-    """Whether a Prefect server answers at this address."""
-    return fetch(f"{api.rstrip('/')}/health", seconds) is not None
+def answers(api: str, seconds: float = 1.0, login: str | None = None) -> bool:
+    """Whether a Prefect server answers at this address and accepts `login`, PREFECT_API_AUTH_STRING if none is given."""
+    parts = urlsplit(f"{api.rstrip('/')}/admin/version")  # not /health, which asks for no login
+    login = login or os.environ.get(LOGIN)
+    if login and "@" not in parts.netloc:
+        parts = parts._replace(netloc=f"{quote(login)}@{parts.netloc}")
+    return fetch(urlunsplit(parts), seconds) is not None

@@ -23,7 +23,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, State
 
 from pipelines.champion.promote import promote_after_run
-from pipelines.run.checkout import environment
+from pipelines.run.checkout import environment, project_root
 from pipelines.run.dag import read_pipeline
 from pipelines.run.flow import run_pipeline
 from stages import observe
@@ -49,14 +49,17 @@ def notify(flow: Any, flow_run: Any, state: State) -> None:
 
 
 @flow(name="qvgen-retrain", on_failure=[notify], on_crashed=[notify], log_prints=True)
-def retrain(root: str, force: bool = False, push: bool = False) -> State:
+def retrain(root: str = ".", force: bool = False, push: bool = False) -> State:
     """Run the pipeline of the checkout `root` if data, code or parameters changed since dvc.lock (or with `force`), commit
     dvc.lock and metrics to a branch retrain/<date>, and let the gate decide whether the new model becomes champion.
 
     With `push`, for a checkout that does not outlive the run, data and branch go to their remotes first. A failure leaves
-    champion and checkout as they were. State Unchanged: nothing had changed.
+    champion and checkout as they were. State Unchanged: nothing had changed. Raises ValueError for another `root` than the
+    checkout in which this runs: who may start a run must not thereby choose which dvc.yaml is executed.
     """
-    folder = Path(root)
+    folder = project_root()
+    if Path(root).resolve() != folder.resolve():
+        raise ValueError(f"root = {root}: this process retrains {folder} only; leave root out, or serve the other checkout")
     observe.write(folder)  # or a change of code would not be known yet
     read = read_pipeline(folder)
     reasons = sorted(read.changed - read.always)

@@ -1,4 +1,4 @@
-"""A real Prefect server for the tests of flows and schedules."""
+"""A real Prefect server, as `qvgen ui` starts it, for the tests of flows and schedules."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[st
         "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_RUNNER_POLL_FREQUENCY": "2",
+        "PREFECT_API_AUTH_STRING": "qvgen:of-the-tests",
     }
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    own = {"PREFECT_SERVER_API_AUTH_STRING": variables["PREFECT_API_AUTH_STRING"]}
+    command = [sys.executable, "-m", "pipelines.run.server", "--port", str(port)]
     with (home / "log").open("w") as log:
-        process = subprocess.Popen(command, env=os.environ | variables, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, env=os.environ | variables | own, stdout=log, stderr=log, start_new_session=True)
         try:
-            wait_until(lambda: answers(variables["PREFECT_API_URL"]), (home / "log").read_text)
+            wait_until(lambda: answers(variables["PREFECT_API_URL"], login="qvgen:of-the-tests"), (home / "log").read_text)
             yield variables
         finally:
             os.killpg(process.pid, signal.SIGTERM)

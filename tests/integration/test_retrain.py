@@ -56,14 +56,15 @@ def test_a_schedule_retrains_when_something_changed(
     served: Path, prefect_server: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
     from prefect.states import Cancelling
 
     def git(*command: str) -> str:
         return subprocess.run(["git", *command], cwd=served, capture_output=True, text=True, check=True).stdout.strip()
 
     head, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
-    with temporary_settings({PREFECT_API_URL: prefect_server["PREFECT_API_URL"]}), get_client(sync_client=True) as client:
+    settings = {setting: prefect_server[setting.name] for setting in (PREFECT_API_URL, PREFECT_API_AUTH_STRING)}
+    with temporary_settings(settings), get_client(sync_client=True) as client:
         # Nothing has run yet, so all stages are to do: the first run by itself does them.
         first = wait_until(lambda: carried_out(client), lambda: str(flow_runs(client)))[0]
         assert first.auto_scheduled and first.state.is_completed(), first.state

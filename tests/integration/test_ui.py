@@ -8,6 +8,7 @@ import signal
 import socket
 import urllib.request
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -50,7 +51,8 @@ def test_ui_starts_both_servers_and_leaves_nothing(project: Path) -> None:
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(2)]
         assert re.fullmatch(rf"MLflow:  http://127.0.0.1:{ports[0]}/#/experiments/[1-9]\d*\n", lines[0]), lines
-        assert lines[1] == f"Prefect: http://127.0.0.1:{ports[1]}\n"
+        login = (project / ".qvgen" / "prefect.secret").read_text().strip()
+        assert lines[1] == f"Prefect: http://127.0.0.1:{ports[1]}/qvgen-login#{quote(login)}\n"
         for address in (f"http://127.0.0.1:{ports[0]}/", f"http://127.0.0.1:{ports[1]}/api/health"):
             with urllib.request.urlopen(address, timeout=30) as reply:
                 assert reply.status == 200

@@ -49,8 +49,8 @@ def make(root: Path, settings: dict[str, Any] | None = None) -> Path:
     """Write and commit the project; `settings` change the section `flow` of params.yaml."""
     (root / "qvgen").symlink_to(ROOT / "qvgen")
     (root / "stages").mkdir()
-    for shared in (ROOT / "stages").glob("_*.py"):
-        (root / "stages" / shared.name).symlink_to(shared)
+    for shared in ("__init__.py", "runtime", "record"):
+        (root / "stages" / shared).symlink_to(ROOT / "stages" / shared)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["flow"] |= {"workers": 2} | (settings or {})
     (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
