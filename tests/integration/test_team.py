@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from mlflow import MlflowClient
 
 from tests.support import services, toy_project
@@ -56,7 +55,8 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
         for name, value in keys.items():  # for boto3 in this process
             patch.setenv(name, value)
         mlflow = stack.enter_context(services.mlflow(folder / "mlflow", postgres.uri("mlflow"), "s3://qvgen/mlflow", keys))
-        prefect = stack.enter_context(services.prefect(folder / "prefect", postgres.uri("prefect", "postgresql+asyncpg")))
+        database = postgres.uri("prefect", "postgresql+asyncpg")
+        prefect = stack.enter_context(services.prefect(folder / "prefect", database, f"qvgen:{PASSWORD}"))
         yield Team(postgres, keys | prefect | {"MLFLOW_TRACKING_URI": mlflow}, folder)
 
 
@@ -160,25 +160,16 @@ def test_a_database_that_dies_in_the_middle_loses_nothing(team: Team, project: P
 
 def test_the_kubernetes_deployment_is_accepted(team: Team) -> None:
     from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
     create = ["work-pool", "create", "qvgen-kubernetes", "--type", "kubernetes"]
+    create += ["--base-job-template", "deploy/job-template.json"]
     for command in (create, ["--no-prompt", "deploy", "--all", "--prefect-file", "deploy/kubernetes.yaml"]):
         code, output = run(toy_project.ROOT, "prefect", *command, **team.variables)
         assert code == 0, output
-    with temporary_settings({PREFECT_API_URL: team.variables["PREFECT_API_URL"]}), get_client(sync_client=True) as client:
+    settings = {setting: team.variables[setting.name] for setting in (PREFECT_API_URL, PREFECT_API_AUTH_STRING)}
+    with temporary_settings(settings), get_client(sync_client=True) as client:
         found = client.read_deployment_by_name("qvgen-retrain/nightly")
     assert found.work_pool_name == "qvgen-kubernetes" and found.parameters == {"root": ".", "push": True}
     assert [next(iter(step)).rpartition(".")[2] for step in found.pull_steps or []] == ["git_clone", "run_shell_script"]
     assert found.job_variables["namespace"] == "qvgen" and found.concurrency_options is not None
-
-
-def test_the_compose_file_binds_to_this_host_only_and_holds_no_password() -> None:
-    compose = yaml.safe_load((toy_project.ROOT / "deploy" / "compose.yaml").read_text())
-    ports = [port for service in compose["services"].values() for port in service.get("ports", [])]
-    assert len(ports) == 3 and all(port.startswith("127.0.0.1:") for port in ports)
-    variables = [
-        value for s in compose["services"].values() for key, value in s.get("environment", {}).items() if "PASSWORD" in key
-    ]
-    assert variables and all(value.startswith("${") and ":?" in value for value in variables)
-    assert {name for s in compose["services"].values() for name in s.get("depends_on", {})} <= compose["services"].keys()

@@ -169,8 +169,8 @@ def mlflow(folder: Path, store: str, artifacts: str, variables: Mapping[str, str
 
 
 @contextmanager
-def prefect(folder: Path, database: str) -> Iterator[dict[str, str]]:
-    """Variables with which flows reach a Prefect server that keeps everything in `database`."""
+def prefect(folder: Path, database: str, login: str | None = None) -> Iterator[dict[str, str]]:
+    """Variables with which flows reach a Prefect server, as a team starts it, that keeps everything in `database`."""
     port = free_port()
     variables = {
         "PREFECT_HOME": str(folder),
@@ -179,5 +179,7 @@ def prefect(folder: Path, database: str) -> Iterator[dict[str, str]]:
     }
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     own = {"PREFECT_API_DATABASE_CONNECTION_URL": database}  # of the server alone: flows need no database
+    if login:
+        own["PREFECT_SERVER_API_AUTH_STRING"] = variables["PREFECT_API_AUTH_STRING"] = login
     with server(command, folder, f"{variables['PREFECT_API_URL']}/health", variables | own):
         yield variables
