@@ -10,13 +10,14 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qvgen.methods.registry import METHODS, Method
 from qvgen.phi.rank_decay import Annealing, RankDecaySchedule
 from qvgen.quant.scheme import QuantScheme
+from qvgen.safe_yaml import read_yaml
 
+LARGEST = 10**9  # of steps, clips, pixels and other counts: what is larger is a slip, and would run for years
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -44,15 +45,15 @@ class Fetch(_Section):
 class Prepare(_Section):
     source: Literal["digits", "videos"]
     folder: str | None = Field(default=None, description="for source 'videos': folder with captions.csv (file,caption)")
-    frames: int = Field(ge=1)
-    height: int = Field(ge=16, multiple_of=16, description="pixels")
-    width: int = Field(ge=16, multiple_of=16, description="pixels")
+    frames: int = Field(ge=1, le=LARGEST)
+    height: int = Field(ge=16, le=LARGEST, multiple_of=16, description="pixels")
+    width: int = Field(ge=16, le=LARGEST, multiple_of=16, description="pixels")
     max_sequence_length: int = Field(ge=1, le=512, description="text tokens the model was trained with")
-    train_clips: int = Field(ge=1)
-    calibration_clips: int = Field(ge=1)
-    held_out_clips: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
-    shard_size: int = Field(ge=1, description="clips per safetensors shard")
+    train_clips: int = Field(ge=1, le=LARGEST)
+    calibration_clips: int = Field(ge=1, le=LARGEST)
+    held_out_clips: int = Field(ge=1, le=LARGEST)
+    batch_size: int = Field(ge=1, le=LARGEST)
+    shard_size: int = Field(ge=1, le=LARGEST, description="clips per safetensors shard")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -62,11 +63,11 @@ class Prepare(_Section):
 
 
 class Calibrate(_Section):
-    batch_size: int = Field(ge=1)
+    batch_size: int = Field(ge=1, le=LARGEST)
     mse_exponent: float = Field(gt=0, le=8, description="exponent of the error that the weight range search minimises")
     weight_candidates: int = Field(ge=1, le=100, description="ranges tried per channel: 1.00, 0.99, ... of min/max")
     clip_candidates: tuple[float, ...] = Field(min_length=1, strict=False, description="activation clips tried, in (0, 1)")
-    tokens_per_group: int = Field(ge=16, description="activation rows kept per layer and timestep group for the search")
+    tokens_per_group: int = Field(ge=16, le=LARGEST, description="activation rows kept per layer and timestep group")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -79,8 +80,8 @@ class Calibrate(_Section):
 class Qat(_Section):
     """Training with Φ at full rank, and the optimizer settings that the decay stage continues with."""
 
-    steps: int = Field(ge=0, description="optimizer steps before rank decay starts")
-    batch_size: int = Field(ge=1)
+    steps: int = Field(ge=0, le=LARGEST, description="optimizer steps before rank decay starts")
+    batch_size: int = Field(ge=1, le=LARGEST)
     learning_rate: float = Field(gt=0, lt=1, description="weights and Φ")
     quantizer_learning_rate: float = Field(gt=0, lt=1, description="scales and zero points")
     clip_learning_rate: float = Field(gt=0, lt=1, description="logits of the activation clips")
@@ -91,19 +92,19 @@ class Qat(_Section):
     max_grad_norm: float = Field(gt=0)
     caption_dropout: float = Field(ge=0, lt=1)
     ema_decay: float | None = Field(default=None, gt=0, lt=1, description="null: no average of the weights")
-    checkpoint_every: int = Field(ge=1, description="steps between resume checkpoints")
+    checkpoint_every: int = Field(ge=1, le=LARGEST, description="steps between resume checkpoints")
 
 
 class Decay(_Section):
     """Rank decay of Φ, paper section 3.3."""
 
-    initial_rank: int = Field(ge=0, description="0: no Φ")
+    initial_rank: int = Field(ge=0, le=LARGEST, description="0: no Φ")
     decay_ratio: float = Field(gt=0, le=1, description="λ, the share of the rank that one phase removes")
     annealing: Annealing
     initialization: Literal["weight_error", "zero"] = Field(default="weight_error", description="what Φ starts as")
     redecompose: bool = Field(default=True, description="decompose Φ anew after each phase; false is the public code's fault")
-    phase_steps: int = Field(ge=1)
-    final_steps: int = Field(ge=0, description="steps after Φ is gone")
+    phase_steps: int = Field(ge=1, le=LARGEST)
+    final_steps: int = Field(ge=0, le=LARGEST, description="steps after Φ is gone")
 
 
 class Pack(_Section):
@@ -111,17 +112,17 @@ class Pack(_Section):
 
 
 class Evaluate(_Section):
-    prompts: int = Field(ge=1)
+    prompts: int = Field(ge=1, le=LARGEST)
     inference_steps: int = Field(ge=1, le=1000)
     guidance_scale: float = Field(ge=1)
-    batch_size: int = Field(ge=1)
+    batch_size: int = Field(ge=1, le=LARGEST)
     velocity_timesteps: int = Field(ge=1, le=1000, description="evenly spread timesteps at which velocities are compared")
-    videos: int = Field(ge=0, description="side-by-side videos written")
+    videos: int = Field(ge=0, le=LARGEST, description="side-by-side videos written")
 
 
 class Benchmark(_Section):
-    repetitions: int = Field(ge=3, description="interleaved measurements; the median is reported")
-    batch_size: int = Field(ge=1)
+    repetitions: int = Field(ge=3, le=LARGEST, description="interleaved measurements; the median is reported")
+    batch_size: int = Field(ge=1, le=LARGEST)
     threads: int | None = Field(default=None, ge=1, description="null: all cores")
 
 
@@ -226,27 +227,15 @@ class Params(_Section):
         return RankDecaySchedule(initial_rank=0, hold_steps=qat.steps, final_steps=with_phi.total_steps - qat.steps)
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice: plain YAML silently keeps the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def load_params(path: str | Path = "params.yaml") -> Params:
     """Read and check params.yaml. Raises ParamsError that lists every fault."""
     path = Path(path)
     if not path.is_file():
         raise ParamsError(f"{path} is not a file; run from the project folder")
     try:
-        tree = yaml.load(path.read_text(), Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
-        raise ParamsError(f"{path} is not valid YAML: {error}") from None
+        tree = read_yaml(path)
+    except ValueError as error:
+        raise ParamsError(str(error)) from None
     if not isinstance(tree, dict):
         raise ParamsError(f"{path} must hold sections, found {type(tree).__name__}")
     return validate_params(tree, path)
@@ -260,6 +249,7 @@ def validate_params(tree: dict[str, Any], source: str | Path) -> Params:
         raise ParamsError(_explain(source, error)) from None
 
 
+_SHOWN = 100  # characters of a value in a message
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
@@ -268,7 +258,7 @@ def _explain(path: str | Path, error: ValidationError) -> str:
     for fault in error.errors():
         where = ".".join(map(str, fault["loc"])) or "(whole file)"
         message = fault["msg"].removeprefix("Value error, ")
-        shown = "" if isinstance(fault["input"], dict) else f" = {fault['input']!r}"
+        shown = "" if isinstance(fault["input"], dict) else f" = {fault['input']!r:.{_SHOWN}}"
         if fault["type"] == "extra_forbidden":
             allowed = ", ".join(_known_keys(fault["loc"][:-1]))
             message = f"unknown key; allowed here: {allowed}"

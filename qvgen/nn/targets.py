@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import regex
 from torch import nn
 
 _REGEX = "re:"
+_SECONDS = 2.0  # for one pattern and one name; those that are meant to match take microseconds
 
 
 def match_linears(
@@ -19,7 +20,7 @@ def match_linears(
     A pattern is a class name ("Linear", subclasses included), a full name, or "re:" and a regular expression matched from
     the start of the full name; one that reaches linear layers only among other modules selects those. Empty `targets`
     means `default_targets`, and every linear layer if that is empty too. Raises ValueError for a pattern that matches no
-    linear layer, for an invalid regular expression, and when nothing is left.
+    linear layer, for an invalid regular expression or one that takes seconds, and when nothing is left.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if not linears:
@@ -47,11 +48,7 @@ def replace_module(model: nn.Module, fqn: str, new: nn.Module) -> None:
 
 def _matches(pattern: str, where: str, linears: dict[str, nn.Linear]) -> set[str]:
     if pattern.startswith(_REGEX):
-        try:
-            regex = re.compile(pattern.removeprefix(_REGEX))
-        except re.error as error:
-            raise ValueError(f"{where}: {pattern!r} is not a regular expression: {error}") from error
-        found = {name for name in linears if regex.match(name)}
+        found = _matched(pattern, where, linears)
     elif pattern in linears:
         found = {pattern}
     else:
@@ -59,6 +56,17 @@ def _matches(pattern: str, where: str, linears: dict[str, nn.Linear]) -> set[str
     if not found:
         raise ValueError(f"{where}: {pattern!r} matches no linear layer{_hint(pattern, linears)}")
     return found
+
+
+def _matched(pattern: str, where: str, names: Iterable[str]) -> set[str]:
+    """Some expressions take exponential time, such as (a+)+$, and a config.json of others may hold one."""
+    try:
+        compiled = regex.compile(pattern.removeprefix(_REGEX))
+        return {name for name in names if compiled.match(name, timeout=_SECONDS)}
+    except (regex.error, RecursionError) as error:
+        raise ValueError(f"{where}: {pattern!r} is not a regular expression: {error}") from error
+    except TimeoutError:
+        raise ValueError(f"{where}: matching {pattern!r} takes more than {_SECONDS:g} s: use no nested repetitions") from None
 
 
 def _class_names(module: nn.Module) -> set[str]:

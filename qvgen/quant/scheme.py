@@ -14,6 +14,7 @@ EXTRAS = ("input_scaling", "input_rotation", "low_rank")
 
 Strategy = Literal["tensor", "channel", "group", "token"]
 ZeroPointDomain = Literal["float", "integer"]
+LONGEST_PATTERN = 1000  # characters of an entry of `targets` or `ignore`
 
 
 class _Frozen(BaseModel):
@@ -80,9 +81,11 @@ class QuantScheme(_Frozen):
     @classmethod
     def _valid_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         for pattern in patterns:
+            if len(pattern) > LONGEST_PATTERN:
+                raise ValueError(f"{pattern[:40]!r}... has {len(pattern)} characters, more than {LONGEST_PATTERN}")
             try:
                 re.compile(pattern.removeprefix("re:"))
-            except re.error as error:
+            except (re.error, RecursionError, OverflowError) as error:
                 raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
         return patterns
 

@@ -163,3 +163,47 @@ def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     twice.write_text("seed: 0\nseed: 1\n")
     with pytest.raises(ParamsError, match="'seed' is given twice"):
         load_params(twice)
+
+
+def test_counts_that_no_machine_finishes_are_refused(tmp_path: Path) -> None:
+    assert "qat.steps = 1000000000001: Input should be less than" in refusal(with_({"qat.steps": 10**12 + 1}), tmp_path)
+    text = yaml.safe_dump(with_({"qat.steps": 0})).replace("steps: 0", "steps: 1e29", 1)
+    assert "qat.steps = '1e29'" in refusal(text, tmp_path)
+    message = refusal(with_({"qat.steps": "x" * 10**5}), tmp_path)
+    assert len(message) < 500
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("? [a, b]\n: 1\n", "a list or mapping is no key"),
+        ("? {a: b}\n: 1\n", "a list or mapping is no key"),
+        (
+            "a: &a [1]\n"
+            + "".join(f"{'bcdefghi'[n]}: &{'bcdefghi'[n]} [{', '.join(['*' + 'abcdefgh'[n]] * 9)}]\n" for n in range(8)),
+            "more than 10000 values",
+        ),
+        ("a: &a {k: 1}\nb: &b {<<: [*a, *a, *a]}\n" + "c: &c [*c]\n", "more than 10000 values"),
+        ("[" * 5000, "nests brackets too deeply"),
+        ("{" * 5000, "nests brackets too deeply"),
+        ("a: 2001-99-99\n", "is not valid YAML: month"),
+        ("a: !!int ''\n", "is not valid YAML"),
+        ("a: !!bool 7\n", "is not valid YAML"),
+        ("a: !!python/object/apply:os.system [ls]\n", "is not valid YAML"),
+        ("# " + "x" * 1_000_000, "more than 1000000"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_yaml_that_means_harm_gets_a_sentence(content: str, said: str, tmp_path: Path) -> None:
+    message = refusal(content, tmp_path)
+    assert said in message and str(tmp_path / "params.yaml") in message and len(message) < 500
+
+
+def test_another_encoding_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_bytes("seed: 0 # größe".encode("latin-1"))
+    with pytest.raises(ParamsError, match=r"params\.yaml is not UTF-8"):
+        load_params(path)
+    path.write_bytes("seed: 0".encode("utf-16"))
+    with pytest.raises(ParamsError, match=r"params\.yaml is not UTF-8"):
+        load_params(path)

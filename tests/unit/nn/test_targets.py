@@ -1,10 +1,12 @@
 import copy
+import time
 
 import pytest
 import torch
 from torch import nn
 
 from qvgen.nn.targets import match_linears, replace_module
+from qvgen.quant.scheme import QuantScheme
 
 
 class Special(nn.Linear):
@@ -74,3 +76,20 @@ def test_replace_module() -> None:
     assert root.get_submodule("blocks.1.ffn")(torch.ones(1, 2)).shape == (1, 4)
     with pytest.raises(AttributeError):
         replace_module(root, "blocks.1.ffn.7", new)
+
+
+@pytest.mark.parametrize("pattern", [r"re:(\w|[a-z]|bl)+\d$", r"re:(?:(?:\w|[a-z])+)+\d"])
+def test_a_pattern_without_end_is_stopped(pattern: str) -> None:
+    model = nn.Module()
+    model.add_module("block" * 12, nn.Linear(2, 2))
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=r"targets: matching .* takes more than 2 s"):
+        match_linears(model, [pattern])
+    assert time.monotonic() - began < 20
+
+
+def test_a_pattern_is_short_and_not_nested_without_end() -> None:
+    with pytest.raises(ValueError, match="characters, more than 1000"):
+        QuantScheme(targets=("re:" + "a" * 1000,))
+    with pytest.raises(ValueError, match="is not a regular expression"):
+        QuantScheme(targets=("re:" + "(" * 490 + ")" * 490,))
