@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qvgen.checkpoint.pipeline import load_component
-from qvgen.models.files import SourceError, read_json
+from qvgen.models.files import SourceError, read_json, shards_of
 from qvgen.models.source import Pipeline
 
 _FILES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}  # what each one reads
@@ -35,7 +35,7 @@ def check_loadable(pipeline: Pipeline) -> None:
         try:
             load_component(pipeline.folder, name)
         except Exception as error:  # diffusers and transformers raise all kinds
-            raise SourceError(f"{pipeline.folder / name} cannot be loaded ({_first_line(error)}); get it again") from None
+            raise SourceError(f"{pipeline.folder / name} cannot be loaded ({first_line(error)}); get it again") from None
 
 
 def _check_model(folder: Path, library: str, class_name: str) -> None:
@@ -52,7 +52,7 @@ def _check_model(folder: Path, library: str, class_name: str) -> None:
     try:
         model = _empty_model(library, class_name, config)
     except Exception as error:
-        raise SourceError(f"{folder / 'config.json'} does not describe a {class_name} ({_first_line(error)})") from None
+        raise SourceError(f"{folder / 'config.json'} does not describe a {class_name!s:.100} ({first_line(error)})") from None
     optional = {*(getattr(model, "_tied_weights_keys", None) or ())}
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     missing = sorted(name for name in expected if name not in found and name not in optional)
@@ -87,7 +87,7 @@ def _shapes(folder: Path, filename: str) -> dict[str, list[int]]:
     if (folder / filename).is_file():
         files = [folder / filename]
     elif index.is_file():
-        files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+        files = [folder / name for name in shards_of(index)]
     else:
         present = sorted(path.name for path in folder.glob("*.safetensors"))
         stem = filename.removesuffix(".safetensors")
@@ -110,6 +110,11 @@ def _header(path: Path) -> bytes:
         return file.read(int.from_bytes(file.read(8), "little"))
 
 
+def check_sizes(folder: Path, config: dict[str, Any], library: str = "diffusers") -> None:
+    """Raises SourceError if config.json of a component holds a size that its weights cannot have; only headers are read."""
+    _check_sizes(folder / "config.json", config, _shapes(folder, _FILES[library]))
+
+
 def _check_sizes(path: Path, config: dict[str, Any], shapes: dict[str, list[int]]) -> None:
     """Refuse sizes that the weights cannot have before a model is built by them: building takes time by the layer."""
     elements = sum(torch.Size(shape).numel() for shape in shapes.values())
@@ -124,5 +129,5 @@ def _check_sizes(path: Path, config: dict[str, Any], shapes: dict[str, list[int]
                 )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"

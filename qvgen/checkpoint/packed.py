@@ -17,8 +17,9 @@ from huggingface_hub import ModelCard, ModelCardData, split_torch_state_dict_int
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from qvgen.checkpoint.loadable import check_sizes, first_line
 from qvgen.checkpoint.pipeline import load_transformer
-from qvgen.models.files import GENERATION, MANIFEST, read_json
+from qvgen.models.files import GENERATION, MANIFEST, check_safetensors, read_json
 from qvgen.nn.packed_linear import packed_layers
 from qvgen.packing.layout import EXACT_NAMES
 from qvgen.quant.scheme import EXTRAS, QuantScheme
@@ -70,9 +71,16 @@ def load_packed_transformer(folder: str | Path, dtype: torch.dtype | None = None
     Activations and the tensors outside the packed layers are in `dtype`, by default float32. Raises ValueError for a
     folder that is not a packed pipeline and for damaged, missing or inconsistent tensors, naming them.
     """
-    _check_config(Path(folder) / _TRANSFORMER)
-    _check_files(Path(folder) / _TRANSFORMER)
-    return load_transformer(folder, dtype)
+    transformer = Path(folder) / _TRANSFORMER
+    config = _check_config(transformer)
+    _check_files(transformer)
+    check_sizes(transformer, config)
+    try:
+        return load_transformer(folder, dtype)
+    except (ValueError, MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # diffusers raises all kinds for a config.json that describes no model
+        raise ValueError(f"{transformer / 'config.json'} does not describe what is beside it ({first_line(error)})") from None
 
 
 def verify_folder(folder: str | Path) -> int:
@@ -125,13 +133,15 @@ def _write_transformer(transformer: Any, scheme: QuantScheme, names: list[str], 
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _check_config(folder: Path) -> None:
+def _check_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder.parent} is not a packed pipeline: it has no {_TRANSFORMER}/config.json")
-    quantization = read_json(path).get("quantization_config")
+    config = read_json(path)
+    quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "qvgen":
         raise ValueError(f"{folder.parent} is not packed: {path.name} of its transformer has no qvgen quantization_config")
+    return config
 
 
 def _check_files(folder: Path) -> None:
@@ -141,6 +151,7 @@ def _check_files(folder: Path) -> None:
         raise ValueError(f"{folder} has no safetensors files; other formats are not read")
     for file in files:
         try:
+            check_safetensors(file)
             with safe_open(file, framework="pt") as handle:
                 handle.keys()
         except SafetensorError as error:

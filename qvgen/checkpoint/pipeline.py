@@ -53,7 +53,7 @@ def transformer_class(folder: str | Path) -> Any:
     name = str(read_json(path).get("_class_name"))
     found = getattr(diffusers, name, None)
     if found is None:
-        raise ValueError(f"{path}: diffusers has no model {name!r}")
+        raise ValueError(f"{path}: diffusers has no model {name!r:.100}")
     return found
 
 

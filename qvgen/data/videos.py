@@ -5,12 +5,17 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import av
 import torch
 import torch.nn.functional as F
 
 from qvgen.models.family import ClipSize
+
+LONGEST_NAME = 255  # bytes of a part of a path
+LONGEST_PATH = 2000  # bytes of an entry of column file; with the folder, systems allow 4095
+MOST_PIXELS = 2**25  # of a frame: 7680 x 4320, 400 MB in float32
 
 
 def read_captions(folder: str | Path) -> list[tuple[Path, str]]:
@@ -25,7 +30,7 @@ def read_captions(folder: str | Path) -> list[tuple[Path, str]]:
         raise ValueError(f"{table} does not exist; write a CSV with columns file and caption, one row per video")
     (_, header), *lines = list(_read_table(table)) or [(1, [])]
     if not {"file", "caption"} <= set(header):
-        raise ValueError(f"{table} must have columns file and caption, found {header}")
+        raise ValueError(f"{table} must have columns file and caption, found {header!s:.200}")
     rows = []
     for line, fields in lines:
         if len(fields) != len(header):
@@ -35,6 +40,9 @@ def read_captions(folder: str | Path) -> list[tuple[Path, str]]:
             )
         row = dict(zip(header, fields, strict=True))
         name, caption = row["file"].strip(), row["caption"].strip()
+        lengths = [len(part.encode(errors="replace")) for part in Path(name).parts]
+        if max(lengths, default=0) > LONGEST_NAME or sum(lengths) > LONGEST_PATH:
+            raise ValueError(f"{table} line {line}: {name[:40]!r}... is longer than a file name can be")
         if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
             raise ValueError(f"{table} line {line}: {name!r} must be a path inside {folder}")
         if not (folder / name).is_file():
@@ -65,22 +73,38 @@ def _read_table(path: Path) -> Iterator[tuple[int, list[str]]]:
 def read_clip(path: str | Path, size: ClipSize) -> torch.Tensor:
     """The first `size.frames` frames as (3, t, h, w) float32 in [-1, 1], resized to cover and cropped at the centre.
 
-    Raises ValueError if the file has no video or too few frames.
+    Raises ValueError if the file has no video, too few frames, or frames too large.
     """
     frames: list[torch.Tensor] = []
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
+            coded = container.streams.video[0].codec_context
+            if coded is None:
+                raise ValueError(f"{path} cannot be read as a video: no decoder for its format")
+            _check_pixels(path, "a frame", coded.height, coded.width)  # before the decoder takes memory for one
             for frame in container.decode(video=0):
-                frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
+                frames.append(_cover(path, frame, size))
                 if len(frames) == size.frames:
                     break
-    except (av.FFmpegError, IndexError) as error:
+    except (av.FFmpegError, IndexError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a video: {error}") from None
     if len(frames) < size.frames:
         raise ValueError(f"{path} has {len(frames)} frames, {size.frames} are needed; remove it or lower prepare.frames")
-    video = torch.stack(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
-    scale = max(size.height / video.shape[2], size.width / video.shape[3])
-    cover = [max(size.height, round(video.shape[2] * scale)), max(size.width, round(video.shape[3] * scale))]
-    video = F.interpolate(video, size=cover, mode="bilinear", antialias=True, align_corners=False).clamp(-1, 1)
+    return torch.cat(frames).permute(1, 0, 2, 3).contiguous()
+
+
+def _cover(path: str | Path, frame: Any, size: ClipSize) -> torch.Tensor:
+    """One decoded frame as (1, 3, h, w), resized at once: a clip in its own resolution may take gigabytes."""
+    _check_pixels(path, "a frame", frame.height, frame.width)
+    image = torch.from_numpy(frame.to_ndarray(format="rgb24"))[None].permute(0, 3, 1, 2).float() / 127.5 - 1
+    scale = max(size.height / frame.height, size.width / frame.width)
+    cover = [max(size.height, round(frame.height * scale)), max(size.width, round(frame.width * scale))]
+    _check_pixels(path, f"a frame that covers {size.width} x {size.height}", *cover)
+    image = F.interpolate(image, size=cover, mode="bilinear", antialias=True, align_corners=False).clamp(-1, 1)
     top, left = (cover[0] - size.height) // 2, (cover[1] - size.width) // 2
-    return video[:, :, top : top + size.height, left : left + size.width].permute(1, 0, 2, 3).contiguous()
+    return image[:, :, top : top + size.height, left : left + size.width]
+
+
+def _check_pixels(path: str | Path, what: str, height: int, width: int) -> None:
+    if height * width > MOST_PIXELS:
+        raise ValueError(f"{path}: {what} has {width} x {height} pixels, more than {MOST_PIXELS}: make the video smaller")

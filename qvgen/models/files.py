@@ -12,6 +12,7 @@ GENERATION = "generation.json"  # how this model is meant to be sampled
 BESIDE = ("model_index.json", GENERATION, "README.md", "LICENSE")
 SUFFIXES = (".safetensors", ".json", ".txt", ".model")  # .model: sentencepiece vocabulary, a plain protobuf
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format
+_LONGEST_JSON = 64 << 20  # bytes; the index of a model of 100,000 tensors has 10 MiB
 _LFS_POINTER = b"version https://git-lfs"  # first line of what git has in place of a large file
 
 
@@ -23,14 +24,34 @@ def read_json(path: Path, meaning: str = "") -> dict[str, Any]:
     """The object in a JSON file. Raises SourceError for a file that is missing (then with `meaning`), damaged or of another
     kind."""
     try:
+        if (found := path.stat().st_size) > _LONGEST_JSON:
+            raise SourceError(f"{path} has {found} bytes, more than {_LONGEST_JSON} for a configuration or index")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SourceError(f"{path} does not exist, {meaning}".rstrip(", ")) from None
+    except IsADirectoryError:
+        raise SourceError(f"{path} is a folder, not a file") from None
+    except RecursionError:
+        raise SourceError(f"{path} nests brackets too deeply") from None
+    except SourceError:
+        raise
     except ValueError as error:
         raise SourceError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise SourceError(f"{path} must hold an object, found {type(content).__name__}")
     return content
+
+
+def shards_of(index: Path) -> list[str]:
+    """Names of the weight files that an index lists, sorted. Raises SourceError for an index that names other things."""
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise SourceError(f"{index}: weight_map must map tensors to file names")
+    names = sorted(set(named.values()))
+    for name in names:
+        if Path(name).name != name or "\0" in name:
+            raise SourceError(f"{index}: {name!r:.100} is not the name of a file beside it")
+    return names
 
 
 def check_not_pointer(path: Path) -> None:
@@ -55,7 +76,7 @@ def check_safetensors(path: str | Path) -> None:
         try:
             header = json.loads(file.read(length))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise SourceError(f"{path} has a damaged safetensors header ({error})") from None
     expected = 8 + length + max(ends, default=0)
     if found != expected:

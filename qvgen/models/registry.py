@@ -39,7 +39,7 @@ def family_class(pipeline_class: Any) -> type[Family]:
     """The family of a diffusers pipeline class name. Raises SourceError (a ValueError) for one that is not supported."""
     if pipeline_class in _FAMILIES:
         return _FAMILIES[pipeline_class]
-    message = f"pipeline {pipeline_class!r} is not supported; supported: {', '.join(_FAMILIES)}"
+    message = f"pipeline {pipeline_class!r:.100} is not supported; supported: {', '.join(_FAMILIES)}"
     if isinstance(pipeline_class, str) and any(word in pipeline_class for word in _MORE_THAN_TEXT):
         message += (
             ". It makes videos from more than text (a first image, a video, a mask), which no stage reads or encodes: "
@@ -63,7 +63,7 @@ def family_of(pipeline_class: Any, scheduler_config: Mapping[str, Any]) -> Famil
         if name in options and options[name] not in accepted:
             allowed = " or ".join(map(repr, accepted))
             raise ValueError(
-                f"scheduler option {name} = {options[name]!r} changes noise levels or the target in a way that training and "
+                f"scheduler option {name} = {options[name]!r:.100} changes noise levels or the target in a way that training and "
                 f"evaluation of {family.name} do not follow; it must be {allowed} in scheduler_config.json"
             )
     return family.from_scheduler(options)

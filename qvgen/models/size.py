@@ -8,6 +8,8 @@ from qvgen.models.family import ClipSize
 from qvgen.models.files import read_json
 from qvgen.models.registry import family_class
 
+MOST_PIXELS = 2**30  # of a clip, 13 GB in float32: 129 frames of 3840 x 2160
+
 
 def check_size(folder: str | Path, size: ClipSize) -> None:
     """Raises ValueError for clips that the model of a pipeline folder would cut or lengthen, with the nearest possible size.
@@ -16,8 +18,20 @@ def check_size(folder: str | Path, size: ClipSize) -> None:
     pixels; the transformer joins latent pixels into patches. A clip that does not fit is cut without a word.
     """
     folder = Path(folder)
+    if (pixels := size.frames * size.height * size.width) > MOST_PIXELS:
+        raise ValueError(
+            f"frames x height x width = {size.frames} x {size.height} x {size.width} = {pixels} pixels, more than "
+            f"{MOST_PIXELS}: lower one of them"
+        )
     family = family_class(read_json(folder / "model_index.json").get("_class_name"))
-    step = family.clip_step(*(read_json(folder / part / "config.json") for part in ("transformer", "vae")))
+    configs = [read_json(folder / part / "config.json") for part in ("transformer", "vae")]
+    try:
+        step = family.clip_step(*configs)
+        if not all(type(unit) is int and 1 <= unit <= MOST_PIXELS for unit in (step.frames, step.height, step.width)):
+            raise TypeError(f"{step}")
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        where = " and ".join(f"{part}/config.json" for part in ("transformer", "vae"))
+        raise ValueError(f"{where} of {folder} do not say for which clips there are latents ({error!s:.200})") from None
     faults = []
     if (size.frames - 1) % step.frames or size.frames < 1:
         near = " or ".join(str(n + 1) for n in _nearest(size.frames - 1, step.frames, 0))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qvgen.models.files import BESIDE, SUFFIXES, SourceError, check_not_pointer, check_safetensors, read_json
+from qvgen.models.files import BESIDE, SUFFIXES, SourceError, check_not_pointer, check_safetensors, read_json, shards_of
 
 COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")  # that the stages read; all are needed
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -94,10 +94,10 @@ def _is_component(folder: Path, name: str, kind: Any) -> bool:
     if name.startswith("_") or not isinstance(kind, list) or len(kind) != 2 or kind[1] is None:
         return False
     if not re.fullmatch(r"\w+", name):
-        raise SourceError(f"{folder / 'model_index.json'}: {name!r} is not a component name")
+        raise SourceError(f"{folder / 'model_index.json'}: {name!r:.100} is not a component name")
     if kind[0] not in _LIBRARIES:
         raise SourceError(
-            f"{folder / 'model_index.json'}: component {name} is code of {kind[0]!r}; only {' and '.join(_LIBRARIES)} "
+            f"{folder / 'model_index.json'}: component {name} is code of {kind[0]!r:.100}; only {' and '.join(_LIBRARIES)} "
             "are allowed, code that comes with a model is never run"
         )
     return True
@@ -130,7 +130,7 @@ def _component_files(folder: Path, component: str) -> list[str]:
     if not weights and any(p.name == "config.json" for p in configs):
         raise SourceError(f"{folder / component} has no .safetensors file: the weights of {component} are missing")
     for shards in (p for p in present if p.name.endswith(".safetensors.index.json")):
-        for shard in sorted(set(read_json(shards).get("weight_map", {}).values())):
+        for shard in shards_of(shards):
             if shards.with_name(shard) not in present:
                 raise SourceError(f"{shards.with_name(shard)} is missing, but {shards.name} names it; get it again")
     for path in weights:

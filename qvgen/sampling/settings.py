@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -15,6 +16,8 @@ from qvgen.models.size import check_size
 from qvgen.models.source import read_pipeline
 
 _TYPES = {field.name: float if field.name.startswith("guidance") else int for field in fields(SamplingSettings)}
+
+_LARGEST = {"inference_steps": 1000, "fps": 1000, "max_sequence_length": 10_000, "guidance_scale": 1000}
 
 
 def read_settings(model: str | Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> SamplingSettings:
@@ -33,9 +36,10 @@ def read_settings(model: str | Path, overrides: Mapping[str, Any] = MappingProxy
         number = isinstance(value, int | kind) and not isinstance(value, bool)
         if name == "guidance_stop":
             if not number or not 0 < value <= 1:
-                raise ValueError(f"{name} = {value!r} must be a number above 0, at most 1")
-        elif not number or value < 1:
-            raise ValueError(f"{name} = {value!r} must be a number, at least 1")
+                raise ValueError(f"{name} = {value!r:.100} must be a number above 0, at most 1")
+        elif not number or not 1 <= value <= _LARGEST.get(name, math.inf):
+            most = f", at most {_LARGEST[name]}" if name in _LARGEST else ""
+            raise ValueError(f"{name} = {value!r:.100} must be a number, at least 1{most}")
     settings = SamplingSettings(**values)
     check_size(model, settings.size)
     return settings
@@ -57,5 +61,5 @@ def _own(model: Path) -> dict[str, Any]:
     sidecar = model / GENERATION
     own = read_json(sidecar) if sidecar.is_file() else {}
     if unknown := sorted(own.keys() - _TYPES.keys()):
-        raise ValueError(f"{sidecar}: unknown entries {unknown}; allowed: {', '.join(_TYPES)}")
+        raise ValueError(f"{sidecar}: unknown entries {unknown!s:.200}; allowed: {', '.join(_TYPES)}")
     return own
