@@ -63,8 +63,8 @@ def family_of(pipeline_class: Any, scheduler_config: Mapping[str, Any]) -> Famil
         if name in options and options[name] not in accepted:
             allowed = " or ".join(map(repr, accepted))
             raise ValueError(
-                f"scheduler option {name} = {options[name]!r:.100} changes noise levels or the target in a way that training and "
-                f"evaluation of {family.name} do not follow; it must be {allowed} in scheduler_config.json"
+                f"scheduler option {name} = {options[name]!r:.100} changes noise levels or the target in a way that "
+                f"training and evaluation of {family.name} do not follow; it must be {allowed} in scheduler_config.json"
             )
     return family.from_scheduler(options)
 

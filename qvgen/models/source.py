@@ -74,7 +74,7 @@ def read_pipeline(folder: str | Path) -> Pipeline:
     for component in components:
         files += _component_files(folder, component)
     if refusal := family.refusal(index, read_json(folder / "transformer" / "config.json")):
-        raise SourceError(f"{folder}: {refusal}")
+        raise SourceError(f"{folder}: {refusal:.300}")
     return Pipeline(folder, pipeline_class, components, tuple(sorted(files)))
 
 
