@@ -49,7 +49,7 @@ def make(root: Path, settings: dict[str, Any] | None = None) -> Path:
     """Write and commit the project; `settings` change the section `flow` of params.yaml."""
     (root / "qvgen").symlink_to(ROOT / "qvgen")
     (root / "stages").mkdir()
-    for shared in ("__init__.py", "runtime", "record"):
+    for shared in ("__init__.py", "observe.py", "runtime", "record"):
         (root / "stages" / shared).symlink_to(ROOT / "stages" / shared)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["flow"] |= {"workers": 2} | (settings or {})
