@@ -7,13 +7,14 @@ row per step in metrics/decay.csv.
 from __future__ import annotations
 
 from stages.runtime.run import Stage, stage_main
-from stages.runtime.training import STATE, Sources, build_trainer, finish, train, write_metrics
+from stages.runtime.training import STATE, train, write_metrics
 
 
 def run(stage: Stage) -> None:
     from safetensors.torch import save_file
 
     from qvgen.checkpoint.training import load_training_state
+    from qvgen.training.recipe import Sources, build_trainer, finish
 
     sources = Sources.of(stage.root)
     trainer = build_trainer(stage.params, sources)

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from qvgen.models.folding import ChannelGrid
-from qvgen.quant.calibrate import LayerGrid
+from qvgen.quant.grid import LayerGrid
 
 
 def save_grids(path: str | Path, grids: Mapping[str, LayerGrid]) -> None:
