@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comparison.cases import REFERENCE, RESULTS, Case, case_params, parse_case, read_factor, read_settings, reference_params
+from qvgen.training.recipe import Sources, build_trainer, calibrate, finish
 from stages.runtime.run import Stage, stage_main
-from stages.runtime.training import Sources, build_trainer, calibrate, finish
 
 if TYPE_CHECKING:
     from qvgen.params import Params

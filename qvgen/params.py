@@ -12,9 +12,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from qvgen.methods.registry import METHODS, Method
+from qvgen.methods.method import Method
+from qvgen.methods.registry import METHODS
 from qvgen.phi.rank_decay import Annealing, RankDecaySchedule
 from qvgen.quant.scheme import QuantScheme
+from qvgen.quant.search.settings import SearchSettings
 from qvgen.safe_yaml import read_yaml
 
 LARGEST = 10**9  # of steps, clips, pixels and other counts: what is larger is a slip, and would run for years
@@ -62,19 +64,9 @@ class Prepare(_Section):
         return self
 
 
-class Calibrate(_Section):
+class Calibrate(SearchSettings):
     batch_size: int = Field(ge=1, le=LARGEST)
-    mse_exponent: float = Field(gt=0, le=8, description="exponent of the error that the weight range search minimises")
-    weight_candidates: int = Field(ge=1, le=100, description="ranges tried per channel: 1.00, 0.99, ... of min/max")
-    clip_candidates: tuple[float, ...] = Field(min_length=1, strict=False, description="activation clips tried, in (0, 1)")
     tokens_per_group: int = Field(ge=16, le=LARGEST, description="activation rows kept per layer and timestep group")
-
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        bad = [c for c in self.clip_candidates if not 0 < c < 1]
-        if bad:
-            raise ValueError(f"clip_candidates must lie strictly between 0 and 1, found {bad}")
-        return self
 
 
 class Qat(_Section):
@@ -176,15 +168,17 @@ class Params(_Section):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         faults = []
-        if METHODS[self.method].phi and self.decay.initial_rank == 0:
-            faults.append(f"method {self.method} needs decay.initial_rank >= 1; without Φ the method is called kd")
+        try:
+            _ = self.schedule
+        except ValueError as error:
+            faults.append(str(error))
         if self.evaluate.prompts < self.evaluate.videos:
             faults.append(
                 f"evaluate.videos = {self.evaluate.videos} but only evaluate.prompts = {self.evaluate.prompts} are generated"
             )
         for name, value in self.scheme.extras.items():
-            if name not in METHODS[self.method].scheme_changes:
-                users = [method for method, entry in METHODS.items() if name in entry.scheme_changes]
+            if name not in self.chosen.extras:
+                users = [method for method, card in METHODS.items() if name in card.extras]
                 faults.append(f"scheme.{name} = {value} is of no use to method {self.method}; it is for {', '.join(users)}")
         if faults:
             raise ValueError("; ".join(faults))
@@ -198,33 +192,29 @@ class Params(_Section):
     def scheme_of(self, method: str) -> QuantScheme:
         """`scheme` with what `method` adds to each layer, as given in params.yaml or else the method's default, and without
         what only others add."""
-        changes = METHODS[method].scheme_changes
-        given = {name: value for name, value in self.scheme.extras.items() if name in changes}
-        return QuantScheme.model_validate({**dict(self.scheme.without_extras()), **changes, **given})
+        extras = METHODS[method].extras
+        given = {name: value for name, value in self.scheme.extras.items() if name in extras}
+        return QuantScheme.model_validate({**dict(self.scheme.without_extras()), **extras, **given})
 
     @property
     def chosen(self) -> Method:
-        """What `method` stands for."""
+        """The card that `method` names."""
         return METHODS[self.method]
 
     @property
     def schedule(self) -> RankDecaySchedule:
-        """Steps, rank and γ of this run. A method without Φ trains for the same number of steps; one without training
-        has none."""
-        if not self.chosen.trained:
-            return RankDecaySchedule(initial_rank=0)
+        """Steps, rank and γ of this run, as its method has them. Raises ValueError for a rank that the method cannot take."""
         qat, decay = self.qat, self.decay
-        with_phi = RankDecaySchedule(
-            initial_rank=decay.initial_rank,
-            decay_ratio=decay.decay_ratio,
-            annealing=decay.annealing,
-            hold_steps=qat.steps,
-            phase_steps=decay.phase_steps,
-            final_steps=decay.final_steps,
+        return self.chosen.schedule(
+            RankDecaySchedule(
+                initial_rank=decay.initial_rank,
+                decay_ratio=decay.decay_ratio,
+                annealing=decay.annealing,
+                hold_steps=qat.steps,
+                phase_steps=decay.phase_steps,
+                final_steps=decay.final_steps,
+            )
         )
-        if self.chosen.phi:
-            return with_phi
-        return RankDecaySchedule(initial_rank=0, hold_steps=qat.steps, final_steps=with_phi.total_steps - qat.steps)
 
 
 def load_params(path: str | Path = "params.yaml") -> Params:

@@ -10,15 +10,12 @@ import json
 
 from stages.runtime.run import Stage, stage_main
 
-METHODS_WITHOUT_TRAINING = ("rtn", "mse")
-
 
 def run(stage: Stage) -> None:
     from qvgen.checkpoint.grids import load_grids
     from qvgen.checkpoint.pipeline import load_pipeline
     from qvgen.data.latents import LatentDataset
     from qvgen.evaluation.quality.trial import Trial, compare, observe
-    from qvgen.methods.registry import METHODS
     from qvgen.models.registry import load_family
     from qvgen.nn.swap import convert_, prepare_
 
@@ -28,13 +25,13 @@ def run(stage: Stage) -> None:
     calibration = stage.root / "artifacts/calibration"
     own = calibration / "mse.safetensors"  # where the pipeline's method calibrates in another way
     grids = load_grids(own if own.exists() else calibration / "grids.safetensors")
+    starts = {"rtn": None, "mse": grids}  # None: whole ranges
     scores = {}
-    with stage.progress((1 + len(METHODS_WITHOUT_TRAINING)) * trial.items, unit="item") as progress:
+    with stage.progress((1 + len(starts)) * trial.items, unit="item") as progress:
         reference = observe(load_pipeline(source), family, trial, on_batch=progress.update)
-        for method in METHODS_WITHOUT_TRAINING:
+        for method, start in starts.items():
             pipeline = load_pipeline(source)
-            searched = grids if METHODS[method].searched else None
-            prepare_(pipeline.transformer, params.scheme_of(method), default_targets=family.default_targets, grids=searched)
+            prepare_(pipeline.transformer, params.scheme_of(method), default_targets=family.default_targets, grids=start)
             convert_(pipeline.transformer)
             scores[method] = compare(reference, observe(pipeline, family, trial, on_batch=progress.update), trial)
     with stage.outputs("metrics/baselines.json") as path:

@@ -1,8 +1,8 @@
 """Stage calibrate: search weight grids and activation clips; tell which layers quantization hurts most.
 
 Reads artifacts/model and artifacts/data/calibration; writes artifacts/calibration/grids.safetensors, the error of every
-layer with and without the search in metrics/calibrate.csv, and its summary in metrics/calibrate.json. If the method has a
-calibration of its own, the plain search is written too, as mse.safetensors, for stage baselines.
+layer with and without the search in metrics/calibrate.csv, and its summary in metrics/calibrate.json. If the method
+searches in a way of its own, the grids of `mse` are written too, as mse.safetensors, for stage baselines.
 """
 
 from __future__ import annotations
@@ -16,40 +16,25 @@ AT_RISK = 5  # layers named in the summary
 
 
 def run(stage: Stage) -> None:
-    from qvgen.checkpoint.grids import save_folds, save_grids
     from qvgen.checkpoint.pipeline import load_transformer
     from qvgen.data.latents import LatentDataset
-    from qvgen.methods.registry import METHODS
     from qvgen.models.registry import load_family
-    from qvgen.nn.targets import match_linears
-    from qvgen.quant.calibrate import LayerGrid, layer_error
-    from qvgen.training.calibration import fold_inputs_, record_inputs, search_grids
+    from qvgen.quant.grid import LayerGrid, layer_error
+    from qvgen.training.calibration import calibrate_
+    from qvgen.training.recipe import Sources, save_calibration
 
-    params, method, plain = stage.params, stage.params.chosen, METHODS["mse"]
-    scheme, settings = params.effective_scheme, params.calibrate
-    source = stage.root / "artifacts/model"
-    transformer, family = load_transformer(source).float(), load_family(source)
-    names = match_linears(transformer, scheme.targets, scheme.ignore, family.default_targets)
-    data = LatentDataset.open(stage.root / "artifacts/data/calibration")
-    with stage.progress(len(data), "inputs", unit="clip") as progress:
-        groups, seed = scheme.timestep_groups, params.seed
-        inputs = record_inputs(transformer, family, data, names, groups, settings, seed, progress.update)
-
-    # A method that starts elsewhere leaves the plain search to the stage baselines.
-    own = method.folded or method.calibration != plain.calibration
-    with stage.progress(len(names) * (1 + own), "layers", unit="layer") as progress:
-        files = {}
-        if own:
-            files["mse"] = search_grids(transformer, inputs, plain, params.scheme_of("mse"), settings, progress.update)
-        folds = fold_inputs_(transformer, family, inputs) if method.folded else {}
-        files["grids"] = search_grids(transformer, inputs, method, scheme, settings, progress.update)
+    params, sources = stage.params, Sources.of(stage.root)
+    scheme, whole = params.effective_scheme, params.scheme_of("rtn")
+    transformer, family = load_transformer(sources.model).float(), load_family(sources.model)
+    clips = LatentDataset.open(sources.data / "calibration")
+    # The plain grids are for stage baselines.
+    calibration = calibrate_(transformer, family, clips, params, stage.progress, with_plain=True)
 
     rows = []
-    for name, grid in files["grids"].items():
-        layer = transformer.get_submodule(name)
-        error = layer_error(layer, grid, inputs[name], scheme)
-        whole = params.scheme_of("rtn")
-        min_max = layer_error(layer, LayerGrid.min_max(layer.weight, whole), inputs[name], whole)
+    for name, grid in calibration.grids.items():
+        weight, inputs = transformer.get_parameter(f"{name}.weight"), calibration.inputs[name]
+        error = layer_error(weight, grid, inputs, scheme)
+        min_max = layer_error(weight, LayerGrid.min_max(weight, whole), inputs, whole)
         rows.append(
             {
                 "layer": name,
@@ -69,9 +54,7 @@ def run(stage: Stage) -> None:
         "most_at_risk": {row["layer"]: row["output_error"] for row in rows[:AT_RISK]},
     }
     with stage.outputs("artifacts/calibration") as folder:
-        for file, grids in files.items():
-            save_grids(folder / f"{file}.safetensors", grids)
-        save_folds(folder / "folds.safetensors", folds)
+        save_calibration(folder, calibration)
     with stage.outputs("metrics/calibrate.csv") as path, path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()

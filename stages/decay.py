@@ -7,12 +7,13 @@ row per step in metrics/decay.csv.
 from __future__ import annotations
 
 from stages.runtime.run import Stage, stage_main
-from stages.runtime.training import STATE, Sources, build_trainer, finish, train, write_metrics
+from stages.runtime.training import STATE, train, write_metrics
 
 
 def run(stage: Stage) -> None:
     from qvgen.checkpoint.training import load_training_state
     from qvgen.tensors import save_tensors
+    from qvgen.training.recipe import Sources, build_trainer, finish
 
     sources = Sources.of(stage.root)
     trainer = build_trainer(stage.params, sources)

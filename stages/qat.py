@@ -7,10 +7,12 @@ Reads artifacts/model, artifacts/calibration, artifacts/data/train; writes the t
 from __future__ import annotations
 
 from stages.runtime.run import Stage, stage_main
-from stages.runtime.training import STATE, Sources, build_trainer, save_state, train, write_metrics
+from stages.runtime.training import STATE, save_state, train, write_metrics
 
 
 def run(stage: Stage) -> None:
+    from qvgen.training.recipe import Sources, build_trainer
+
     trainer = build_trainer(stage.params, Sources.of(stage.root))
     rows = train(stage, trainer, stage.params.schedule.hold_steps)
     with stage.outputs("artifacts/qat") as folder:

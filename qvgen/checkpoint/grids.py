@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from qvgen.models.folding import ChannelGrid
-from qvgen.quant.calibrate import LayerGrid
+from qvgen.quant.grid import LayerGrid
 from qvgen.tensors import save_tensors
 
 

@@ -9,6 +9,28 @@ updates move the weights of every channel by equal numbers of steps; the paper s
 Activations have a dynamic range per token, so clips are learned instead of steps.
 """
 
-from qvgen.methods.method import Method
+from __future__ import annotations
 
-METHOD = Method(name="efficientdm", adapter=True)
+from typing import TYPE_CHECKING
+
+from qvgen.methods.method import Method, PhiSettings, Quantize
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+class EfficientDM(Method):
+    def prepare_(self, student: nn.Module, quantize_: Quantize, phi: PhiSettings, generator: torch.Generator) -> None:
+        from qvgen.nn.swap import add_adapters_
+
+        quantize_(student)
+        add_adapters_(student, generator)
+
+    def finish_(self, student: nn.Module, quantize_: Quantize) -> None:
+        from qvgen.nn.swap import merge_adapters_
+
+        merge_adapters_(student)
+
+
+METHOD = EfficientDM("efficientdm")

@@ -4,6 +4,26 @@ Is the gain of quantization-aware training just training? Loss: |model - target|
 grids are searched afterwards on the tuned model's own inputs, with the settings of stage calibrate.
 """
 
-from qvgen.methods.method import Method
+from __future__ import annotations
 
-METHOD = Method(name="finetune", loss="target", quantized=False)
+from typing import TYPE_CHECKING
+
+from qvgen.methods.method import Method, PhiSettings, Quantize, Teacher
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+class Finetune(Method):
+    def prepare_(self, student: nn.Module, quantize_: Quantize, phi: PhiSettings, generator: torch.Generator) -> None:
+        """Nothing: it trains in full precision."""
+
+    def loss(self, student: torch.Tensor, teacher: Teacher, target: torch.Tensor, cleanness: torch.Tensor) -> torch.Tensor:
+        return (student - target).square().mean()
+
+    def finish_(self, student: nn.Module, quantize_: Quantize) -> None:
+        quantize_(student)
+
+
+METHOD = Finetune("finetune")

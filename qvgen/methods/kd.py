@@ -8,4 +8,4 @@ Deviation from LSQ+: activations have a dynamic range per token, so their clips 
 
 from qvgen.methods.method import Method
 
-METHOD = Method(name="kd")
+METHOD = Method("kd")

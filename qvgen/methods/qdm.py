@@ -1,65 +1,37 @@
-"""Q-DM (NeurIPS 2023): timestep-aware smoothing of activations, whose distribution drifts from timestep to timestep.
+"""qdm: timestep-aware smoothing of inputs, then training towards the teacher (Q-DM, NeurIPS 2023).
 
-    m_gk = max|X_gk| / mean_k max|X_gk|     profile of timestep group g, free of its overall level
-    s_k = (mean_g m_gk)^α / max|W_k|^(1-α),   Y = Q(W diag(s)) Q(X diag(s)^-1)
-
-This file is the calibration. The method's other half, noise-estimating mimicking, is a loss of training: mean squared
-difference between the outputs of student and full-precision teacher.
-
-What differs from the paper:
-
-- Timestep-aware quantization there normalizes activations inside the attention blocks of a U-Net (queries, keys) by mean and
-  variance over a batch that mixes timesteps, with learned affine parameters, before a learned static quantizer. Here
-  quantizers are dynamic per token and follow any overall level already. What remains for a static correction is the
-  imbalance between channels: s evens it out, from statistics in which each group of timesteps counts the same, so that the
-  noise level with the largest activations does not decide alone. s is fixed, not learned, and there is no shift by a mean.
-- All targeted linear layers get it, not attention alone.
-- α is 0.5.
-- Weight ranges are shrunk and inputs clipped per timestep group by search, as for every method here.
+Loss: |student - teacher|^2, its noise-estimating mimicking. Steps of the weights are learned, zero points stay. Equations of
+the smoothing, and what differs from the paper: qvgen/quant/search/qdm.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
+from qvgen.methods.method import Method, PhiSettings, Quantize
 
-from qvgen.quant.calibrate import LayerGrid, search_grid
-from qvgen.quant.scheme import QuantScheme
-from qvgen.quant.smoothing import smoothing_scale
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
-ALPHA = 0.5
-
-
-def calibrate_layer(
-    layer: nn.Linear,
-    inputs: list[torch.Tensor],
-    scheme: QuantScheme,
-    *,
-    weight_candidates: int,
-    mse_exponent: float,
-    clip_candidates: Sequence[float],
-) -> LayerGrid:
-    """Grid of one layer with its input scale; `inputs` holds recorded rows (m, K) per timestep group. Raises ValueError if the
-    scheme does not have input_scaling."""
-    if not scheme.input_scaling:
-        raise ValueError("qdm needs a scheme with input_scaling")
-    return search_grid(
-        layer.weight,
-        inputs,
-        scheme,
-        input_scale=smoothing_scale(balanced_max(inputs), layer.weight, ALPHA),
-        weight_candidates=weight_candidates,
-        mse_exponent=mse_exponent,
-        clip_candidates=clip_candidates,
-    )
+    from qvgen.quant.grid import LayerGrid
+    from qvgen.quant.scheme import QuantScheme
+    from qvgen.quant.search.settings import SearchSettings
 
 
-def balanced_max(inputs: list[torch.Tensor]) -> torch.Tensor:
-    """mean_g m_gk (K,): each channel's largest input relative to its timestep group's mean of them, averaged over groups. A
-    group whose inputs are all zero says nothing and is left out."""
-    largest = torch.stack([x.float().abs().amax(0) for x in inputs])
-    level = largest.mean(1, keepdim=True)
-    profiles = largest / level.clamp(min=torch.finfo(torch.float32).tiny)
-    return profiles.sum(0) / max(1, int((level > 0).sum()))
+class QDM(Method):
+    def search(
+        self, weight: torch.Tensor, inputs: list[torch.Tensor], scheme: QuantScheme, settings: SearchSettings
+    ) -> LayerGrid:
+        from qvgen.quant.search.qdm import search_grid
+
+        return search_grid(weight, inputs, scheme, settings)
+
+    def prepare_(self, student: nn.Module, quantize_: Quantize, phi: PhiSettings, generator: torch.Generator) -> None:
+        from qvgen.nn.swap import freeze_zero_points_
+
+        quantize_(student)
+        freeze_zero_points_(student)
+
+
+METHOD = QDM("qdm", extras={"input_scaling": True})

@@ -23,11 +23,33 @@ from qvgen.methods.method import Method
 if TYPE_CHECKING:
     import torch
 
-METHOD = Method(name="qvgen+", folded=True, stratified_uniform_share=0.5, caption_dropout=0.4, guidance_stop=0.7)
+    from qvgen.models.family import Family
+
+UNIFORM = 0.5  # share of a batch's timesteps that are drawn uniformly
 
 
-def channel_grid(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shift and scale (K,) of an input, from recorded rows (M, K)."""
-    shift = rows.mean(0)
-    width = (rows - shift).square().mean(0).sqrt()
-    return shift, (width / width.mean()).clamp(min=1e-2).sqrt()
+class QVGenPlus(Method):
+    def channel_grid(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shift = rows.mean(0)
+        width = (rows - shift).square().mean(0).sqrt()
+        return shift, (width / width.mean()).clamp(min=1e-2).sqrt()
+
+    def caption_dropout(self, given: float) -> float:
+        return 0.4
+
+    def timesteps(self, family: Family, n: int, generator: torch.Generator) -> torch.Tensor:
+        import torch
+
+        uniform = round(UNIFORM * n)
+        parts = [stratified(uniform, generator), stratified(n - uniform, generator)]
+        return torch.cat([family.timesteps_at(parts[0], uniform=True), family.timesteps_at(parts[1])])
+
+
+def stratified(n: int, generator: torch.Generator) -> torch.Tensor:
+    """n numbers in [0, 1), one in each of n equal parts, in random order."""
+    import torch
+
+    return (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / max(1, n)
+
+
+METHOD = QVGenPlus("qvgen+", guidance_stop=0.7)

@@ -1,57 +1,30 @@
-"""ViDiT-Q (arXiv 2406.02540): static-dynamic channel balance for diffusion transformers, dynamic quantization per token.
+"""viditq: static-dynamic channel balance, inputs scaled and then rotated (ViDiT-Q, arXiv 2406.02540); not trained.
 
-    s_k = max|X_k|^α / max|W_k|^(1-α),   X^ = X diag(s)^-1,   W^ = W diag(s)      static balance: scaling
-    X~ = X^ H,   W~ = W^ H,   Y = Q(W~) Q(X~)                                      dynamic balance: rotation
-
-Scaling takes the imbalance of channels that is always there, rotation what of it changes with the timestep. Grids of inputs
-are dynamic, per token; those of weights are per output channel, as the scheme says.
-
-What differs from the paper:
-
-- max|X_k| is over recorded inputs of all timesteps. The paper takes the imbalance at the first timestep for the static one.
-- α is 0.5 in every layer; the paper's code sets it per model in a config file.
-- H is a block diagonal matrix of Hadamard matrices whose size is a power of two (scheme.input_rotation), because the widths of
-  video models are not powers of two (1536 = 3 * 512, 8960 = 35 * 256). The paper rotates the whole width, with random signs.
-- Scaling and rotation are done at run time, before each layer. The paper folds them into the layer before where it can.
-- No mixed precision: the metric-decoupled choice of bits per layer is left out, every layer has the scheme's bits. The paper
-  does not claim W4A4.
-- Weight ranges are shrunk and inputs clipped per timestep group by search, as for every method here.
+Equations, and what differs from the paper: qvgen/quant/search/viditq.py. The rotation's 128 divides the widths of all
+published models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
+from qvgen.methods.method import Method
 
-from qvgen.quant.calibrate import LayerGrid, search_grid
-from qvgen.quant.scheme import QuantScheme
-from qvgen.quant.smoothing import smoothing_scale
+if TYPE_CHECKING:
+    import torch
 
-ALPHA = 0.5
+    from qvgen.quant.grid import LayerGrid
+    from qvgen.quant.scheme import QuantScheme
+    from qvgen.quant.search.settings import SearchSettings
 
 
-def calibrate_layer(
-    layer: nn.Linear,
-    inputs: list[torch.Tensor],
-    scheme: QuantScheme,
-    *,
-    weight_candidates: int,
-    mse_exponent: float,
-    clip_candidates: Sequence[float],
-) -> LayerGrid:
-    """Grid of one layer with its input scale; `inputs` holds recorded rows (m, K) per timestep group. Raises ValueError if the
-    scheme does not have input_scaling and input_rotation."""
-    if not (scheme.input_scaling and scheme.input_rotation):
-        raise ValueError("viditq needs a scheme with input_scaling and input_rotation")
-    largest = torch.stack([x.abs().amax(0) for x in inputs]).amax(0)
-    return search_grid(
-        layer.weight,
-        inputs,
-        scheme,
-        input_scale=smoothing_scale(largest, layer.weight, ALPHA),
-        weight_candidates=weight_candidates,
-        mse_exponent=mse_exponent,
-        clip_candidates=clip_candidates,
-    )
+class ViDiTQ(Method):
+    def search(
+        self, weight: torch.Tensor, inputs: list[torch.Tensor], scheme: QuantScheme, settings: SearchSettings
+    ) -> LayerGrid:
+        from qvgen.quant.search.viditq import search_grid
+
+        return search_grid(weight, inputs, scheme, settings)
+
+
+METHOD = ViDiTQ("viditq", extras={"input_scaling": True, "input_rotation": 128}, trained=False)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qvgen.quant.calibrate import LayerGrid
+from qvgen.quant.grid import LayerGrid
 from qvgen.quant.scheme import QuantScheme
 from qvgen.quant.smoothing import transform_input
 

@@ -13,8 +13,8 @@ from qvgen.nn.qat_linear import QATLinear
 from qvgen.nn.targets import match_linears, replace_module
 from qvgen.nn.timestep import track_timestep
 from qvgen.phi.rank_decay import RankState
-from qvgen.quant.calibrate import LayerGrid
 from qvgen.quant.fake_quantizer import ActivationQuantizer, WeightQuantizer
+from qvgen.quant.grid import LayerGrid
 from qvgen.quant.scheme import QuantScheme
 
 

@@ -19,7 +19,8 @@ class WeightQuantizer(nn.Module):
     """Fake-quantizes a weight (N, K) with `scale` and `zero_point` (rows, G): rows is N, or 1 for strategy tensor; G is
     the number of groups along K, 1 unless the strategy is group. Symmetric quantizers have no `zero_point` parameter.
 
-    Source: LSQ+ (arXiv 2004.09576). Gradients of both are scaled by 1/sqrt(K P), as in QVGen's code.
+    Source: LSQ+ (arXiv 2004.09576). Gradients of both are scaled by 1/sqrt(n P), n the number of elements that share a scale:
+    K for strategy channel, as in QVGen's code; N K for tensor; group_size for group.
     """
 
     def __init__(self, args: QuantArgs, scale: torch.Tensor, zero_point: torch.Tensor | None) -> None:
@@ -41,10 +42,10 @@ class WeightQuantizer(nn.Module):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight on its grid, differentiable in the weight, the scale and the zero point."""
-        factor = 1 / math.sqrt(weight.shape[1] * self.args.max_code)
+        grouped = grouped_weight(weight, self.args)
+        factor = 1 / math.sqrt(grouped.shape[-1] * self.args.max_code)
         scale = _ScaleGradient.apply(self.scale, factor)
         zero_point = None if self.zero_point is None else _ScaleGradient.apply(self.zero_point, factor)
-        grouped = grouped_weight(weight, self.args)
         return fake_quantize(grouped, *self._grid(scale, zero_point), self.args).view_as(weight)
 
     @torch.no_grad()

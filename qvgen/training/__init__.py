@@ -1,0 +1,33 @@
+"""Training: from a full-precision pipeline folder and prepared data to a student that `convert_` packs.
+
+    params, sources = load_params("params.yaml"), Sources.of(Path("."))
+    calibrate(params, sources)                          # folds and grids, into artifacts/calibration
+    trainer = build_trainer(params, sources)            # student and teacher, at step 0
+    trainer.run(params.schedule.total_steps)
+    student = finish(trainer, params, sources)
+    convert_(student)
+
+What a method does in these steps is on its card (qvgen/methods). Names are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qvgen.training.loop import StepRecord, Trainer
+    from qvgen.training.recipe import Sources, build_trainer, calibrate, finish
+
+__all__ = ["Sources", "StepRecord", "Trainer", "build_trainer", "calibrate", "finish"]
+
+_HOMES = {
+    **dict.fromkeys(("StepRecord", "Trainer"), "qvgen.training.loop"),
+    **dict.fromkeys(("Sources", "build_trainer", "calibrate", "finish"), "qvgen.training.recipe"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

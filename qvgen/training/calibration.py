@@ -2,23 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from qvgen.data.latents import LatentDataset
 from qvgen.methods.method import Method
-from qvgen.methods.qvgen_plus import channel_grid
+from qvgen.methods.registry import METHODS
 from qvgen.models.family import NUM_TRAIN_TIMESTEPS, Family
 from qvgen.models.folding import ChannelGrid, fold_
-from qvgen.params import Calibrate
-from qvgen.quant.calibrate import InputRecorder, LayerGrid
+from qvgen.nn.targets import match_linears
+from qvgen.params import Params
+from qvgen.quant.grid import LayerGrid
 from qvgen.quant.primitives import timestep_group
-from qvgen.quant.scheme import QuantScheme
+from qvgen.training.recorder import InputRecorder
 
 Inputs = dict[str, list[torch.Tensor]]  # layer -> recorded rows (m, K) per timestep group
-OnBatch = Callable[[int], object]
+Progress = Callable[..., AbstractContextManager[Any]]  # (total, description, unit=...) opens a bar that has `update(n)`
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What training starts from. `inputs` are those that the layers read after folding."""
+
+    inputs: Inputs
+    folds: dict[str, ChannelGrid]
+    grids: dict[str, LayerGrid]
+    plain: dict[str, LayerGrid] | None = None  # grids of `mse`, if asked for and others than `grids`
+
+
+def silent(total: int, desc: str, unit: str) -> AbstractContextManager[Any]:
+    return tqdm(total=total, desc=desc, unit=unit, disable=True)
+
+
+def calibrate_(
+    transformer: nn.Module,
+    family: Family,
+    data: LatentDataset,
+    params: Params,
+    progress: Progress = silent,
+    with_plain: bool = False,
+) -> Calibration:
+    """Record, fold (the transformer is changed in place) and search, as the method of `params` does it.
+
+    `with_plain` also searches as `mse` does, before anything is folded, unless the method's own grids are those.
+    """
+    method = params.chosen
+    with progress(len(data), "inputs", unit="clip") as bar:
+        inputs = record_inputs(transformer, family, data, params, bar.update)
+    with_plain = with_plain and not method.searches_plainly
+    with progress(len(inputs) * (1 + with_plain), "layers", unit="layer") as bar:
+        plain = search_grids(transformer, inputs, params, "mse", bar.update) if with_plain else None
+        folds = fold_inputs_(transformer, family, inputs, method)
+        grids = search_grids(transformer, inputs, params, params.method, bar.update)
+    return Calibration(inputs, folds, grids, plain)
 
 
 @torch.no_grad()
@@ -26,17 +68,18 @@ def record_inputs(
     transformer: nn.Module,
     family: Family,
     data: LatentDataset,
-    layers: Sequence[str],
-    groups: int,
-    settings: Calibrate,
-    seed: int,
-    on_batch: OnBatch = lambda clips: None,
+    params: Params,
+    on_clips: Callable[[int], object] = lambda clips: None,
 ) -> Inputs:
-    """Run the full-precision model over the calibration clips, sample i at a random timestep of group i mod `groups`."""
-    generator = torch.Generator().manual_seed(seed)
-    recorder = InputRecorder(groups, settings.tokens_per_group, seed)
+    """Inputs of every layer that the scheme targets: the full-precision model runs over the calibration clips, sample i at a
+    random timestep of group i mod `timestep_groups`. `on_clips(n)` is called after every batch."""
+    scheme = params.effective_scheme
+    groups = scheme.timestep_groups
+    layers = match_linears(transformer, scheme.targets, scheme.ignore, family.default_targets)
+    generator = torch.Generator().manual_seed(params.seed)
+    recorder = InputRecorder(groups, params.calibrate.tokens_per_group, params.seed)
     with recorder.attached({name: transformer.get_submodule(name) for name in layers}):
-        for index in torch.arange(len(data)).split(settings.batch_size):
+        for index in torch.arange(len(data)).split(params.calibrate.batch_size):
             clean, text = data.batch(index, 0.0, generator)
             within = torch.rand(len(index), generator=generator)
             # Whole timesteps: families with discrete noise levels have no others.
@@ -44,18 +87,22 @@ def record_inputs(
             noisy = family.add_noise(clean, torch.randn(clean.shape, generator=generator), timestep)
             recorder.group = timestep_group(timestep, groups, NUM_TRAIN_TIMESTEPS)
             family.predict(transformer, noisy, timestep, text)
-            on_batch(len(index))
+            on_clips(len(index))
     return {name: [recorder.inputs(name, group) for group in range(groups)] for name in layers}
 
 
-def fold_inputs_(transformer: nn.Module, family: Family, inputs: Inputs) -> dict[str, ChannelGrid]:
-    """Fold every input whose layers were recorded, in the transformer and in the recorded rows, both in place. Returns what
-    was folded, by the input's name, for `apply_folds_`."""
+def fold_inputs_(transformer: nn.Module, family: Family, inputs: Inputs, method: Method) -> dict[str, ChannelGrid]:
+    """Fold every input that was recorded and that the method shifts and scales, in the transformer and in the recorded rows,
+    both in place. Returns what was folded, by the input's name, for `apply_folds_`."""
     folds = {}
     for source in family.foldable_inputs(transformer):
         if not all(name in inputs for name in source.layers):
             continue  # a layer left in full precision
-        shifts, scales = zip(*(channel_grid(torch.cat(inputs[name])) for name in source.layers), strict=True)
+        grids = [method.channel_grid(torch.cat(inputs[name])) for name in source.layers]
+        wanted = [grid for grid in grids if grid is not None]
+        if len(wanted) < len(grids):
+            continue
+        shifts, scales = zip(*wanted, strict=True)
         scale = torch.stack(scales).log().mean(0).exp() if source.scales else torch.ones_like(scales[0])
         fold = ChannelGrid(shifts[0] if source.shifts else torch.zeros_like(shifts[0]), scale)
         fold_(transformer, source, fold)
@@ -63,6 +110,18 @@ def fold_inputs_(transformer: nn.Module, family: Family, inputs: Inputs) -> dict
             inputs[name] = [(rows - fold.shift) / fold.scale for rows in inputs[name]]
         folds[source.name] = fold
     return folds
+
+
+def search_grids(
+    transformer: nn.Module, inputs: Inputs, params: Params, method: str, on_layers: Callable[[int], object]
+) -> dict[str, LayerGrid]:
+    """Grids of every recorded layer, by the search of `method`."""
+    card, scheme, grids = METHODS[method], params.scheme_of(method), {}
+    for name, rows in inputs.items():
+        weight = transformer.get_parameter(f"{name}.weight")
+        grids[name] = card.search(weight, rows, scheme, params.calibrate)
+        on_layers(1)
+    return grids
 
 
 def apply_folds_(transformer: nn.Module, family: Family, folds: Mapping[str, ChannelGrid]) -> None:
@@ -73,20 +132,3 @@ def apply_folds_(transformer: nn.Module, family: Family, folds: Mapping[str, Cha
     for source in sources:  # in their order: an input is scaled with others before it is shifted
         if source.name in folds:
             fold_(transformer, source, folds[source.name])
-
-
-def search_grids(
-    transformer: nn.Module,
-    inputs: Inputs,
-    method: Method,
-    scheme: QuantScheme,
-    settings: Calibrate,
-    on_layer: OnBatch = lambda layers: None,
-) -> dict[str, LayerGrid]:
-    """Grids of every recorded layer, by the method's own search."""
-    searched = settings.model_dump(include={"weight_candidates", "mse_exponent", "clip_candidates"})
-    grids = {}
-    for name, rows in inputs.items():
-        grids[name] = method.calibrate(transformer.get_submodule(name), rows, scheme, **searched)
-        on_layer(1)
-    return grids

@@ -14,29 +14,11 @@ import torch
 from torch import nn
 
 from qvgen.data.latents import LatentDataset
-from qvgen.methods.method import Method
 from qvgen.models.family import NUM_TRAIN_TIMESTEPS, Family
-from qvgen.nn.swap import merge_adapters_, set_phi_
+from qvgen.nn.swap import set_phi_
+from qvgen.params import Params
 from qvgen.phi.auxiliary import replace_parameters
-from qvgen.phi.rank_decay import RankDecaySchedule
-from qvgen.training.loss import LOSSES
-from qvgen.training.optim import (
-    OptimizerSettings,
-    build_optimizer,
-    learning_rate_factor,
-    set_learning_rate,
-)
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    seed: int
-    batch_size: int
-    max_grad_norm: float
-    caption_dropout: float
-    ema_decay: float | None
-    optimizer: OptimizerSettings
-    redecompose: bool = True  # decompose Φ anew after each phase
+from qvgen.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
 
 
 @dataclass(frozen=True)
@@ -56,56 +38,47 @@ class StepRecord:
 
 
 class Trainer:
-    """Student, optimizer and step of one run. `student` must come from `prepare_`, with Φ or adapters attached if the method
-    has them; a method that trains in full precision takes the plain model."""
+    """Student, optimizer and step of one run; of `params` it reads seed, method, qat and decay. `student` must be as the
+    method's `prepare_` leaves it, with Φ or adapters attached if it has them."""
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        family: Family,
-        data: LatentDataset,
-        schedule: RankDecaySchedule,
-        settings: LoopSettings,
-        method: Method,
-    ) -> None:
+    def __init__(self, student: nn.Module, teacher: nn.Module, family: Family, data: LatentDataset, params: Params) -> None:
         self.student, self.teacher = student, teacher.eval().requires_grad_(False)
         self.family, self.data = family, data
-        self.schedule, self.settings, self.method = schedule, settings, method
+        self.params, self.method, self.schedule = params, params.chosen, params.schedule
         self.step = 0
-        self.optimizer = build_optimizer(student, settings.optimizer)
+        self.optimizer = build_optimizer(student, params.qat)
         self.average: dict[str, torch.Tensor] | None = None
-        if settings.ema_decay is not None:
+        if params.qat.ema_decay is not None:
             self.average = {n: p.detach().clone() for n, p in self._averaged()}
 
     def run(self, until: int, on_step: Callable[[Trainer, StepRecord], None] | None = None) -> None:
         """Train from the current step up to, not including, step `until`. Raises FloatingPointError on a loss that is
         not finite, before it can reach the weights."""
         self.student.train()
+        qat = self.params.qat
         for step in range(self.step, until):
             started = time.perf_counter()
             phi = self.schedule.at(step)
-            replace_parameters(self.optimizer, set_phi_(self.student, phi, self.settings.redecompose))
-            factor = learning_rate_factor(step, self.schedule.total_steps, self.settings.optimizer)
+            replace_parameters(self.optimizer, set_phi_(self.student, phi, self.params.decay.redecompose))
+            factor = learning_rate_factor(step, self.schedule.total_steps, qat)
             set_learning_rate(self.optimizer, factor)
 
             loss = self._loss(step)
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"loss is {loss.item()} at step {step}; lower qat.learning_rate or check the data")
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(self.student.parameters(), self.settings.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(self.student.parameters(), qat.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self._update_average()
             self.step = step + 1
             if on_step is not None:
-                rate = self.settings.optimizer.learning_rate * factor
+                rate = qat.learning_rate * factor
                 seconds = time.perf_counter() - started
                 on_step(self, StepRecord(step, loss.item(), norm.item(), phi.rank, phi.u, rate, seconds))
 
     def finish(self) -> nn.Module:
-        """The trained student, without Φ, adapters merged, with averaged weights if there are any. Raises ValueError before
-        the end."""
+        """The trained student, without Φ, with averaged weights if there are any. Raises ValueError before the end."""
         if self.step < self.schedule.decay_end:
             raise ValueError(f"Φ decays until step {self.schedule.decay_end}, the run is at step {self.step}")
         set_phi_(self.student, self.schedule.at(self.step))
@@ -113,32 +86,27 @@ class Trainer:
             with torch.no_grad():
                 for name, parameter in self._averaged():
                     parameter.copy_(self.average[name])
-        merge_adapters_(self.student)
         return self.student.eval()
 
     def _loss(self, step: int) -> torch.Tensor:
         """The method's loss on clips, noise, timesteps and captions that depend on the seed and the step alone."""
-        generator = torch.Generator().manual_seed(_step_seed(self.settings.seed, step))
-        index = torch.randint(len(self.data), (self.settings.batch_size,), generator=generator)
-        clean, text = self.data.batch(index, self.settings.caption_dropout, generator)
-        timestep = self._timesteps(len(index), generator)
+        qat, method = self.params.qat, self.method
+        generator = torch.Generator().manual_seed(_step_seed(self.params.seed, step))
+        index = torch.randint(len(self.data), (qat.batch_size,), generator=generator)
+        clean, text = self.data.batch(index, method.caption_dropout(qat.caption_dropout), generator)
+        timestep = method.timesteps(self.family, len(index), generator)
         noise = torch.randn(clean.shape, generator=generator)
         device = next(self.student.parameters()).device
         clean, text, timestep, noise = (x.to(device) for x in (clean, text, timestep, noise))
         noisy = self.family.add_noise(clean, noise, timestep)
         target = self.family.target(clean, noise, timestep)
-        with torch.no_grad():
-            wanted = target if self.method.loss == "target" else self.family.predict(self.teacher, noisy, timestep, text)
-        predicted = self.family.predict(self.student, noisy, timestep, text)
-        return LOSSES[self.method.loss](predicted, wanted, target, 1 - timestep / NUM_TRAIN_TIMESTEPS)
 
-    def _timesteps(self, n: int, generator: torch.Generator) -> torch.Tensor:
-        share = self.method.stratified_uniform_share
-        if share is None:
-            return self.family.sample_timesteps(n, generator)
-        uniform = round(share * n)
-        parts = [_stratified(uniform, generator), _stratified(n - uniform, generator)]
-        return torch.cat([self.family.timesteps_at(parts[0], uniform=True), self.family.timesteps_at(parts[1])])
+        @torch.no_grad()
+        def teacher() -> torch.Tensor:
+            return self.family.predict(self.teacher, noisy, timestep, text)
+
+        student = self.family.predict(self.student, noisy, timestep, text)
+        return method.loss(student, teacher, target, 1 - timestep / NUM_TRAIN_TIMESTEPS)
 
     def _averaged(self) -> Iterator[tuple[str, nn.Parameter]]:
         # Φ changes shape and is not deployed: it has no average.
@@ -148,14 +116,10 @@ class Trainer:
     def _update_average(self) -> None:
         if self.average is None:
             return
-        assert self.settings.ema_decay is not None
+        decay = self.params.qat.ema_decay
+        assert decay is not None
         for name, parameter in self._averaged():
-            self.average[name].lerp_(parameter, 1 - self.settings.ema_decay)
-
-
-def _stratified(n: int, generator: torch.Generator) -> torch.Tensor:
-    """n numbers in [0, 1), one in each of n equal parts, in random order."""
-    return (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / max(1, n)
+            self.average[name].lerp_(parameter, 1 - decay)
 
 
 def _step_seed(seed: int, step: int) -> int:

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from qvgen.nn.swap import qat_layers
+from qvgen.params import Qat
 
 
-@dataclass(frozen=True)
-class OptimizerSettings:
-    learning_rate: float  # weights and Φ
-    quantizer_learning_rate: float  # scales, zero points
-    clip_learning_rate: float  # logits of activation clips
-    betas: tuple[float, float]
-    weight_decay: float  # weights and Φ only
-    warmup_fraction: float
-    final_learning_rate: float  # last over first
-
-
-def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, settings: Qat) -> torch.optim.AdamW:
     """AdamW over everything that is trainable; each group's full learning rate is its `base_lr`.
 
     Four groups: matrices and Φ (decayed), vectors such as biases and norms, weight quantizers, clips. Only the first is
@@ -52,7 +41,7 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.opti
     )
 
 
-def learning_rate_factor(step: int, total_steps: int, settings: OptimizerSettings) -> float:
+def learning_rate_factor(step: int, total_steps: int, settings: Qat) -> float:
     """Linear warm-up, then a cosine from 1 to `final_learning_rate` over the whole run (all stages together)."""
     warmup = round(settings.warmup_fraction * total_steps)
     if step < warmup:

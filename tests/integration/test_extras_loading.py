@@ -24,9 +24,10 @@ from qvgen.nn.packed_linear import packed_layers
 from qvgen.nn.swap import convert_, prepare_
 from qvgen.nn.targets import match_linears
 from qvgen.packing.layout import EXACT_NAMES, packed_bytes
-from qvgen.quant.calibrate import InputRecorder
 from qvgen.quant.scheme import QuantScheme
+from qvgen.quant.search.settings import SearchSettings
 from qvgen.sampling.sample import generate
+from qvgen.training.recorder import InputRecorder
 
 pytestmark = pytest.mark.integration
 
@@ -34,7 +35,7 @@ GROUPS = 2
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 # Loaded models differ from saved ones in the last bits, unquantized ones too: other memory, other vector tails.
 SAVE_LOAD_TOLERANCE = 1e-5
-SETTINGS = {"weight_candidates": 10, "mse_exponent": 2.4, "clip_candidates": (0.95, 0.8, 0.6)}
+SETTINGS = SearchSettings(weight_candidates=10, mse_exponent=2.4, clip_candidates=(0.95, 0.8, 0.6))
 CASES = [(method, family) for method in ("svdquant", "viditq") for family in ("wan", "cogvideox")]
 
 
@@ -44,7 +45,7 @@ class Packed:
     def __init__(self, root: Path, method: str, family: str) -> None:
         self.source, self.folder = tiny_pipeline(family, root / "source"), root / "packed"
         self.family, self.transformer = load_family(self.source), load_pipeline(self.source).transformer
-        changes = dict(METHODS[method].scheme_changes)
+        changes = dict(METHODS[method].extras)
         if "input_rotation" in changes:
             changes["input_rotation"] = 4  # what divides 12, 24 and 40
         self.scheme = QuantScheme(timestep_groups=GROUPS, **changes)
@@ -57,7 +58,7 @@ class Packed:
         grids = {}
         for name, layer in layers.items():
             inputs = [recorder.inputs(name, group) for group in range(GROUPS)]
-            grids[name] = METHODS[method].calibrate(layer, inputs, self.scheme, **SETTINGS)
+            grids[name] = METHODS[method].search(layer.weight, inputs, self.scheme, SETTINGS)
         save_grids(root / "grids.safetensors", grids)
         grids = load_grids(root / "grids.safetensors")
         prepare_(self.transformer, self.scheme, default_targets=self.family.default_targets, grids=grids)

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from qvgen.checkpoint.training import load_training_state, save_training_state
 from qvgen.data.latents import LatentDataset
-from qvgen.methods.registry import METHODS
 from qvgen.models.cogvideox import CogVideoXFamily
 from qvgen.models.cogvideox import tiny_transformer as tiny_cogvideox_transformer
 from qvgen.models.family import Family
@@ -17,23 +17,35 @@ from qvgen.models.wan import WanFamily
 from qvgen.models.wan import tiny_transformer as tiny_wan_transformer
 from qvgen.nn.packed_linear import PackedLinear
 from qvgen.nn.swap import add_phi_, convert_, prepare_, qat_layers, set_phi_
-from qvgen.phi.rank_decay import RankDecaySchedule
+from qvgen.params import Params, validate_params
 from qvgen.quant.scheme import QuantScheme
-from qvgen.training.loop import LoopSettings, StepRecord, Trainer
-from qvgen.training.optim import OptimizerSettings, build_optimizer, learning_rate_factor
+from qvgen.training.loop import StepRecord, Trainer
+from qvgen.training.optim import build_optimizer, learning_rate_factor
 
 SCHEME = QuantScheme(timestep_groups=5)
-SCHEDULE = RankDecaySchedule(initial_rank=4, hold_steps=3, phase_steps=2, final_steps=3)  # 3 + 3 * 2 + 3 = 12 steps
-OPTIMIZER = OptimizerSettings(
-    learning_rate=1e-3,
-    quantizer_learning_rate=1e-4,
-    clip_learning_rate=1e-2,
-    betas=(0.9, 0.95),
-    weight_decay=1e-4,
-    warmup_fraction=0.1,
-    final_learning_rate=0.1,
-)
-SETTINGS = LoopSettings(seed=0, batch_size=2, max_grad_norm=1.0, caption_dropout=0.1, ema_decay=None, optimizer=OPTIMIZER)
+ROOT = Path(__file__).parents[2]
+
+
+def settings(method: str = "qvgen", rank: int = 4, steps: int = 3, phase: int = 2, final: int = 3, **qat: object) -> Params:
+    """Parameters of a short run: 3 + 3 * 2 + 3 = 12 steps unless said otherwise."""
+    tree = yaml.safe_load((ROOT / "params.yaml").read_text())
+    tree["method"] = method
+    tree["qat"] |= {
+        "steps": steps,
+        "batch_size": 2,
+        "learning_rate": 1e-3,
+        "quantizer_learning_rate": 1e-4,
+        "clip_learning_rate": 1e-2,
+        "warmup_fraction": 0.1,
+        "final_learning_rate": 0.1,
+        "caption_dropout": 0.1,
+    } | qat
+    tree["decay"] |= {"initial_rank": rank, "phase_steps": phase, "final_steps": final}
+    return validate_params(tree, "test")
+
+
+SETTINGS = settings()
+SCHEDULE = SETTINGS.schedule
 
 
 def subject(name: str) -> tuple[nn.Module, Family, LatentDataset]:
@@ -59,9 +71,7 @@ def subject(name: str) -> tuple[nn.Module, Family, LatentDataset]:
 FAMILIES = ("wan", "cogvideox", "cogvideox-rotary")
 
 
-def trainer(
-    name: str, schedule: RankDecaySchedule = SCHEDULE, settings: LoopSettings = SETTINGS, scheme: QuantScheme = SCHEME
-) -> Trainer:
+def trainer(name: str, params: Params = SETTINGS, scheme: QuantScheme = SCHEME) -> Trainer:
     teacher, family, data = subject(name)
     student = copy.deepcopy(teacher)
     prepare_(student, scheme, default_targets=family.default_targets)
@@ -70,9 +80,9 @@ def trainer(
         assert layer.input_quantizer is not None
         nn.init.constant_(layer.input_quantizer.clip_lower_logit, 1.5)
         nn.init.constant_(layer.input_quantizer.clip_upper_logit, 1.5)
-    if schedule.initial_rank:
-        add_phi_(student, schedule.initial_rank)
-    return Trainer(student, teacher, family, data, schedule, settings, METHODS["qvgen"])
+    if params.schedule.initial_rank:
+        add_phi_(student, params.schedule.initial_rank)
+    return Trainer(student, teacher, family, data, params)
 
 
 def state(of: Trainer) -> dict[str, torch.Tensor]:
@@ -111,7 +121,7 @@ def test_from_full_precision_to_packed(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_training_lowers_the_loss(name: str) -> None:
-    run, losses = trainer(name, RankDecaySchedule(4, hold_steps=20, phase_steps=5, final_steps=25)), []
+    run, losses = trainer(name, settings(steps=20, phase=5, final=25)), []
     run.run(60, lambda _, r: losses.append(r.loss))
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
@@ -119,14 +129,14 @@ def test_training_lowers_the_loss(name: str) -> None:
 @pytest.mark.parametrize("ema", [None, 0.9])
 @pytest.mark.parametrize("cut", [2, 3, 5, 6, 9, 11])  # inside hold, at its end, inside and between phases, after Φ
 def test_stop_and_continue_equals_uninterrupted(tmp_path: Path, cut: int, ema: float | None) -> None:
-    settings = LoopSettings(**{**vars(SETTINGS), "ema_decay": ema})
-    whole, rows = trainer("wan", settings=settings), []
+    params = settings(ema_decay=ema)
+    whole, rows = trainer("wan", params), []
     whole.run(SCHEDULE.total_steps, lambda _, r: rows.append(r.loss))
 
-    first = trainer("wan", settings=settings)
+    first = trainer("wan", params)
     first.run(cut)
     save_training_state(tmp_path / "state.safetensors", first.student, first.optimizer, first.average, first.step)
-    second, continued = trainer("wan", settings=settings), []
+    second, continued = trainer("wan", params), []
     second.step = load_training_state(tmp_path / "state.safetensors", second.student, second.optimizer, second.average)
     assert second.step == cut
     second.run(SCHEDULE.total_steps, lambda _, r: continued.append(r.loss))
@@ -138,7 +148,7 @@ def test_stop_and_continue_equals_uninterrupted(tmp_path: Path, cut: int, ema: f
 def test_damaged_or_foreign_state_is_refused(tmp_path: Path) -> None:
     run, path = trainer("wan"), tmp_path / "state.safetensors"
     save_training_state(path, run.student, run.optimizer, None, 0)
-    other = trainer("wan", RankDecaySchedule(0, hold_steps=2))
+    other = trainer("wan", settings("kd", steps=2, final=0))
     with pytest.raises(ValueError, match="another method or rank"):
         load_training_state(path, other.student, other.optimizer, None)
     path.write_bytes(path.read_bytes()[:-100])
@@ -156,7 +166,7 @@ def test_phi_starts_nearer_to_the_teacher() -> None:
         prepare_(student, scheme, default_targets=family.default_targets)
         if rank:
             add_phi_(student, rank)
-        run = Trainer(student, teacher, family, data, RankDecaySchedule(rank, hold_steps=1), SETTINGS, METHODS["qvgen"])
+        run = Trainer(student, teacher, family, data, SETTINGS)
         with torch.no_grad():
             losses[rank] = run._loss(0).item()
     assert losses[4] < losses[0]
@@ -165,7 +175,7 @@ def test_phi_starts_nearer_to_the_teacher() -> None:
 
 def test_each_sample_is_quantized_by_its_own_timestep() -> None:
     """A batch of two timesteps equals the two samples alone; the public code takes the first sample's group for all."""
-    run = trainer("wan", RankDecaySchedule(0, hold_steps=1))
+    run = trainer("wan", settings("kd", steps=1, final=0))
     for _, layer in qat_layers(run.student):
         assert layer.input_quantizer is not None
         with torch.no_grad():
@@ -182,7 +192,7 @@ def test_each_sample_is_quantized_by_its_own_timestep() -> None:
 
 def test_quantizer_parameters_are_never_decayed() -> None:
     run = trainer("wan")
-    groups = {g["name"]: g for g in build_optimizer(run.student, OPTIMIZER).param_groups}
+    groups = {g["name"]: g for g in build_optimizer(run.student, SETTINGS.qat).param_groups}
     assert {n: g["weight_decay"] for n, g in groups.items()} == {
         "weights": 1e-4,
         "vectors": 0.0,
@@ -197,10 +207,12 @@ def test_quantizer_parameters_are_never_decayed() -> None:
 
 def test_learning_rate_is_above_zero_when_phi_is_gone() -> None:
     """The public code removes Φ 2-3 steps before the end, at a learning rate near zero."""
-    left = [learning_rate_factor(s, SCHEDULE.total_steps, OPTIMIZER) for s in range(SCHEDULE.decay_end, SCHEDULE.total_steps)]
-    assert len(left) == SCHEDULE.final_steps and min(left) >= OPTIMIZER.final_learning_rate
-    assert learning_rate_factor(1, 100, OPTIMIZER) == pytest.approx(0.2)
-    assert learning_rate_factor(99, 100, OPTIMIZER) == pytest.approx(0.1)
+    left = [
+        learning_rate_factor(s, SCHEDULE.total_steps, SETTINGS.qat) for s in range(SCHEDULE.decay_end, SCHEDULE.total_steps)
+    ]
+    assert len(left) == SCHEDULE.final_steps and min(left) >= SETTINGS.qat.final_learning_rate
+    assert learning_rate_factor(1, 100, SETTINGS.qat) == pytest.approx(0.2)
+    assert learning_rate_factor(99, 100, SETTINGS.qat) == pytest.approx(0.1)
 
 
 def test_loss_that_is_not_finite_stops_before_the_step() -> None:
@@ -216,7 +228,7 @@ def test_every_sample_of_a_run_depends_on_seed_and_step_only() -> None:
     a, b = trainer("wan"), trainer("wan")
     with torch.no_grad():
         assert a._loss(7).item() == b._loss(7).item() != a._loss(8).item()
-        other = trainer("wan", settings=LoopSettings(**{**vars(SETTINGS), "seed": 1}))
+        other = trainer("wan", SETTINGS.model_copy(update={"seed": 1}))
         assert other._loss(7).item() != a._loss(7).item()
 
 

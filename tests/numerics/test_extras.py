@@ -16,10 +16,12 @@ from qvgen.nn.packed_linear import PackedLinear, feed_forward, linears, packed_l
 from qvgen.nn.qat_linear import QATLinear
 from qvgen.nn.swap import add_phi_, convert_, prepare_, qat_layers
 from qvgen.nn.timestep import set_timestep
-from qvgen.quant.calibrate import LayerGrid, search_grid
+from qvgen.quant.grid import LayerGrid
 from qvgen.quant.low_rank import low_rank_factors
 from qvgen.quant.rotation import hadamard
 from qvgen.quant.scheme import QuantArgs, QuantScheme
+from qvgen.quant.search.mse import search_grid
+from qvgen.quant.search.settings import SearchSettings
 from qvgen.quant.smoothing import transform_weight
 
 # Float32 sums in another order, relative to the largest value.
@@ -56,16 +58,8 @@ def grid_of(weight: torch.Tensor, scheme: QuantScheme) -> LayerGrid:
     rank = scheme.rank_of(n, k)
     factors = low_rank_factors(transform_weight(weight.detach(), scale, scheme.input_rotation), rank) if rank else None
     inputs = [normal(64, k, seed=g) for g in range(scheme.timestep_groups)]
-    return search_grid(
-        weight,
-        inputs,
-        scheme,
-        input_scale=scale,
-        low_rank=factors,
-        weight_candidates=20,
-        mse_exponent=2.4,
-        clip_candidates=(0.95, 0.8),
-    )
+    settings = SearchSettings(weight_candidates=20, mse_exponent=2.4, clip_candidates=(0.95, 0.8))
+    return search_grid(weight, inputs, scheme, settings, input_scale=scale, low_rank=factors)
 
 
 def prepared(extras: dict, bits: int = 4, **other: object) -> tuple[nn.Linear, nn.Sequential]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qvgen.quant.calibrate import LayerGrid
+from qvgen.quant.grid import LayerGrid
 from qvgen.quant.low_rank import low_rank_factors
 from qvgen.quant.rotation import rotate
 from qvgen.quant.scheme import QuantScheme

@@ -1,0 +1,86 @@
+"""The recipe of a quantized model: `calibrate`, `build_trainer`, `trainer.run(...)`, `finish`; then `convert_` packs it.
+
+The stages calibrate, qat and decay are this recipe cut in three, and a case of the comparison runs it in one process. What
+differs from method to method is in the hooks of its card (qvgen/methods/method.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qvgen.checkpoint.grids import load_folds, load_grids, save_folds, save_grids
+from qvgen.checkpoint.pipeline import load_transformer
+from qvgen.data.latents import LatentDataset
+from qvgen.models.family import Family
+from qvgen.models.registry import load_family
+from qvgen.nn.swap import prepare_
+from qvgen.params import Params
+from qvgen.training.calibration import Calibration, apply_folds_, calibrate_
+from qvgen.training.loop import Trainer
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What training reads: a pipeline folder, the folder of calibrated grids, the folder of prepared data."""
+
+    model: Path
+    calibration: Path
+    data: Path
+
+    @classmethod
+    def of(cls, root: Path, calibration: Path | None = None) -> Sources:
+        """Those of a project's folder, with another folder of grids if one is given."""
+        artifacts = root / "artifacts"
+        return cls(artifacts / "model", calibration or artifacts / "calibration", artifacts / "data")
+
+
+def calibrate(params: Params, sources: Sources) -> None:
+    """Calibrate the full-precision model and write what training starts from."""
+    transformer, family = _load(sources)
+    save_calibration(sources.calibration, calibrate_(transformer, family, _clips(sources), params))
+
+
+def save_calibration(folder: Path, calibration: Calibration) -> None:
+    """Write folds.safetensors and grids.safetensors, and mse.safetensors where the plain grids are others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_folds(folder / "folds.safetensors", calibration.folds)
+    save_grids(folder / "grids.safetensors", calibration.grids)
+    if calibration.plain is not None:
+        save_grids(folder / "mse.safetensors", calibration.plain)
+
+
+def build_trainer(params: Params, sources: Sources) -> Trainer:
+    """Trainer at step 0: the student as the method starts it, and the full-precision teacher."""
+    (teacher, family), (student, _) = _load(sources), _load(sources)
+
+    def quantize_(model: nn.Module) -> None:
+        apply_folds_(model, family, load_folds(sources.calibration / "folds.safetensors"))
+        grids = load_grids(sources.calibration / "grids.safetensors")
+        prepare_(model, params.effective_scheme, default_targets=family.default_targets, grids=grids)
+
+    params.chosen.prepare_(student, quantize_, params.decay, torch.Generator().manual_seed(params.seed))
+    return Trainer(student, teacher, family, LatentDataset.open(sources.data / "train"), params)
+
+
+def finish(trainer: Trainer, params: Params, sources: Sources) -> nn.Module:
+    """The trained student, ready for `convert_`. Raises ValueError before the last step of rank decay."""
+    family, student = trainer.family, trainer.finish()
+
+    def quantize_(model: nn.Module) -> None:
+        grids = calibrate_(model, family, _clips(sources), params).grids
+        prepare_(model, params.effective_scheme, default_targets=family.default_targets, grids=grids)
+
+    params.chosen.finish_(student, quantize_)
+    return student
+
+
+def _load(sources: Sources) -> tuple[nn.Module, Family]:
+    return load_transformer(sources.model).float(), load_family(sources.model)
+
+
+def _clips(sources: Sources) -> LatentDataset:
+    return LatentDataset.open(sources.data / "calibration")
