@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
@@ -20,7 +21,7 @@ from qvgen.kernels.registry import (
     get,
 )
 from qvgen.nn.input_transform import low_rank_output, write_output
-from qvgen.nn.timestep import TimestepState
+from qvgen.nn.timestep import group_of
 from qvgen.packing import layout
 from qvgen.packing.bits import pack, unpack
 from qvgen.packing.layout import layer_layout, row_sums, validate_layer, weight_groups
@@ -28,6 +29,8 @@ from qvgen.quant.fake_quantizer import grouped_weight
 from qvgen.quant.primitives import dequantize
 from qvgen.quant.scheme import QuantScheme
 from qvgen.quant.smoothing import transform_input
+
+_preparing = threading.Lock()
 
 
 class PackedLinear(nn.Module):
@@ -56,7 +59,6 @@ class PackedLinear(nn.Module):
         out_features: int,
         bias: bool,
         scheme: QuantScheme,
-        timestep: TimestepState,
         device: torch.device | str | None = "meta",
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -64,7 +66,6 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.scheme = scheme
-        self.timestep = timestep
         self.has_extras = bool(scheme.extras)
         dtype = dtype or torch.get_default_dtype()
         for name, spec in layer_layout(in_features, out_features, scheme, bias, dtype).items():
@@ -100,7 +101,6 @@ class PackedLinear(nn.Module):
         clip_upper: torch.Tensor | None,
         bias: torch.Tensor | None,
         scheme: QuantScheme,
-        timestep: TimestepState,
         **extras: torch.Tensor | None,
     ) -> Self:
         """A layer from what training exports.
@@ -110,7 +110,7 @@ class PackedLinear(nn.Module):
         float dtype; `extras` by their names in the format. Raises ValueError if they do not fit each other or the scheme.
         """
         n, k = codes.shape
-        packed = cls(k, n, bias is not None, scheme, timestep)
+        packed = cls(k, n, bias is not None, scheme)
         tensors = {
             layout.PACKED: pack(codes, scheme.weights.num_bits),
             layout.SCALE: scale,
@@ -172,7 +172,7 @@ class PackedLinear(nn.Module):
         activations, prepared = self.scheme.input_activations, self._prepared
         assert prepared is not None
         return Arguments(
-            None if activations is None else self.timestep.of(x),
+            None if activations is None else group_of(x, self.scheme.timestep_groups),
             self.scheme.weights.num_bits,
             None if activations is None else activations.num_bits,
             activations is not None and activations.symmetric,
@@ -213,7 +213,9 @@ class PackedLinear(nn.Module):
         # The decorator: torch.compile runs this while it traces instead of tracing it, so that a model compiled before its
         # first call neither breaks its graph here nor repacks in it.
         if self._prepared is None:
-            self.prepare_backend()
+            with _preparing:  # threads that make the first call together
+                if self._prepared is None:
+                    self.prepare_backend()
 
     @property
     def backend(self) -> str | None:

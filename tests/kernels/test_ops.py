@@ -14,7 +14,7 @@ from qvgen.kernels.linear_ops import quantized_feed_forward, quantized_linear, q
 from qvgen.kernels.reference import ReferenceBackend
 from qvgen.kernels.registry import KernelPreference, NotBuilt, PackedWeight, backends, choose, explain
 from qvgen.nn.packed_linear import PackedLinear, feed_forward, linears
-from qvgen.nn.timestep import TimestepState
+from qvgen.nn.timestep import set_timestep
 from qvgen.quant.fake_quantizer import WeightQuantizer
 from qvgen.quant.scheme import QuantArgs, QuantScheme
 
@@ -35,10 +35,9 @@ def build(scheme: QuantScheme, n: int = 5, k: int = 32, bias: bool = True) -> Pa
     weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0))
     quantizer = WeightQuantizer.min_max(scheme.weights, weight)
     clips = None if scheme.input_activations is None else torch.linspace(0.7, 1, scheme.timestep_groups)
-    state = TimestepState(scheme.timestep_groups)
-    state.set(torch.tensor([10.0, 900.0]))
+    set_timestep(torch.tensor([10.0, 900.0]))
     codes, grid = quantizer.codes(weight), quantizer.export()
-    return PackedLinear.from_codes(codes, *grid, clips, clips, torch.ones(n) if bias else None, scheme, state)
+    return PackedLinear.from_codes(codes, *grid, clips, clips, torch.ones(n) if bias else None, scheme)
 
 
 def stored(layer: PackedLinear) -> PackedWeight:

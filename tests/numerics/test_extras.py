@@ -75,7 +75,7 @@ def prepared(extras: dict, bits: int = 4, **other: object) -> tuple[nn.Linear, n
     scheme = scheme_of(extras, bits, **other)
     model = nn.Sequential(copy.deepcopy(layer))
     prepare_(model, scheme, grids={"0": grid_of(layer.weight, scheme)})
-    set_timestep(model, torch.tensor([10.0, 990.0]))
+    set_timestep(torch.tensor([10.0, 990.0]))
     return layer, model
 
 
@@ -115,10 +115,10 @@ def test_the_packed_layer_is_its_formula() -> None:
     x = normal(1, 5, K)
     blocks = torch.block_diag(*[hadamard(8)] * (K // 8))
     inner = (x / layer.input_scale) @ blocks
-    plain = PackedLinear(K, N, True, layer.scheme.without_extras(), layer.timestep, device="cpu")
+    plain = PackedLinear(K, N, True, layer.scheme.without_extras(), device="cpu")
     names = plain.state_dict().keys()
     plain.load_state_dict({name: tensor for name, tensor in layer.state_dict().items() if name in names})
-    set_timestep(model, torch.tensor([500.0]))
+    set_timestep(torch.tensor([500.0]))
     expected = plain(inner) + inner @ layer.low_rank_down.T @ layer.low_rank_up.T
     assert_close(layer(x), expected, SUMS)
 
@@ -148,7 +148,7 @@ def test_feed_forward_is_the_layers_own() -> None:
     scheme = scheme_of(EXTRAS[-1])
     prepare_(model, scheme, grids={str(i): grid_of(model[i].weight, scheme) for i in range(2)})
     convert_(model)
-    set_timestep(model, torch.tensor([10.0, 990.0]))
+    set_timestep(torch.tensor([10.0, 990.0]))
     x = normal(2, 5, K)
     up, down = model
     assert torch.equal(feed_forward(x, up, down), down(F.gelu(up(x), approximate="tanh")))
@@ -193,7 +193,7 @@ def test_a_prepared_state_loads_into_an_uncalibrated_twin() -> None:
     twin = nn.Sequential(copy.deepcopy(layer))
     prepare_(twin, scheme_of(EXTRAS[-1]))
     twin.load_state_dict(model.state_dict())
-    set_timestep(twin, torch.tensor([10.0, 990.0]))
+    set_timestep(torch.tensor([10.0, 990.0]))
     x = normal(2, 5, K)
     assert torch.equal(twin[0](x), model[0](x))
 

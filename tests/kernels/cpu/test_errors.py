@@ -10,6 +10,7 @@ from qvgen.kernels.cpu.backend import CpuBackend
 from qvgen.kernels.linear_ops import quantized_linear
 from qvgen.kernels.registry import KernelPreference, choose
 from qvgen.nn.packed_linear import PackedLinear, linears
+from qvgen.nn.timestep import set_timestep
 from qvgen.quant.scheme import QuantArgs, QuantScheme
 from tests.support.cpu_weights import stored_weight
 from tests.support.packed_reference import GROUPS, build, scheme_of
@@ -22,7 +23,7 @@ X = torch.ones(2, 3, 32)
 def layer() -> PackedLinear:
     layer, _ = build(scheme_of(QuantArgs(), 4, 4, symmetric=False), 70, 32)
     layer.prepare_backend(KernelPreference.CPU)
-    layer.timestep.set(torch.tensor([0.0, 999.0]))
+    set_timestep(torch.tensor([0.0, 999.0]))
     return layer
 
 
@@ -61,7 +62,7 @@ def test_too_many_layers() -> None:
     for seed in range(9):
         one, _ = build(scheme_of(QuantArgs(), 4, 4, symmetric=False), 5, 32, seed)
         one.prepare_backend(KernelPreference.CPU)
-        one.timestep.set(torch.tensor([0.0]))
+        set_timestep(torch.tensor([0.0]))
         layers.append(one)
     with pytest.raises(RuntimeError, match="too many layers share one input"):
         linears(X, layers)
