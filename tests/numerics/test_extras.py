@@ -12,7 +12,8 @@ from qvgen.models.cogvideox import CogVideoXFamily
 from qvgen.models.cogvideox import tiny_transformer as tiny_cogvideox_transformer
 from qvgen.models.wan import WanFamily
 from qvgen.models.wan import tiny_transformer as tiny_wan_transformer
-from qvgen.nn.packed_linear import PackedLinear, feed_forward, linears, packed_layers
+from qvgen.nn.layers_together import feed_forward, linears
+from qvgen.nn.packed_linear import PackedLinear, packed_layers
 from qvgen.nn.qat_linear import QATLinear
 from qvgen.nn.swap import add_phi_, convert_, prepare_, qat_layers
 from qvgen.nn.timestep import set_timestep

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from qvgen.kernels.linear_ops import quantized_linear
 from qvgen.kernels.registry import KernelPreference
-from qvgen.nn.packed_linear import PackedLinear, feed_forward, linears
+from qvgen.nn.layers_together import feed_forward, linears
+from qvgen.nn.packed_linear import PackedLinear
 from qvgen.nn.timestep import group_of, set_timestep
 from qvgen.quant.scheme import QuantArgs, QuantScheme
 from tests.support.packed_reference import GROUPS, WEIGHTS, build, inputs, reference, scheme_of

@@ -9,7 +9,8 @@ import torch
 
 from qvgen.kernels.cpu import library
 from qvgen.kernels.registry import KernelPreference
-from qvgen.nn.packed_linear import PackedLinear, feed_forward, linears
+from qvgen.nn.layers_together import feed_forward, linears
+from qvgen.nn.packed_linear import PackedLinear
 from qvgen.nn.timestep import carry_timestep, set_timestep
 from qvgen.quant.scheme import QuantArgs
 from tests.support.packed_reference import build, inputs, scheme_of
