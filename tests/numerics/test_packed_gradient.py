@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from qvgen.integrations.fused.wan import fuse_wan_
 from qvgen.kernels import KernelPreference
 from qvgen.models.cogvideox import CogVideoXFamily
-from qvgen.models.tiny import tiny_cogvideox_transformer, tiny_wan_transformer
+from qvgen.models.cogvideox import tiny_transformer as tiny_cogvideox_transformer
 from qvgen.models.wan import WanFamily
+from qvgen.models.wan import tiny_transformer as tiny_wan_transformer
 from qvgen.nn.layers_together import feed_forward, linears
 from qvgen.nn.packed_linear import PackedLinear
 from qvgen.nn.swap import convert_, prepare_

@@ -13,7 +13,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.utils.checkpoint import checkpoint
 
-from qvgen.models.tiny import tiny_cogvideox_transformer, tiny_wan_transformer
+from qvgen.models.cogvideox import tiny_transformer as tiny_cogvideox_transformer
+from qvgen.models.wan import tiny_transformer as tiny_wan_transformer
 from qvgen.nn.swap import convert_, prepare_
 from qvgen.nn.timestep import carry_timestep, group_of, set_timestep, track_timestep
 from qvgen.quant.calibrate import LayerGrid
