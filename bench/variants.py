@@ -24,7 +24,6 @@ from torch import Tensor
 
 from qvgen.kernels.linear_ops import quantized_linear_out
 from qvgen.nn.packed_linear import PackedLinear
-from qvgen.nn.timestep import TimestepState
 from qvgen.quant.fake_quantizer import WeightQuantizer
 from qvgen.quant.scheme import QuantArgs, QuantScheme
 
@@ -65,7 +64,7 @@ def packed_layer(p: Problem) -> Callable[[], PackedLinear]:
 
     def make() -> PackedLinear:
         bias = p.bias.bfloat16()
-        layer = PackedLinear.from_codes(codes, scale, zero_point, clip, clip, bias, scheme, TimestepState(1))
+        layer = PackedLinear.from_codes(codes, scale, zero_point, clip, clip, bias, scheme)
         layer.prepare_backend()
         return layer
 

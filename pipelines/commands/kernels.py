@@ -10,11 +10,10 @@ from typing import Any
 def report() -> dict[str, Any]:
     """{"preference", "isa", "kernels"}: what QVGEN_KERNELS asks for, the instruction sets of the compiled kernels, and a row
     per op and backend. Raises ValueError for an unknown QVGEN_KERNELS."""
-    import qvgen.kernels.linear_ops  # noqa: F401  (registers the backends)
-    from qvgen.kernels import block_ops, registry
+    from qvgen.kernels import registry
 
     wanted = registry.preference()
-    rows = [*registry.explain(), *block_ops.explain()]
+    rows = registry.explain()
     return {"preference": wanted.value, "isa": instruction_sets(), "kernels": [row._asdict() for row in rows]}
 
 

@@ -86,12 +86,12 @@ class QVGenQuantizer(DiffusersQuantizer):
                 f"config.json says {expected} packed layers (num_targets), its targets select {len(names)} in "
                 f"{type(model).__name__}; the config was edited or belongs to another model"
             )
-        state = track_timestep(model, scheme.timestep_groups)
+        track_timestep(model, scheme.timestep_groups)
         for name in names:
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             shape, has_bias = (linear.in_features, linear.out_features), linear.bias is not None
-            replace_module(model, name, PackedLinear(*shape, has_bias, scheme, state, dtype=linear.weight.dtype))
+            replace_module(model, name, PackedLinear(*shape, has_bias, scheme, dtype=linear.weight.dtype))
         return model
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:

@@ -1,13 +1,22 @@
-"""What a transformer block computes between its linear layers, each as one op: in float32 from one load to one store.
+"""The ops between a transformer block's linear layers, each in float32 from one load to one store.
 
-    qvgen::layer_norm_modulate(x, weight, bias, scale, shift)    layer norm, affine, then * (1 + scale) + shift
-    qvgen::rms_norm_rotary(x, weight, cosine, sine)              RMS norm over all heads, then rotary embedding
-    qvgen::add_gated(x, y, gate)                                 x + y * gate
-    qvgen::attention(q, k, v)                                    softmax(q k^T / sqrt(D)) v, all to all
+    layer_norm_modulate(x, weight, bias, scale, shift, eps)       layer norm, affine, then * (1 + scale) + shift
+    rms_norm_rotary(x, weight, cosine, sine, heads, eps)          RMS norm over all heads, then rotary embedding
+    add_gated(x, y, gate)                                         x + y * gate
+    attention(q, k, v)                                            softmax(q k^T / sqrt(D)) v, all to all
 
-PyTorch makes a pass over memory for each elementary operation, with conversions to float32 and back between. On the CPU the
-compiled kernels do this; everywhere else, and with QVGEN_KERNELS=reference, the PyTorch expressions below, which define the
-result. The two differ by rounding: float32 sums in another order, and one rounding to x's dtype instead of one per step.
+    x, y             (n, s, d) float32 or bfloat16, of any strides
+    weight, bias     (d,)
+    scale, shift, gate   (n, 1, d) for each sample or (n, s, d) for each token
+    cosine, sine     (1, s, 1, D), d = heads * D: of each pair of features the cosine in the even, the sine in the odd place
+                     (as diffusers' WanRotaryPosEmbed gives them)
+    q                (n, s, heads, D); k and v (n, t, heads, D)
+    result           as x, or as q, in its dtype
+
+PyTorch makes a pass over memory for each elementary operation, with conversions to float32 and back between. A backend that
+has the op does it in one (registry.BlockOp); elsewhere the expressions of expressions.py run, which define the result.
+The two differ by rounding: float32 sums in another order, and one rounding to x's dtype instead of one per step. Where a
+gradient is asked for the expressions run, and autograd goes through them.
 """
 
 from __future__ import annotations
@@ -16,105 +25,97 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from qvgen.kernels.cpu import block_functions as compiled
-from qvgen.kernels.registry import ENVIRONMENT, KernelPreference, KernelRow, preference
+from qvgen.kernels import registry
+from qvgen.kernels.expressions import EXPRESSIONS
 
-OPS = ("layer_norm_modulate", "rms_norm_rotary", "add_gated", "attention")
-
-
-def _layer_norm_modulate(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, eps: float
-) -> Tensor:
-    if _compiled(x):
-        return compiled.layer_norm_modulate(x, weight, bias, scale, shift, eps)
-    weight, bias = (None if t is None else t.float() for t in (weight, bias))
-    y = F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps)
-    if scale is not None:
-        y = y * (1 + scale.float())
-    if shift is not None:
-        y = y + shift.float()
-    return y.to(x.dtype)
-
-
-def _rms_norm_rotary(
-    x: Tensor, weight: Tensor | None, cosine: Tensor | None, sine: Tensor | None, heads: int, eps: float
-) -> Tensor:
-    if _compiled(x) and (cosine is None or x.shape[-1] // heads % compiled.VECTOR == 0):
-        return compiled.rms_norm_rotary(x, weight, cosine, sine, heads, eps)
-    y = F.rms_norm(x.float(), x.shape[-1:], None if weight is None else weight.float(), eps)
-    if cosine is not None and sine is not None:
-        even, odd = y.unflatten(-1, (heads, -1, 2)).unbind(-1)
-        cos, sin = cosine.float()[..., 0::2], sine.float()[..., 1::2]
-        y = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-3)
-    return y.to(x.dtype)
-
-
-def _add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
-    if _compiled(x) and y.dtype == x.dtype:
-        return compiled.add_gated(x, y, gate)
-    return (x.float() + (y.float() if gate is None else y.float() * gate.float())).to(x.dtype)
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if _compiled(q) and compiled.attention_supported(q, k, v):
-        return compiled.attention(q, k, v)
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return y.transpose(1, 2).contiguous()
-
-
-def _compiled(x: Tensor) -> bool:
-    wanted = preference()
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or wanted == KernelPreference.REFERENCE:
-        return False
-    if compiled.available():
-        return True
-    if wanted == KernelPreference.CPU:
-        raise RuntimeError(f"{ENVIRONMENT}=cpu asks for compiled kernels, which cannot run: {compiled.refusal(OPS[0])}")
-    return False
-
-
-def explain(device: torch.device | str = "cpu") -> list[KernelRow]:
-    """Each of OPS, compiled and in PyTorch, and which one tensors on `device` get (unless dtype or shape rule it out)."""
-    device, forced = torch.device(device), preference() == KernelPreference.REFERENCE
-    rows = []
-    for op in OPS:
-        missing = compiled.refusal(op)
-        reason = missing or ("" if device.type == "cpu" else f"runs on cpu only, not on {device.type}")
-        used = not reason and not forced
-        rows += [KernelRow(op, "cpu", not missing, reason, used), KernelRow(op, "reference", True, "", not used)]
-    return rows
-
-
+OPS = registry.BLOCK_OPS
 _library = torch.library.Library("qvgen", "FRAGMENT")
 
 
-def _define(name: str, schema: str, implementation: Callable[..., Any]) -> Any:
+def _define(name: str, schema: str, check: Callable[..., None]) -> Callable[..., Tensor]:
+    def implementation(*args: Any) -> Tensor:
+        check(*args)
+        return registry.block_op(name, args)(*args)
+
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qvgen::{name}", lambda x, *_: x.new_empty(x.shape), lib=_library)
-    return getattr(torch.ops.qvgen, name).default
+    op, expression = getattr(torch.ops.qvgen, name).default, EXPRESSIONS[name]
+
+    def call(*args: Any) -> Tensor:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return expression(*args)
+        return op(*args)
+
+    call.__name__, call.__doc__ = name, f"qvgen::{name}{schema}"
+    return call
+
+
+def _check_layer_norm(x: Tensor, weight: Any, bias: Any, scale: Any, shift: Any, eps: float) -> None:
+    _check_rows(x)
+    _check_features(x, weight=weight, bias=bias)
+    _check_modulation(x, scale=scale, shift=shift)
+    if scale is not None and shift is not None and scale.shape != shift.shape:
+        raise ValueError(f"scale and shift must have one shape, not {tuple(scale.shape)} and {tuple(shift.shape)}")
+
+
+def _check_rms_norm(x: Tensor, weight: Any, cosine: Any, sine: Any, heads: int, eps: float) -> None:
+    _check_rows(x)
+    _check_features(x, weight=weight)
+    if heads < 1 or x.shape[-1] % heads:
+        raise ValueError(f"{x.shape[-1]} features are not {heads} heads of one size")
+    if (cosine is None) != (sine is None):
+        raise ValueError("cosine and sine belong together: give both or neither")
+    expected = (1, x.shape[1], 1, x.shape[-1] // heads)
+    for name, tensor in (("cosine", cosine), ("sine", sine)):
+        if tensor is not None and (tensor.shape != expected or expected[-1] % 2):
+            raise ValueError(f"{name} must be of shape {expected}, with an even last size, not {tuple(tensor.shape)}")
+
+
+def _check_add_gated(x: Tensor, y: Tensor, gate: Any) -> None:
+    _check_rows(x)
+    if y.shape != x.shape or not y.dtype.is_floating_point:
+        raise ValueError(f"y must be floating point of shape {tuple(x.shape)}, not {y.dtype} {tuple(y.shape)}")
+    _check_modulation(x, gate=gate)
+
+
+def _check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or not q.dtype == k.dtype == v.dtype:
+        shapes = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in (q, k, v))
+        raise ValueError(f"q (n, s, heads, D), k and v (n, t, heads, D) must have one dtype, not {shapes}")
+    if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]) or not q.dtype.is_floating_point:
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must agree in samples, heads and features")
+
+
+def _check_rows(x: Tensor) -> None:
+    if x.ndim != 3 or not x.dtype.is_floating_point:
+        raise ValueError(f"x must be floating point of shape (n, s, d), not {x.dtype} {tuple(x.shape)}")
+
+
+def _check_features(x: Tensor, **parameters: Tensor | None) -> None:
+    for name, tensor in parameters.items():
+        if tensor is not None and (tensor.shape != x.shape[-1:] or not tensor.dtype.is_floating_point):
+            raise ValueError(f"{name} must be floating point of shape {tuple(x.shape[-1:])}, not {tuple(tensor.shape)}")
+
+
+def _check_modulation(x: Tensor, **tensors: Tensor | None) -> None:
+    n, s, d = x.shape
+    for name, tensor in tensors.items():
+        if tensor is not None and tuple(tensor.shape) not in ((n, 1, d), (n, s, d)):
+            raise ValueError(f"{name} must be of shape {(n, 1, d)} or {(n, s, d)}, not {tuple(tensor.shape)}")
 
 
 layer_norm_modulate = _define(
     "layer_norm_modulate",
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, float eps) -> Tensor",
-    _layer_norm_modulate,
+    _check_layer_norm,
 )
-"""x (n, s, d); weight, bias (d,); scale, shift (n, 1, d) for each sample or (n, s, d) for each token. Returns (n, s, d)."""
-
 rms_norm_rotary = _define(
     "rms_norm_rotary",
     "(Tensor x, Tensor? weight, Tensor? cosine, Tensor? sine, int heads, float eps) -> Tensor",
-    _rms_norm_rotary,
+    _check_rms_norm,
 )
-"""x (n, s, heads * D); cosine, sine (1, s, 1, D), of each pair of features the cosine in the even, the sine in the odd place
-(as diffusers' WanRotaryPosEmbed gives them). Returns (n, s, heads * D)."""
-
-add_gated = _define("add_gated", "(Tensor x, Tensor y, Tensor? gate) -> Tensor", _add_gated)
-"""x, y (n, s, d); gate (n, 1, d) or (n, s, d). Returns (n, s, d)."""
-
-attention = _define("attention", "(Tensor q, Tensor k, Tensor v) -> Tensor", _attention)
-"""q (n, s, heads, D), k and v (n, t, heads, D). Returns (n, s, heads, D)."""
+add_gated = _define("add_gated", "(Tensor x, Tensor y, Tensor? gate) -> Tensor", _check_add_gated)
+attention = _define("attention", "(Tensor q, Tensor k, Tensor v) -> Tensor", _check_attention)

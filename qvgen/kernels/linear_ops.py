@@ -4,8 +4,9 @@
     qvgen::quantized_linear_out(x, weight, ..., out)         the same, into `out`
     qvgen::quantized_linears(x, weights, ...) -> y[]         layers that read the same input (q, k, v): it is read once
     qvgen::quantized_feed_forward(x, weights, ...) -> y      two layers with a GELU between them
+    qvgen::dequantized_weight(weight, ...) -> w              what a layer multiplies with, (N, K) float32
 
-    x                    (n, ..., K) float32, bfloat16 or float16; n samples
+    x                    (n, ..., K) float32, bfloat16 or float16, of any strides; n samples
     weight               the backend's own layout (registry.PreparedWeight)
     weight_scale         (N, G) float32
     weight_zero_point    (N, G) float32; none: symmetric
@@ -14,28 +15,26 @@
     timestep_group       (n,) or (1,) int64, the timestep group of each sample of x
     bias                 (N,), any float
     gelu                 GELU, in its tanh form, after the bias and before rounding to the output's dtype
-    y                    (n, ..., N) in out_dtype, by default the dtype of x
+    y                    (n, ..., N) in out_dtype, by default the dtype of x; `out` is float32 or bfloat16
 
 With several layers there are lists of weights, scales, ... and the other arguments are common to all. The clips come whole,
 with an index per sample, so that a fused kernel looks them up itself instead of being preceded by two gathers per layer.
-There is no gradient: packed layers are for inference.
+The ops themselves have no gradient: qvgen/kernels/gradient.py has it. Every call checks shapes and dtypes, because compiled
+backends read memory by them, and raises ValueError.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qvgen.kernels import registry
-from qvgen.kernels.cpu.backend import CpuBackend
-from qvgen.kernels.reference import ReferenceBackend
-from qvgen.kernels.registry import Arguments, LayerTensors
-
-registry.register(ReferenceBackend())
-registry.register(CpuBackend())
+from qvgen.kernels.registry import Arguments, LayerTensors, PreparedWeight
+from qvgen.packing.bits import MAX_BITS, MIN_BITS, unpack
+from qvgen.quant.primitives import dequantize
 
 _LAYER = (
     "Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor weight_row_sum, "
@@ -46,6 +45,10 @@ _LAYERS = (
     "Tensor?[] clip_lower, Tensor?[] clip_upper, Tensor?[] bias"
 )
 _ARGUMENTS = "Tensor? timestep_group, int weight_bits, int? activation_bits, bool activation_symmetric, str backend"
+INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_OUT_DTYPES = (torch.float32, torch.bfloat16)
+_Many = Sequence[Tensor]
+_Maybe = Sequence[Tensor | None]
 
 # torch.library.custom_op would read better, but costs 7 us more per call.
 _library = torch.library.Library("qvgen", "DEF")
@@ -58,54 +61,179 @@ def _define(name: str, schema: str, implementation: Callable[..., Any], fake: Ca
     return getattr(torch.ops.qvgen, name).default
 
 
-def _linear(x: Tensor, *rest: Any) -> Tensor:
-    tensors, arguments, (gelu, out_dtype) = LayerTensors(*rest[:7]), Arguments(*rest[7:12]), rest[12:]
-    y = _empty_output(x, tensors, out_dtype)
-    registry.get(arguments.backend).linear(x, [tensors], arguments, [y], gelu)
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    weight_row_sum: Tensor,
+    clip_lower: Tensor | None,
+    clip_upper: Tensor | None,
+    bias: Tensor | None,
+    timestep_group: Tensor | None,
+    weight_bits: int,
+    activation_bits: int | None,
+    activation_symmetric: bool,
+    backend: str,
+    gelu: bool,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    layer = LayerTensors(weight, weight_scale, weight_zero_point, weight_row_sum, clip_lower, clip_upper, bias)
+    arguments = Arguments(timestep_group, weight_bits, activation_bits, activation_symmetric, backend)
+    _check(x, (layer,), arguments)
+    y = _empty_output(x, weight_scale, out_dtype)
+    registry.get(backend).linear(x, [layer], arguments, [y], gelu)
     return y
 
 
-def _linear_out(x: Tensor, *rest: Any) -> None:
-    tensors, arguments, (out, gelu) = LayerTensors(*rest[:7]), Arguments(*rest[7:12]), rest[12:]
-    if out.shape != (expected := _output_shape(x, tensors)) or not out.is_contiguous():
-        raise ValueError(f"out must be contiguous and of shape {tuple(expected)}, not {tuple(out.shape)}")
-    registry.get(arguments.backend).linear(x, [tensors], arguments, [out], gelu)
+def _linear_out(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    weight_row_sum: Tensor,
+    clip_lower: Tensor | None,
+    clip_upper: Tensor | None,
+    bias: Tensor | None,
+    timestep_group: Tensor | None,
+    weight_bits: int,
+    activation_bits: int | None,
+    activation_symmetric: bool,
+    backend: str,
+    out: Tensor,
+    gelu: bool,
+) -> None:
+    layer = LayerTensors(weight, weight_scale, weight_zero_point, weight_row_sum, clip_lower, clip_upper, bias)
+    arguments = Arguments(timestep_group, weight_bits, activation_bits, activation_symmetric, backend)
+    _check(x, (layer,), arguments)
+    if out.shape != (expected := (*x.shape[:-1], len(weight_scale))) or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous and of shape {expected}, not {tuple(out.shape)}")
+    if out.dtype not in _OUT_DTYPES:
+        raise ValueError(f"out must be float32 or bfloat16, not {out.dtype}; let the op make its output instead")
+    registry.get(backend).linear(x, [layer], arguments, [out], gelu)
 
 
-def _linears(x: Tensor, *rest: Any) -> list[Tensor]:
-    layers, arguments = [LayerTensors(*tensors) for tensors in zip(*rest[:7], strict=True)], Arguments(*rest[7:])
-    outputs = [_empty_output(x, tensors, None) for tensors in layers]
-    registry.get(arguments.backend).linear(x, layers, arguments, outputs, False)
+def _linears(
+    x: Tensor,
+    weight: _Many,
+    weight_scale: _Many,
+    weight_zero_point: _Maybe,
+    weight_row_sum: _Many,
+    clip_lower: _Maybe,
+    clip_upper: _Maybe,
+    bias: _Maybe,
+    timestep_group: Tensor | None,
+    weight_bits: int,
+    activation_bits: int | None,
+    activation_symmetric: bool,
+    backend: str,
+) -> list[Tensor]:
+    layers = _layers(weight, weight_scale, weight_zero_point, weight_row_sum, clip_lower, clip_upper, bias)
+    arguments = Arguments(timestep_group, weight_bits, activation_bits, activation_symmetric, backend)
+    _check(x, layers, arguments)
+    outputs = [_empty_output(x, layer.weight_scale, None) for layer in layers]
+    registry.get(backend).linear(x, layers, arguments, outputs, False)
     return outputs
 
 
-def _feed_forward(x: Tensor, *rest: Any) -> Tensor:
-    layers, arguments = [LayerTensors(*tensors) for tensors in zip(*rest[:7], strict=True)], Arguments(*rest[7:])
+def _feed_forward(
+    x: Tensor,
+    weight: _Many,
+    weight_scale: _Many,
+    weight_zero_point: _Maybe,
+    weight_row_sum: _Many,
+    clip_lower: _Maybe,
+    clip_upper: _Maybe,
+    bias: _Maybe,
+    timestep_group: Tensor | None,
+    weight_bits: int,
+    activation_bits: int | None,
+    activation_symmetric: bool,
+    backend: str,
+) -> Tensor:
+    layers = _layers(weight, weight_scale, weight_zero_point, weight_row_sum, clip_lower, clip_upper, bias)
+    arguments = Arguments(timestep_group, weight_bits, activation_bits, activation_symmetric, backend)
     if len(layers) != 2:
         raise ValueError(f"a feed-forward has 2 layers, got {len(layers)}")
-    y = _empty_output(x, layers[1], None)
-    registry.get(arguments.backend).feed_forward(x, layers[0], layers[1], arguments, y)
+    _check(x, layers, arguments)
+    y = _empty_output(x, layers[1].weight_scale, None)
+    registry.get(backend).feed_forward(x, layers[0], layers[1], arguments, y)
     return y
 
 
-def _output_shape(x: Tensor, tensors: LayerTensors) -> torch.Size:
-    return torch.Size((*x.shape[:-1], tensors.weight_scale.shape[0]))
+def _dequantized(
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    weight_row_sum: Tensor,
+    in_features: int,
+    weight_bits: int,
+    backend: str,
+) -> Tensor:
+    prepared = PreparedWeight(backend, weight, weight_scale, weight_zero_point, weight_row_sum)
+    codes = unpack(registry.get(backend).stored_words(prepared, in_features, weight_bits), weight_bits, in_features)
+    zero_point = torch.full_like(weight_scale, 2 ** (weight_bits - 1)) if weight_zero_point is None else weight_zero_point
+    grouped = codes.view(*weight_scale.shape, -1)
+    return dequantize(grouped, weight_scale.unsqueeze(-1), zero_point.unsqueeze(-1)).view(codes.shape)
 
 
-def _empty_output(x: Tensor, tensors: LayerTensors, dtype: torch.dtype | None) -> Tensor:
-    return x.new_empty(_output_shape(x, tensors), dtype=dtype or x.dtype)
+def _layers(*tensors: _Maybe) -> list[LayerTensors]:
+    return [LayerTensors(*layer) for layer in zip(*tensors, strict=True)]  # type: ignore[arg-type]
 
 
-def _fake_linear(x: Tensor, *rest: Any) -> Tensor:
-    return _empty_output(x, LayerTensors(*rest[:7]), rest[13])
+def _empty_output(x: Tensor, weight_scale: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight_scale.shape[0]), dtype=dtype or x.dtype)
 
 
-def _fake_linears(x: Tensor, *rest: Any) -> list[Tensor]:
-    return [x.new_empty((*x.shape[:-1], scale.shape[0])) for scale in rest[1]]
+def _check(x: Tensor, layers: Sequence[LayerTensors], arguments: Arguments) -> None:
+    group, bits = arguments.timestep_group, arguments.activation_bits
+    if x.dtype not in INPUT_DTYPES or x.ndim == 0:
+        raise ValueError(f"input must be float32, bfloat16 or float16 of at least one dimension, not {x.dtype} {_shape(x)}")
+    if not MIN_BITS <= arguments.weight_bits <= MAX_BITS:
+        raise ValueError(f"weight_bits must be {MIN_BITS} to {MAX_BITS}, not {arguments.weight_bits}")
+    if bits is not None:
+        if not MIN_BITS <= bits <= MAX_BITS:
+            raise ValueError(f"activation_bits must be {MIN_BITS} to {MAX_BITS}, or None for floating point, not {bits}")
+        samples = x.shape[0] if x.ndim > 1 else 1
+        if group is None or group.dtype != torch.int64 or group.ndim != 1:
+            raise ValueError("timestep_group must be int64 with one dimension where inputs are quantized")
+        if len(group) not in (1, samples):
+            raise ValueError(f"{len(group)} timestep groups were given for an input of {samples} samples")
+    for _, scale, zero_point, row_sum, lower, upper, bias in layers:
+        if scale.ndim != 2 or scale.dtype != torch.float32:
+            raise ValueError(f"weight_scale must be float32 of shape (N, G), not {scale.dtype} {_shape(scale)}")
+        if zero_point is not None and (zero_point.shape != scale.shape or zero_point.dtype != torch.float32):
+            raise ValueError(f"weight_zero_point must be float32 {_shape(scale)}, not {zero_point.dtype} {_shape(zero_point)}")
+        if row_sum.shape != scale.shape or row_sum.dtype != torch.int32:
+            raise ValueError(f"weight_row_sum must be int32 {_shape(scale)}, not {row_sum.dtype} {_shape(row_sum)}")
+        if bias is not None and (bias.ndim != 1 or len(bias) != len(scale) or not bias.dtype.is_floating_point):
+            raise ValueError(f"bias must be ({len(scale)},) of any float, not {bias.dtype} {_shape(bias)}")
+        if bits is not None:
+            if lower is None or upper is None:
+                raise ValueError("clip_lower and clip_upper are missing, and inputs are quantized")
+            if lower.ndim != 1 or lower.shape != upper.shape or not lower.dtype == upper.dtype == torch.float32:
+                shapes = f"{lower.dtype} {_shape(lower)} and {upper.dtype} {_shape(upper)}"
+                raise ValueError(f"clip_lower and clip_upper must be float32 (timestep groups,), not {shapes}")
 
 
-def _fake_feed_forward(x: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], rest[1][-1].shape[0]))
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _fake_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, *rest: Any) -> Tensor:
+    return _empty_output(x, weight_scale, rest[-1])
+
+
+def _fake_linears(x: Tensor, weight: _Many, weight_scale: _Many, *_: Any) -> list[Tensor]:
+    return [_empty_output(x, scale, None) for scale in weight_scale]
+
+
+def _fake_feed_forward(x: Tensor, weight: _Many, weight_scale: _Many, *_: Any) -> Tensor:
+    return _empty_output(x, weight_scale[-1], None)
+
+
+def _fake_dequantized(weight: Tensor, weight_scale: Tensor, *rest: Any) -> Tensor:
+    return weight_scale.new_empty((weight_scale.shape[0], rest[2]))
 
 
 quantized_linear = _define(
@@ -120,4 +248,11 @@ quantized_linear_out = _define(
 quantized_linears = _define(f"{registry.OP}s", f"(Tensor x, {_LAYERS}, {_ARGUMENTS}) -> Tensor[]", _linears, _fake_linears)
 quantized_feed_forward = _define(
     "quantized_feed_forward", f"(Tensor x, {_LAYERS}, {_ARGUMENTS}) -> Tensor", _feed_forward, _fake_feed_forward
+)
+dequantized_weight = _define(
+    "dequantized_weight",
+    "(Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor weight_row_sum, int in_features, "
+    "int weight_bits, str backend) -> Tensor",
+    _dequantized,
+    _fake_dequantized,
 )

@@ -1,4 +1,4 @@
-"""The reference backend: plain PyTorch, for every width, strategy, shape and device. What other backends are tested against.
+"""The reference backend: plain PyTorch, for every op, width, strategy, shape and device. What others are tested against.
 
     Y = s_a s_w [ q_a . q_w - z_a sum q_w - z_w sum q_a + K z_a z_w ] + bias
       = s_a s_w [ (q_a - z_a) . q_w - z_w sum (q_a - z_a) ] + bias
@@ -10,13 +10,14 @@ only the products with a float zero point and with the scales round, in float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 
-from qvgen.kernels.registry import Arguments, LayerTensors, PackedWeight, PreparedWeight
+from qvgen.kernels import expressions
+from qvgen.kernels.registry import Arguments, BlockOp, LayerTensors, PackedWeight, PreparedWeight
 from qvgen.packing.bits import pack, unpack
 from qvgen.quant.primitives import codes, dequantize, token_grid
 from qvgen.quant.scheme import QuantArgs
@@ -29,6 +30,7 @@ class ReferenceBackend:
 
     name = "reference"
     devices: tuple[str, ...] = ()
+    block_ops: Mapping[str, BlockOp] = {name: BlockOp(run) for name, run in expressions.EXPRESSIONS.items()}
 
     def available(self) -> str:
         return ""
@@ -81,7 +83,7 @@ def _linear(x: torch.Tensor, layer: LayerTensors, arguments: Arguments) -> torch
     assert layer.clip_lower is not None and layer.clip_upper is not None and group is not None
     args = _token_args(arguments.activation_bits, arguments.activation_symmetric)
     per_sample = (-1, *[1] * (x.ndim - 1))
-    x_fp32 = x.float()
+    x_fp32 = x.float().contiguous()
     scale, zero_point = token_grid(
         x_fp32, layer.clip_lower[group].view(per_sample), layer.clip_upper[group].view(per_sample), args
     )
@@ -90,8 +92,8 @@ def _linear(x: torch.Tensor, layer: LayerTensors, arguments: Arguments) -> torch
     rows = x.shape[:-1].numel()
     # Symmetric codes were stored centred, so both factors may be signed; these bound their absolute values.
     largest = args.max_code * (2 ** (weight_bits - 1) if layer.weight_zero_point is None else 2**weight_bits - 1)
-    y_MN = _integer_linear(centred.view(rows, k), layer.weight, layer.weight_scale, layer.weight_zero_point, largest)
-    y_MN.mul_(scale.view(rows, 1))
+    y_MN = _integer_linear(centred.reshape(rows, k), layer.weight, layer.weight_scale, layer.weight_zero_point, largest)
+    y_MN.mul_(scale.reshape(rows, 1))
     if layer.bias is not None:
         y_MN.add_(layer.bias)
     return y_MN.view(*x.shape[:-1], n)

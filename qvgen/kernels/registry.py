@@ -1,4 +1,5 @@
-"""Which backend runs the packed layers, and why: availability with reasons, one choice per layer when it is loaded.
+"""Which backend runs which op, and why: availability with reasons. A packed layer's backend is chosen once, when it is loaded;
+an op between layers (block_ops.py) has no state, and its backend is chosen for each call.
 
 `auto` takes the fastest backend that can run a layer and says once, in the log, which one and why no faster one did. Asking
 for a backend by name, with the environment variable QVGEN_KERNELS or in code, never falls back: it raises.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +19,7 @@ from qvgen.quant.scheme import QuantArgs
 
 ENVIRONMENT = "QVGEN_KERNELS"
 OP = "quantized_linear"
+BLOCK_OPS = ("layer_norm_modulate", "rms_norm_rotary", "add_gated", "attention")
 _log = logging.getLogger(__name__)
 
 
@@ -72,9 +74,18 @@ class Arguments(NamedTuple):
     backend: str
 
 
+class BlockOp(NamedTuple):
+    """A backend's version of one of BLOCK_OPS; arguments and result as block_ops.py has them."""
+
+    run: Callable[..., torch.Tensor]
+    missing: Callable[[], str] = lambda: ""  # why this machine cannot run it, worded for a user; empty if it can
+    takes: Callable[..., bool] = lambda *_: True  # whether it can run these arguments: their dtypes and sizes
+
+
 class Backend(Protocol):
     name: str
     devices: tuple[str, ...]  # device types it is made for; empty: all
+    block_ops: Mapping[str, BlockOp]  # those of BLOCK_OPS that it has
 
     def available(self) -> str:
         """Why it cannot run on this machine, worded for a user; empty if it can."""
@@ -112,6 +123,8 @@ class Backend(Protocol):
 
 class NotBuilt:
     """Stands for a backend that this installation does not have."""
+
+    block_ops: Mapping[str, BlockOp] = {}
 
     def __init__(self, name: str, devices: tuple[str, ...], reason: str) -> None:
         self.name, self.devices, self.reason = name, devices, reason
@@ -204,16 +217,49 @@ def choose(layer: PackedWeight, wanted: KernelPreference | None = None) -> Backe
     raise RuntimeError(f"no kernel backend can run packed layers on {device.type}: {'; '.join(passed_over)}")
 
 
+def block_op(name: str, arguments: Sequence[Any]) -> Callable[..., torch.Tensor]:
+    """The function that runs one of BLOCK_OPS on these arguments, whose first is a tensor: that of the fastest backend that
+    takes them. What QVGEN_KERNELS asks for comes first, but the reference runs what that backend does not take.
+
+    Raises RuntimeError if a backend asked for by name has the op and cannot run on this machine.
+    """
+    wanted, device, reason = preference(), arguments[0].device.type, ""
+    for backend in _backends.values():
+        op = backend.block_ops.get(name)
+        if op is None or (wanted not in (KernelPreference.AUTO, backend.name) and backend.name != KernelPreference.REFERENCE):
+            continue
+        if backend.devices and device not in backend.devices:
+            continue
+        if reason := op.missing():
+            if wanted == backend.name and (broken := backend.available()):
+                raise RuntimeError(f"{ENVIRONMENT}={wanted} asks for kernels that cannot run: {broken}")
+            continue
+        if op.takes(*arguments):
+            return op.run
+    raise RuntimeError(f"no kernel backend can run {name} on {device}: {reason or 'none has it'}")
+
+
 def explain(device: torch.device | str = "cpu") -> list[KernelRow]:
-    """Every backend of the packed layers, and which one layers on `device` get (unless a layer's own shape or bits rule it
-    out). The same for what lies between them: block_ops.explain."""
+    """Every op and backend that has it, and which one tensors on `device` get (unless their shape, bits or dtype rule it
+    out)."""
     device, wanted = torch.device(device), preference()
     refusals = {name: _refusal(backend, device) for name, backend in _backends.items()}
-    candidates = [wanted.value] if wanted is not KernelPreference.AUTO else list(_backends)
-    chosen = next((name for name in candidates if not refusals[name]), None)
-    return [
-        KernelRow(OP, name, not backend.available(), refusals[name], name == chosen) for name, backend in _backends.items()
-    ]
+    rows = _rows(OP, refusals, [wanted.value] if wanted is not KernelPreference.AUTO else list(_backends))
+    for op in BLOCK_OPS:
+        having = {name: backend for name, backend in _backends.items() if op in backend.block_ops}
+        reasons = {name: backend.block_ops[op].missing() or _refusal(backend, device) for name, backend in having.items()}
+        auto = wanted is KernelPreference.AUTO
+        rows += _rows(op, reasons, list(having) if auto else [wanted.value, KernelPreference.REFERENCE.value])
+    return rows
+
+
+def _rows(op: str, refusals: Mapping[str, str], candidates: Sequence[str]) -> list[KernelRow]:
+    chosen = next((name for name in candidates if not refusals.get(name, "not here")), None)
+    rows = []
+    for name, reason in refusals.items():
+        missing = _backends[name].available() or (op in BLOCK_OPS and _backends[name].block_ops[op].missing())
+        rows.append(KernelRow(op, name, not missing, reason, name == chosen))
+    return rows
 
 
 def _serves(backend: Backend, device: torch.device) -> bool:

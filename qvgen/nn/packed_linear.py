@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from qvgen.kernels.linear_ops import quantized_feed_forward, quantized_linear, quantized_linear_out, quantized_linears
+from qvgen.kernels import gradient
+from qvgen.kernels.linear_ops import INPUT_DTYPES, quantized_linear, quantized_linear_out
 from qvgen.kernels.registry import (
     Arguments,
     KernelPreference,
@@ -20,7 +21,7 @@ from qvgen.kernels.registry import (
     get,
 )
 from qvgen.nn.input_transform import low_rank_output, write_output
-from qvgen.nn.timestep import TimestepState
+from qvgen.nn.timestep import group_of
 from qvgen.packing import layout
 from qvgen.packing.bits import pack, unpack
 from qvgen.packing.layout import layer_layout, row_sums, validate_layer, weight_groups
@@ -29,9 +30,12 @@ from qvgen.quant.primitives import dequantize
 from qvgen.quant.scheme import QuantScheme
 from qvgen.quant.smoothing import transform_input
 
+_preparing = threading.Lock()
+
 
 class PackedLinear(nn.Module):
-    """Y = Q(W) Q(X) + b in integer arithmetic (kernels/ops.py), for inference only.
+    """Y = Q(W) Q(X) + b in integer arithmetic (kernels/linear_ops.py). Nothing in it is trained; gradients pass through it
+    (kernels/gradient.py).
 
     The buffers are the tensors of the packed format (packing/layout.py). They keep their dtypes whatever the module is cast
     to; only its parameters, `bias` and low-rank factors, follow. On first use, or by `prepare_backend`, the weight is
@@ -56,7 +60,6 @@ class PackedLinear(nn.Module):
         out_features: int,
         bias: bool,
         scheme: QuantScheme,
-        timestep: TimestepState,
         device: torch.device | str | None = "meta",
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -64,7 +67,6 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.scheme = scheme
-        self.timestep = timestep
         self.has_extras = bool(scheme.extras)
         dtype = dtype or torch.get_default_dtype()
         for name, spec in layer_layout(in_features, out_features, scheme, bias, dtype).items():
@@ -100,7 +102,6 @@ class PackedLinear(nn.Module):
         clip_upper: torch.Tensor | None,
         bias: torch.Tensor | None,
         scheme: QuantScheme,
-        timestep: TimestepState,
         **extras: torch.Tensor | None,
     ) -> Self:
         """A layer from what training exports.
@@ -110,7 +111,7 @@ class PackedLinear(nn.Module):
         float dtype; `extras` by their names in the format. Raises ValueError if they do not fit each other or the scheme.
         """
         n, k = codes.shape
-        packed = cls(k, n, bias is not None, scheme, timestep)
+        packed = cls(k, n, bias is not None, scheme)
         tensors = {
             layout.PACKED: pack(codes, scheme.weights.num_bits),
             layout.SCALE: scale,
@@ -128,26 +129,37 @@ class PackedLinear(nn.Module):
         return packed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (n, ..., K) in any float dtype to (n, ..., N) in the same."""
+        """x (n, ..., K) float32, bfloat16 or float16 to (n, ..., N) in the same."""
         self._check_input(x)
         if self.has_extras:
             return self._with_extras(x).to(x.dtype)
-        return quantized_linear(x, *self._tensors(), *self._arguments(x), False, None)
+        return self._linear(x)
 
     def forward_into(self, x: torch.Tensor, out: torch.Tensor, gelu: bool = False) -> None:
         """Write the output, after a GELU if asked for, to `out` (n, ..., N): contiguous, float32 or bfloat16."""
         self._check_input(x)
+        tensors = self._tensors()
+        if gradient.is_asked_for(x, [tensors]):
+            raise RuntimeError("forward_into has no gradient: call the layer, or use torch.no_grad()")
         if self.has_extras:
             write_output(self._with_extras(x), out, gelu)
         else:
-            quantized_linear_out(x, *self._tensors(), *self._arguments(x), out, gelu)
+            quantized_linear_out(x, *tensors, *self._arguments(x), out, gelu)
+
+    def _linear(self, x: torch.Tensor) -> torch.Tensor:
+        tensors = self._tensors()
+        if gradient.is_asked_for(x, [tensors]):
+            return gradient.linear(x, tensors, self._arguments(x), self.scheme.input_activations)
+        return quantized_linear(x, *tensors, *self._arguments(x), False, None)
 
     def _with_extras(self, x: torch.Tensor) -> torch.Tensor:
         """(n, ..., N) float32; the transformed input is float32 too, whatever the model's dtype, as in training."""
+        if x.dtype not in INPUT_DTYPES:
+            raise ValueError(f"input must be float32, bfloat16 or float16, not {x.dtype}")
         x = transform_input(x.float(), self.input_scale, self.scheme.input_rotation)
-        y = quantized_linear(x, *self._tensors(), *self._arguments(x), False, None)
+        y = self._linear(x)
         if self.low_rank_up is not None and self.low_rank_down is not None:
-            y += low_rank_output(x, self.low_rank_up, self.low_rank_down)
+            y = y + low_rank_output(x, self.low_rank_up, self.low_rank_down)
         return y
 
     def _check_input(self, x: torch.Tensor) -> None:
@@ -172,7 +184,7 @@ class PackedLinear(nn.Module):
         activations, prepared = self.scheme.input_activations, self._prepared
         assert prepared is not None
         return Arguments(
-            None if activations is None else self.timestep.of(x),
+            None if activations is None else group_of(x, self.scheme.timestep_groups),
             self.scheme.weights.num_bits,
             None if activations is None else activations.num_bits,
             activations is not None and activations.symmetric,
@@ -213,7 +225,9 @@ class PackedLinear(nn.Module):
         # The decorator: torch.compile runs this while it traces instead of tracing it, so that a model compiled before its
         # first call neither breaks its graph here nor repacks in it.
         if self._prepared is None:
-            self.prepare_backend()
+            with _preparing:  # threads that make the first call together
+                if self._prepared is None:
+                    self.prepare_backend()
 
     @property
     def backend(self) -> str | None:
@@ -265,31 +279,6 @@ class PackedLinear(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         self._store_words()
         super()._load_from_state_dict(*args)
-
-
-def linears(x: torch.Tensor, layers: Sequence[PackedLinear]) -> list[torch.Tensor]:
-    """Outputs of layers that read the same input, such as q, k and v, which is then read once.
-
-    The layers must have one scheme and run in one backend, as all layers of a model do; the outputs are those of calling each
-    of them, which is what happens where each transforms its input.
-    """
-    if any(layer.has_extras for layer in layers):
-        return [layer(x) for layer in layers]
-    for layer in layers:
-        layer._check_input(x)
-    tensors = zip(*[layer._tensors() for layer in layers], strict=True)
-    return quantized_linears(x, *map(list, tensors), *layers[0]._arguments(x))
-
-
-def feed_forward(x: torch.Tensor, up: PackedLinear, down: PackedLinear) -> torch.Tensor:
-    """down(gelu(up(x))) with the GELU in its tanh form: as calling `up` with its GELU and then `down`, but the wide
-    intermediate is never written out (it is where layers transform their inputs)."""
-    if up.has_extras or down.has_extras:
-        return down(F.gelu(up(x), approximate="tanh"))
-    up._check_input(x)
-    down._ensure_prepared()
-    tensors = zip(up._tensors(), down._tensors(), strict=True)
-    return quantized_feed_forward(x, *map(list, tensors), *up._arguments(x))
 
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:

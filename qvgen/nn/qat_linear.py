@@ -8,7 +8,7 @@ from torch import nn
 
 from qvgen.nn.adapter import LowRankAdapter
 from qvgen.nn.input_transform import InputTransform
-from qvgen.nn.timestep import TimestepState
+from qvgen.nn.timestep import group_of
 from qvgen.phi.auxiliary import AuxiliaryModule
 from qvgen.quant.fake_quantizer import ActivationQuantizer, WeightQuantizer
 from qvgen.quant.scheme import QuantScheme
@@ -26,14 +26,12 @@ class QATLinear(nn.Linear):
         self,
         linear: nn.Linear,
         scheme: QuantScheme,
-        timestep: TimestepState,
         weight_quantizer: WeightQuantizer,
         input_quantizer: ActivationQuantizer | None,
     ) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.scheme = scheme
-        self.timestep = timestep
         self.weight_quantizer = weight_quantizer
         self.input_quantizer = input_quantizer
         self.phi: AuxiliaryModule | None = None
@@ -68,6 +66,8 @@ class QATLinear(nn.Linear):
             weight = weight + self.phi.delta()
         if self.input_transform is not None:
             x = self.input_transform(x)
-        quantized = x if self.input_quantizer is None else self.input_quantizer(x, self.timestep.of(x))
+        quantized = x
+        if self.input_quantizer is not None:
+            quantized = self.input_quantizer(x, group_of(x, self.scheme.timestep_groups))
         y = F.linear(quantized, weight, self.bias)
         return y if self.input_transform is None else self.input_transform.add_branch(y, x)

@@ -34,7 +34,7 @@ def prepare_(
     names = match_linears(model, scheme.targets, scheme.ignore, default_targets)
     if grids is not None and (missing := [n for n in names if n not in grids]):
         raise ValueError(f"{len(missing)} layers were not calibrated, such as {missing[0]}; run calibration with this scheme")
-    state = track_timestep(model, scheme.timestep_groups)
+    track_timestep(model, scheme.timestep_groups)
     for name in names:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
@@ -45,7 +45,7 @@ def prepare_(
         if scheme.input_activations is not None:
             assert grid.clip_lower is not None and grid.clip_upper is not None
             input_quantizer = ActivationQuantizer(scheme.input_activations, grid.clip_lower, grid.clip_upper)
-        layer = QATLinear(linear, scheme, state, weight_quantizer, input_quantizer)
+        layer = QATLinear(linear, scheme, weight_quantizer, input_quantizer)
         if scheme.extras:
             # A new parameter: a copy of the model, such as the teacher, may share the old one.
             layer.weight = nn.Parameter(grid.residual(linear.weight, scheme).to(linear.weight.dtype))
@@ -82,7 +82,6 @@ def convert_(model: nn.Module) -> list[str]:
             *clips,
             None if layer.bias is None else layer.bias.detach(),
             layer.scheme,
-            layer.timestep,
             **({} if layer.input_transform is None else layer.input_transform.export()),
         )
         replace_module(model, name, packed)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from qvgen.kernels.cpu import library
+from qvgen.nn.timestep import set_timestep
 
 
 def _isas() -> tuple[list[str], str]:
@@ -22,6 +23,12 @@ ISAS, MISSING = _isas()
 def _compiled(request: pytest.FixtureRequest) -> None:
     if MISSING and (request.path.name.startswith("test_cpu_") or "isa" in request.fixturenames):
         pytest.skip(MISSING)
+
+
+@pytest.fixture(autouse=True)
+def _no_timestep_left_behind() -> Iterator[None]:
+    yield
+    set_timestep(None)
 
 
 @pytest.fixture(params=ISAS)

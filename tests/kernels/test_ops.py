@@ -13,8 +13,9 @@ from qvgen.kernels import registry
 from qvgen.kernels.linear_ops import quantized_feed_forward, quantized_linear, quantized_linear_out, quantized_linears
 from qvgen.kernels.reference import ReferenceBackend
 from qvgen.kernels.registry import KernelPreference, NotBuilt, PackedWeight, backends, choose, explain
-from qvgen.nn.packed_linear import PackedLinear, feed_forward, linears
-from qvgen.nn.timestep import TimestepState
+from qvgen.nn.layers_together import feed_forward, linears
+from qvgen.nn.packed_linear import PackedLinear
+from qvgen.nn.timestep import set_timestep
 from qvgen.quant.fake_quantizer import WeightQuantizer
 from qvgen.quant.scheme import QuantArgs, QuantScheme
 
@@ -35,10 +36,9 @@ def build(scheme: QuantScheme, n: int = 5, k: int = 32, bias: bool = True) -> Pa
     weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0))
     quantizer = WeightQuantizer.min_max(scheme.weights, weight)
     clips = None if scheme.input_activations is None else torch.linspace(0.7, 1, scheme.timestep_groups)
-    state = TimestepState(scheme.timestep_groups)
-    state.set(torch.tensor([10.0, 900.0]))
+    set_timestep(torch.tensor([10.0, 900.0]))
     codes, grid = quantizer.codes(weight), quantizer.export()
-    return PackedLinear.from_codes(codes, *grid, clips, clips, torch.ones(n) if bias else None, scheme, state)
+    return PackedLinear.from_codes(codes, *grid, clips, clips, torch.ones(n) if bias else None, scheme)
 
 
 def stored(layer: PackedLinear) -> PackedWeight:
@@ -278,13 +278,13 @@ def test_the_environment_forces_and_never_falls_back(monkeypatch: pytest.MonkeyP
 
 def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
     registry.register(NotBuilt("cpu", ("cpu",), "no compiler was found"))
-    rows = {row.backend: row for row in explain("cpu")}
+    rows = {row.backend: row for row in explain("cpu") if row.op == registry.OP}
     assert list(rows) == [b.name for b in backends()]
     assert rows["reference"] == ("quantized_linear", "reference", True, "", True)
     assert rows["cpu"] == ("quantized_linear", "cpu", False, "no compiler was found", False)
     assert all(row.reason for row in rows.values() if not row.available)
     monkeypatch.setenv("QVGEN_KERNELS", "cpu")
-    assert not any(row.chosen for row in explain("cpu"))
+    assert not any(row.chosen for row in explain("cpu") if row.op == registry.OP)
 
 
 def test_a_backend_must_have_a_known_name() -> None:

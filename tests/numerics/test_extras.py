@@ -12,7 +12,8 @@ from qvgen.models.cogvideox import CogVideoXFamily
 from qvgen.models.cogvideox import tiny_transformer as tiny_cogvideox_transformer
 from qvgen.models.wan import WanFamily
 from qvgen.models.wan import tiny_transformer as tiny_wan_transformer
-from qvgen.nn.packed_linear import PackedLinear, feed_forward, linears, packed_layers
+from qvgen.nn.layers_together import feed_forward, linears
+from qvgen.nn.packed_linear import PackedLinear, packed_layers
 from qvgen.nn.qat_linear import QATLinear
 from qvgen.nn.swap import add_phi_, convert_, prepare_, qat_layers
 from qvgen.nn.timestep import set_timestep
@@ -69,7 +70,7 @@ def prepared(extras: dict, bits: int = 4, **other: object) -> tuple[nn.Linear, n
     scheme = scheme_of(extras, bits, **other)
     model = nn.Sequential(copy.deepcopy(layer))
     prepare_(model, scheme, grids={"0": grid_of(layer.weight, scheme)})
-    set_timestep(model, torch.tensor([10.0, 990.0]))
+    set_timestep(torch.tensor([10.0, 990.0]))
     return layer, model
 
 
@@ -109,10 +110,10 @@ def test_the_packed_layer_is_its_formula() -> None:
     x = normal(1, 5, K)
     blocks = torch.block_diag(*[hadamard(8)] * (K // 8))
     inner = (x / layer.input_scale) @ blocks
-    plain = PackedLinear(K, N, True, layer.scheme.without_extras(), layer.timestep, device="cpu")
+    plain = PackedLinear(K, N, True, layer.scheme.without_extras(), device="cpu")
     names = plain.state_dict().keys()
     plain.load_state_dict({name: tensor for name, tensor in layer.state_dict().items() if name in names})
-    set_timestep(model, torch.tensor([500.0]))
+    set_timestep(torch.tensor([500.0]))
     expected = plain(inner) + inner @ layer.low_rank_down.T @ layer.low_rank_up.T
     assert_close(layer(x), expected, SUMS)
 
@@ -142,7 +143,7 @@ def test_feed_forward_is_the_layers_own() -> None:
     scheme = scheme_of(EXTRAS[-1])
     prepare_(model, scheme, grids={str(i): grid_of(model[i].weight, scheme) for i in range(2)})
     convert_(model)
-    set_timestep(model, torch.tensor([10.0, 990.0]))
+    set_timestep(torch.tensor([10.0, 990.0]))
     x = normal(2, 5, K)
     up, down = model
     assert torch.equal(feed_forward(x, up, down), down(F.gelu(up(x), approximate="tanh")))
@@ -187,7 +188,7 @@ def test_a_prepared_state_loads_into_an_uncalibrated_twin() -> None:
     twin = nn.Sequential(copy.deepcopy(layer))
     prepare_(twin, scheme_of(EXTRAS[-1]))
     twin.load_state_dict(model.state_dict())
-    set_timestep(twin, torch.tensor([10.0, 990.0]))
+    set_timestep(torch.tensor([10.0, 990.0]))
     x = normal(2, 5, K)
     assert torch.equal(twin[0](x), model[0](x))
 

@@ -1,6 +1,5 @@
 """The packed layer against an independent numpy reference (packed_reference.py)."""
 
-import copy
 from collections.abc import Callable
 from itertools import product
 
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qvgen.nn.packed_linear import PackedLinear, packed_layers
-from qvgen.nn.timestep import TimestepState, set_timestep, track_timestep
+from qvgen.nn.timestep import group_of, set_timestep
 from qvgen.packing.layout import PACKED_NAMES
 from qvgen.quant.fake_quantizer import ActivationQuantizer, WeightQuantizer
 from qvgen.quant.scheme import QuantArgs, QuantScheme
@@ -83,14 +82,14 @@ def test_agrees_with_the_training_forward() -> None:
     scheme = scheme_of(QuantArgs(zero_point_domain="float"), 4, 4, symmetric=False)
     layer, dense = build(scheme, 48, 96)
     x, timestep = inputs(3, 10, 96), torch.tensor([20.0, 500.0, 980.0])
-    layer.timestep.set(timestep)
+    set_timestep(timestep)
     clips = layer.input_clip_lower, layer.input_clip_upper
     assert scheme.input_activations is not None
     quantizer = ActivationQuantizer(scheme.input_activations, *clips)
     with torch.no_grad():
         # The logits of the clips round: take the clips back from them, as export does.
         layer.input_clip_lower, layer.input_clip_upper = quantizer.export()
-        trained = F.linear(quantizer(x, layer.timestep.of(x)), dense, layer.bias)
+        trained = F.linear(quantizer(x, group_of(x, layer.scheme.timestep_groups)), dense, layer.bias)
         torch.testing.assert_close(
             layer(x), trained, rtol=FAKE_QUANT_RELATIVE, atol=FAKE_QUANT_RELATIVE * float(trained.abs().max())
         )
@@ -103,8 +102,8 @@ def test_integer_sums_beyond_float32_are_exact(k: int) -> None:
     generator = torch.Generator().manual_seed(k)
     codes = torch.randint(200, 256, (4, k), dtype=torch.uint8, generator=generator)
     ones, clips = torch.ones(4, 1), torch.ones(GROUPS)
-    layer = PackedLinear.from_codes(codes, ones, torch.zeros(4, 1), clips, clips, None, scheme, TimestepState(GROUPS))
-    layer.timestep.set(torch.tensor([0.0]))
+    layer = PackedLinear.from_codes(codes, ones, torch.zeros(4, 1), clips, clips, None, scheme)
+    set_timestep(torch.tensor([0.0]))
     x = torch.randint(200, 256, (1, 3, k), generator=generator)
     x[..., 0] = 255  # makes the token's scale 1
     expected = (x.numpy().astype(np.int64) @ codes.numpy().astype(np.int64).T).astype(np.float32)
@@ -116,7 +115,7 @@ def test_extreme_codes() -> None:
         scheme = scheme_of(QuantArgs(zero_point_domain="integer"), bits, bits, symmetric=False)
         codes = torch.full((3, 40), weight_code, dtype=torch.uint8).clamp(max=scheme.weights.max_code)
         scale, zero_point, clips = torch.full((3, 1), 0.25), torch.ones(3, 1), torch.ones(GROUPS)
-        layer = PackedLinear.from_codes(codes, scale, zero_point, clips, clips, None, scheme, TimestepState(GROUPS))
+        layer = PackedLinear.from_codes(codes, scale, zero_point, clips, clips, None, scheme)
         assert_equals_reference(layer, torch.full((1, 2, 40), sign * 7.0), torch.tensor([0.0]))
 
 
@@ -138,10 +137,8 @@ def test_rows_of_zeros() -> None:
     scheme = scheme_of(QuantArgs(), 4, 4, symmetric=False)
     quantizer = WeightQuantizer.min_max(scheme.weights, weight)
     clips = torch.ones(GROUPS)
-    layer = PackedLinear.from_codes(
-        quantizer.codes(weight), *quantizer.export(), clips, clips, None, scheme, TimestepState(GROUPS)
-    )
-    layer.timestep.set(torch.tensor([0.0]))
+    layer = PackedLinear.from_codes(quantizer.codes(weight), *quantizer.export(), clips, clips, None, scheme)
+    set_timestep(torch.tensor([0.0]))
     assert torch.equal(layer(inputs(1, 4, 10))[..., 1], torch.zeros(1, 4))
 
 
@@ -149,7 +146,7 @@ def test_rows_of_zeros() -> None:
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (4, True), (8, False)])
 def test_what_is_not_finite_stays_in_its_token(poison: float, bits: int, symmetric: bool) -> None:
     layer, _ = build(scheme_of(QuantArgs(zero_point_domain="float"), bits, bits, symmetric), 6, 300)
-    layer.timestep.set(torch.tensor([500.0]))
+    set_timestep(torch.tensor([500.0]))
     x = inputs(2, 3, 300)
     clean = layer(x)
     x[1, 2, 17] = poison
@@ -162,10 +159,10 @@ def test_what_is_not_finite_stays_in_its_token(poison: float, bits: int, symmetr
 def test_each_sample_has_the_clips_of_its_timestep() -> None:
     layer, _ = build(scheme_of(QuantArgs(), 4, 4, symmetric=False), 6, 32)
     x = inputs(1, 4, 32).expand(2, -1, -1)
-    layer.timestep.set(torch.tensor([10.0, 950.0]))
+    set_timestep(torch.tensor([10.0, 950.0]))
     together = layer(x)
     for i, t in enumerate((10.0, 950.0)):
-        layer.timestep.set(torch.tensor([t]))
+        set_timestep(torch.tensor([t]))
         assert torch.equal(layer(x[:1])[0], together[i])
     assert not torch.equal(together[0], together[1])
 
@@ -173,7 +170,7 @@ def test_each_sample_has_the_clips_of_its_timestep() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_differ_only_in_the_last_rounding(dtype: torch.dtype) -> None:
     layer, _ = build(scheme_of(QuantArgs(), 4, 4, symmetric=False), 6, 32)
-    layer.timestep.set(torch.tensor([500.0]))
+    set_timestep(torch.tensor([500.0]))
     x = inputs(2, 3, 32).to(dtype)
     assert torch.equal(layer(x), layer(x.float()).to(dtype))
 
@@ -192,7 +189,7 @@ def test_weight_only_multiplies_the_dequantized_weight(weight: QuantArgs) -> Non
 @pytest.mark.parametrize("shape", [(4, 32), (2, 3, 32), (2, 1, 5, 32), (0, 3, 32), (2, 0, 32)], ids=str)
 def test_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
     layer, _ = build(scheme_of(QuantArgs(), 4, 4, symmetric=False), 6, 32)
-    layer.timestep.set(torch.tensor([300.0]))
+    set_timestep(torch.tensor([300.0]))
     x = torch.randn(shape)
     out = layer(x)
     assert out.shape == (*shape[:-1], 6)
@@ -204,16 +201,16 @@ def test_state_dict_round_trip() -> None:
     layer, _ = build(scheme, 6, 33)
     state = layer.state_dict()
     assert set(state) == {*PACKED_NAMES, "bias"}
-    empty = PackedLinear(33, 6, True, scheme, layer.timestep, device="cpu")
+    empty = PackedLinear(33, 6, True, scheme, device="cpu")
     x = inputs(1, 2, 33)
-    layer.timestep.set(torch.tensor([0.0]))
+    set_timestep(torch.tensor([0.0]))
     empty.load_state_dict(state)
     assert torch.equal(empty(x), layer(x))
     other, _ = build(scheme, 6, 33, seed=5)
-    other.timestep.set(torch.tensor([0.0]))
+    set_timestep(torch.tensor([0.0]))
     empty.load_state_dict(other.state_dict())  # after a forward: what it prepared must not survive
     assert torch.equal(empty(x), other(x))
-    meta = PackedLinear(33, 6, True, scheme, layer.timestep)
+    meta = PackedLinear(33, 6, True, scheme)
     meta.load_state_dict(state, assign=True)
     assert torch.equal(meta(x), layer(x))
 
@@ -230,19 +227,6 @@ def test_casting_leaves_the_grid_alone(cast: Callable[[torch.nn.Module], torch.n
     assert torch.equal(layer.dequantize(), dense)
 
 
-def test_a_deep_copy_is_independent() -> None:
-    layer, _ = build(scheme_of(QuantArgs(), 4, 4, symmetric=False), 6, 32)
-    model = torch.nn.Sequential(layer)
-    model[0].timestep = track_timestep(model, GROUPS)
-    set_timestep(model, torch.tensor([0.0]))
-    x = inputs(1, 4, 32)
-    expected = model[0](x)
-    twin = copy.deepcopy(model)
-    set_timestep(twin, torch.tensor([999.0]))
-    assert torch.equal(model[0](x), expected)
-    assert not torch.equal(twin[0](x), expected)
-
-
 def test_errors() -> None:
     scheme = scheme_of(QuantArgs(), 4, 4, symmetric=False)
     layer, _ = build(scheme, 6, 32)
@@ -250,11 +234,11 @@ def test_errors() -> None:
         layer(torch.zeros(1, 31))
     with pytest.raises(RuntimeError, match="timestep of this call is not known"):
         layer(torch.zeros(1, 32))
-    layer.timestep.set(torch.tensor([1.0, 2.0]))
+    set_timestep(torch.tensor([1.0, 2.0]))
     with pytest.raises(RuntimeError, match="2 timesteps were given for an input of 3 samples"):
         layer(torch.zeros(3, 32))
     codes, ones, clips = torch.zeros(6, 32, dtype=torch.uint8), torch.ones(6, 1), torch.ones(GROUPS)
-    arguments = (clips, clips, None, scheme, layer.timestep)
+    arguments = (clips, clips, None, scheme)
     with pytest.raises(ValueError, match="weight_zero_point missing"):
         PackedLinear.from_codes(codes, ones, None, *arguments)
     with pytest.raises(ValueError, match=r"weight_scale: expected \[6, 1\]"):

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from qvgen.nn.packed_linear import PackedLinear
-from qvgen.nn.timestep import TimestepState
+from qvgen.nn.timestep import group_of, set_timestep
 from qvgen.packing.bits import unpack
 from qvgen.quant.fake_quantizer import WeightQuantizer
 from qvgen.quant.scheme import QuantArgs, QuantScheme
@@ -37,12 +37,7 @@ def build(scheme: QuantScheme, n: int, k: int, seed: int = 0, bias: bool = True)
     if scheme.input_activations is not None:
         clips = tuple(0.5 + 0.5 * torch.rand(2, scheme.timestep_groups, generator=generator))
     layer = PackedLinear.from_codes(
-        quantizer.codes(weight),
-        *quantizer.export(),
-        *clips,
-        torch.randn(n, generator=generator) if bias else None,
-        scheme,
-        TimestepState(scheme.timestep_groups),
+        quantizer.codes(weight), *quantizer.export(), *clips, torch.randn(n, generator=generator) if bias else None, scheme
     )
     return layer, quantizer(weight).detach()
 
@@ -95,7 +90,7 @@ def reference(layer: PackedLinear, x: torch.Tensor, group: torch.Tensor) -> tupl
 
 
 def assert_equals_reference(layer: PackedLinear, x: torch.Tensor, timestep: torch.Tensor) -> None:
-    layer.timestep.set(timestep)
-    expected, allowed = reference(layer, x, layer.timestep.of(x))
+    set_timestep(timestep)
+    expected, allowed = reference(layer, x, group_of(x, layer.scheme.timestep_groups))
     error = np.abs(layer(x).double().numpy() - expected)
     assert (error <= allowed).all(), f"error {error.max()}, allowed {allowed.flat[error.argmax()]}"

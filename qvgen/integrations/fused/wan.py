@@ -23,7 +23,8 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnP
 from torch import Tensor, nn
 
 from qvgen.kernels.block_ops import add_gated, attention, layer_norm_modulate, rms_norm_rotary
-from qvgen.nn.packed_linear import PackedLinear, feed_forward, linears
+from qvgen.nn.layers_together import feed_forward, linears
+from qvgen.nn.packed_linear import PackedLinear
 
 
 def fuse_wan_(model: nn.Module) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from qvgen.kernels.cpu import library
-from qvgen.kernels.registry import Arguments, LayerTensors, PackedWeight, PreparedWeight
+from qvgen.kernels.cpu import block_functions, library
+from qvgen.kernels.registry import Arguments, BlockOp, LayerTensors, PackedWeight, PreparedWeight
 from qvgen.packing.bits import packed_words
 
 _ALIGNMENT = 64  # bytes, a cache line
@@ -20,6 +20,7 @@ class CpuBackend:
 
     name = "cpu"
     devices: tuple[str, ...] = ("cpu",)
+    block_ops: Mapping[str, BlockOp] = block_functions.BLOCK_OPS
 
     def available(self) -> str:
         try:
@@ -36,6 +37,7 @@ class CpuBackend:
         return "" if layer.in_features <= most else f"in_features {layer.in_features} is more than {most}"
 
     def prepare(self, layer: PackedWeight) -> PreparedWeight:
+        _check_stored(layer)
         n, groups = layer.row_sum.shape
         bits, words = layer.args.num_bits, layer.words.contiguous()
         # contiguous: an operator's arguments may not share memory within themselves
@@ -108,6 +110,28 @@ class CpuBackend:
             output.copy_(target)
 
 
+def _check_stored(layer: PackedWeight) -> None:
+    """Raise ValueError unless the tensors have the sizes that the library will read."""
+    row_sum, n, groups = layer.row_sum, *(layer.row_sum.shape if layer.row_sum.ndim == 2 else (0, 0))
+    words = packed_words(layer.in_features, layer.args.num_bits)
+    grids = [layer.scale] if layer.zero_point is None else [layer.scale, layer.zero_point]
+    if (
+        row_sum.ndim != 2
+        or row_sum.dtype != torch.int32
+        or layer.words.dtype != torch.int32
+        or tuple(layer.words.shape) != (n, words)
+        or any(g.dtype != torch.float32 or tuple(g.shape) not in ((n, groups), (1, groups)) for g in grids)
+        or groups < 1
+        or layer.in_features % groups
+        or any(t.device.type != "cpu" for t in (layer.words, row_sum, *grids))
+    ):
+        shapes = [tuple(t.shape) for t in (layer.words, row_sum, *grids)]
+        raise ValueError(
+            f"a weight of {layer.in_features} inputs and {layer.args.num_bits} bits has int32 words (N, {words}), int32 row "
+            f"sums (N, G) and float32 scales and zero points (N or 1, G), found {shapes}"
+        )
+
+
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -131,25 +155,28 @@ def _layer(
     bias = tensors.bias
     if bias is not None and bias.dtype not in _DTYPES:
         bias = bias.to(torch.float32)
-    assert tensors.clip_lower is not None
+    lower, upper = tensors.clip_lower, tensors.clip_upper
+    assert lower is not None and upper is not None
+    if not (lower.is_contiguous() and upper.is_contiguous() and (bias is None or bias.is_contiguous())):
+        lower, upper, bias = lower.contiguous(), upper.contiguous(), None if bias is None else bias.contiguous()
     layer = library.Layer(
         weight=tensors.weight.data_ptr(),
         weight_bytes=tensors.weight.numel(),
-        clip_lower=tensors.clip_lower.data_ptr(),
-        clip_upper=_pointer(tensors.clip_upper),
+        clip_lower=lower.data_ptr(),
+        clip_upper=upper.data_ptr(),
         bias=_pointer(bias),
         out=_pointer(output),
         in_features=in_features,
         out_features=tensors.weight_scale.shape[0],
         groups=tensors.weight_scale.shape[1],
-        clips=tensors.clip_lower.shape[0],
+        clips=lower.shape[0],
         activation_bits=arguments.activation_bits,
         activation_symmetric=arguments.activation_symmetric,
         bias_dtype=0 if bias is None else _DTYPES[bias.dtype],
         out_dtype=0 if output is None else _DTYPES[output.dtype],
         gelu=gelu,
     )
-    layer.alive = bias  # for as long as the structure points to it
+    layer.alive = lower, upper, bias  # for as long as the structure points to it
     return layer
 
 
@@ -158,8 +185,6 @@ def _input(x: torch.Tensor, arguments: Arguments) -> library.Input:
     assert group is not None
     group = group.contiguous()
     samples = x.shape[0] if x.ndim > 1 else 1
-    if len(group) not in (1, samples):
-        raise ValueError(f"{len(group)} timestep groups were given for an input of {samples} samples")
     rows = x.shape[:-1].numel()
     source = library.Input(
         x=x.data_ptr(),

@@ -1,4 +1,5 @@
-"""The compiled versions of kernels/block_ops.py: pointers and shapes for libqvgen_cpu. Shapes as documented there."""
+"""The compiled versions of kernels/block_ops.py: pointers and shapes for libqvgen_cpu. Shapes as documented there, and
+checked there."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qvgen.kernels.cpu import library
+from qvgen.kernels.registry import BlockOp
 
 VECTOR = 16  # elements; rotary embedding wants heads of whole vectors
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -141,3 +143,26 @@ def _rows_per_group(x: Tensor, modulation: Tensor | None) -> int:
     if modulation is None:
         return 1
     return max(1, x.numel() // modulation.numel())
+
+
+def _takes_rows(x: Tensor, *_: object) -> bool:
+    return x.dtype in _DTYPES
+
+
+def _takes_rotary(x: Tensor, weight: object, cosine: Tensor | None, sine: object, heads: int, eps: float) -> bool:
+    return x.dtype in _DTYPES and (cosine is None or x.shape[-1] // heads % VECTOR == 0)
+
+
+def _takes_sum(x: Tensor, y: Tensor, gate: Tensor | None) -> bool:
+    return x.dtype in _DTYPES and y.dtype == x.dtype
+
+
+BLOCK_OPS = {
+    name: BlockOp(run, lambda name=name: refusal(name), takes)
+    for name, run, takes in [
+        ("layer_norm_modulate", layer_norm_modulate, _takes_rows),
+        ("rms_norm_rotary", rms_norm_rotary, _takes_rotary),
+        ("add_gated", add_gated, _takes_sum),
+        ("attention", attention, attention_supported),
+    ]
+}

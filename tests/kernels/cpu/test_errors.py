@@ -9,7 +9,9 @@ import torch
 from qvgen.kernels.cpu.backend import CpuBackend
 from qvgen.kernels.linear_ops import quantized_linear
 from qvgen.kernels.registry import KernelPreference, choose
-from qvgen.nn.packed_linear import PackedLinear, linears
+from qvgen.nn.layers_together import linears
+from qvgen.nn.packed_linear import PackedLinear
+from qvgen.nn.timestep import set_timestep
 from qvgen.quant.scheme import QuantArgs, QuantScheme
 from tests.support.cpu_weights import stored_weight
 from tests.support.packed_reference import GROUPS, build, scheme_of
@@ -22,7 +24,7 @@ X = torch.ones(2, 3, 32)
 def layer() -> PackedLinear:
     layer, _ = build(scheme_of(QuantArgs(), 4, 4, symmetric=False), 70, 32)
     layer.prepare_backend(KernelPreference.CPU)
-    layer.timestep.set(torch.tensor([0.0, 999.0]))
+    set_timestep(torch.tensor([0.0, 999.0]))
     return layer
 
 
@@ -61,7 +63,7 @@ def test_too_many_layers() -> None:
     for seed in range(9):
         one, _ = build(scheme_of(QuantArgs(), 4, 4, symmetric=False), 5, 32, seed)
         one.prepare_backend(KernelPreference.CPU)
-        one.timestep.set(torch.tensor([0.0]))
+        set_timestep(torch.tensor([0.0]))
         layers.append(one)
     with pytest.raises(RuntimeError, match="too many layers share one input"):
         linears(X, layers)
@@ -72,7 +74,47 @@ def test_a_weight_of_another_shape(layer: PackedLinear) -> None:
     with pytest.raises(RuntimeError, match=NOT_A_WEIGHT):
         quantized_linear(X[..., :31], *tensors, *arguments, False, None)
     with pytest.raises(RuntimeError, match=NOT_A_WEIGHT):
-        quantized_linear(X, tensors.weight, torch.ones(71, 1), *tensors[2:], *arguments, False, None)
+        grown = torch.ones(71, 1), torch.ones(71, 1), torch.ones(71, 1, dtype=torch.int32)
+        quantized_linear(X, tensors.weight, *grown, *tensors[4:6], None, *arguments, False, None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("clip_upper", torch.ones(GROUPS - 1), "clip_lower and clip_upper must be float32"),
+        ("clip_upper", torch.ones(GROUPS, dtype=torch.float64), "clip_lower and clip_upper must be float32"),
+        ("clip_upper", None, "clip_lower and clip_upper are missing"),
+        ("bias", torch.ones(69), r"bias must be \(70,\) of any float"),
+        ("bias", torch.ones(70, dtype=torch.int64), r"bias must be \(70,\) of any float"),
+        ("weight_zero_point", torch.ones(69, 1), "weight_zero_point must be float32"),
+        ("weight_row_sum", torch.ones(70, 1), "weight_row_sum must be int32"),
+        ("weight_scale", torch.ones(70), "weight_scale must be float32 of shape"),
+    ],
+)
+def test_a_tensor_that_does_not_fit(layer: PackedLinear, field: str, value: torch.Tensor | None, message: str) -> None:
+    tensors = layer._tensors()._replace(**{field: value})
+    with pytest.raises(ValueError, match=message):
+        quantized_linear(X, *tensors, *layer._arguments(X), False, None)
+
+
+@pytest.mark.parametrize("bits", [0, 1, 9, 16])
+def test_bits_that_there_are_not(layer: PackedLinear, bits: int) -> None:
+    arguments = layer._arguments(X)
+    with pytest.raises(ValueError, match=f"activation_bits must be 2 to 8, or None for floating point, not {bits}"):
+        quantized_linear(X, *layer._tensors(), *arguments._replace(activation_bits=bits), False, None)
+    with pytest.raises(ValueError, match=f"weight_bits must be 2 to 8, not {bits}"):
+        quantized_linear(X, *layer._tensors(), *arguments._replace(weight_bits=bits), False, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.float8_e4m3fn, torch.float64])
+def test_inputs_that_would_lose_something(layer: PackedLinear, dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match="input must be float32, bfloat16 or float16"):
+        layer(X.to(dtype))
+
+
+def test_an_output_of_float16(layer: PackedLinear) -> None:
+    with pytest.raises(ValueError, match="out must be float32 or bfloat16, not"):
+        layer.forward_into(X, torch.empty(*X.shape[:-1], 70, dtype=torch.float16))
 
 
 # Fields of layout.h's Header.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qvgen.kernels.cpu import library
 from qvgen.kernels.registry import KernelPreference
 from qvgen.nn.packed_linear import PackedLinear
-from qvgen.nn.timestep import TimestepState
+from qvgen.nn.timestep import set_timestep
 from qvgen.quant.scheme import QuantArgs
 from tests.support.cpu_weights import prepared_weight, some_codes
 from tests.support.packed_reference import GROUPS, build, inputs, scheme_of
@@ -85,7 +85,7 @@ def test_long_sums_aliased_rows_and_single_outputs(isa: str, shape: tuple[int, i
 def four_bit_layer(n: int, k: int, weight: QuantArgs, symmetric: bool) -> PackedLinear:
     layer, _ = build(scheme_of(weight, 4, 4, symmetric), n, k)
     layer.prepare_backend(KernelPreference.CPU)
-    layer.timestep.set(torch.tensor([0.0, 700.0]))
+    set_timestep(torch.tensor([0.0, 700.0]))
     return layer
 
 
@@ -117,9 +117,9 @@ def test_strassen_of_extreme_codes(isa: str, strassen: Callable[[int], None], en
             q = torch.cat(((1 - half if flip_outputs else half).expand(64, -1), half.expand(64, -1)))
         codes = (15 * q).to(torch.uint8)
         grid = torch.ones(128, 1), torch.zeros(128, 1)
-        layer = PackedLinear.from_codes(codes, *grid, clips, clips, None, scheme, TimestepState(GROUPS))
+        layer = PackedLinear.from_codes(codes, *grid, clips, clips, None, scheme)
         layer.prepare_backend(KernelPreference.CPU)
-        layer.timestep.set(torch.tensor([0.0]))
+        set_timestep(torch.tensor([0.0]))
         for mode in (NEVER, ALWAYS):
             strassen(mode)
             # A token of 0s and 1s has the scale 1/15: the sums of 225s come out as 15 times their number.

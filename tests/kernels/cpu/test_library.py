@@ -13,6 +13,7 @@ from qvgen.kernels import registry
 from qvgen.kernels.cpu import library
 from qvgen.kernels.cpu.backend import CpuBackend
 from qvgen.kernels.registry import KernelPreference
+from qvgen.nn.timestep import set_timestep
 from qvgen.quant.scheme import QuantArgs
 from tests.support.packed_reference import assert_equals_reference, build, inputs, scheme_of
 
@@ -83,7 +84,7 @@ def test_an_instruction_set_that_cannot_run(lacking: str, monkeypatch: pytest.Mo
 def test_the_library_itself_refuses_an_unknown_instruction_set() -> None:
     layer, _ = build(SCHEME, 5, 32)
     layer.prepare_backend(KernelPreference.CPU)
-    layer.timestep.set(torch.tensor([0.0]))
+    set_timestep(torch.tensor([0.0]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "isa", lambda: b"sse9")
         with pytest.raises(RuntimeError, match="this machine does not have the instruction set"):

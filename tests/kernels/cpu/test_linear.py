@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from qvgen.kernels.linear_ops import quantized_linear
 from qvgen.kernels.registry import KernelPreference
-from qvgen.nn.packed_linear import PackedLinear, feed_forward, linears
-from qvgen.nn.timestep import TimestepState
+from qvgen.nn.layers_together import feed_forward, linears
+from qvgen.nn.packed_linear import PackedLinear
+from qvgen.nn.timestep import group_of, set_timestep
 from qvgen.quant.scheme import QuantArgs, QuantScheme
 from tests.support.packed_reference import GROUPS, WEIGHTS, build, inputs, reference, scheme_of
 
@@ -35,7 +36,7 @@ widths = st.integers(2, 8)
 def cpu_layer(scheme: QuantScheme, n: int, k: int, seed: int = 0, bias: bool = True) -> PackedLinear:
     layer, _ = build(scheme, n, k, seed, bias)
     layer.prepare_backend(KernelPreference.CPU)
-    layer.timestep.set(TIMESTEPS)
+    set_timestep(TIMESTEPS)
     return layer
 
 
@@ -44,7 +45,7 @@ def gelu(x: np.ndarray) -> np.ndarray:
 
 
 def check_layer(layer: PackedLinear, x: torch.Tensor, out_dtype: torch.dtype, with_gelu: bool) -> None:
-    expected, allowed = reference(layer, x, layer.timestep.of(x))
+    expected, allowed = reference(layer, x, group_of(x, layer.scheme.timestep_groups))
     if with_gelu:
         expected = gelu(expected)
         allowed = GELU_SLOPE * allowed + GELU_RELATIVE * np.abs(expected) + GELU_ABSOLUTE
@@ -115,9 +116,8 @@ def test_the_longest_sums_are_exact(isa: str, k: int, lowest: int) -> None:
     x[:, 0], x[:, -1] = 255, 255  # makes the token's scale 1
     ones, clips = torch.ones(66, 1), torch.ones(GROUPS)
     scheme = scheme_of(QuantArgs(), 8, 8, symmetric=False)
-    state = TimestepState(GROUPS)
-    state.set(torch.tensor([0.0]))
-    layer = PackedLinear.from_codes(q.to(torch.uint8), ones, torch.zeros(66, 1), clips, clips, None, scheme, state)
+    set_timestep(torch.tensor([0.0]))
+    layer = PackedLinear.from_codes(q.to(torch.uint8), ones, torch.zeros(66, 1), clips, clips, None, scheme)
     layer.prepare_backend(KernelPreference.CPU)
     assert torch.equal(layer(x[None].float())[0], (x @ q.T).float())
 
@@ -200,7 +200,7 @@ def test_half_precision_differs_only_in_the_last_rounding(isa: str) -> None:
 def test_any_number_of_dimensions(isa: str, shape: tuple[int, ...]) -> None:
     layer = cpu_layer(scheme_of(QuantArgs(), 4, 4, symmetric=False), 70, 100)
     if len(shape) < 2 or 0 in shape:
-        layer.timestep.set(torch.tensor([0.0]))
+        set_timestep(torch.tensor([0.0]))
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     y = layer(x)
     assert y.shape == (*shape[:-1], 70)

@@ -9,7 +9,9 @@ import torch
 
 from qvgen.kernels.cpu import library
 from qvgen.kernels.registry import KernelPreference
-from qvgen.nn.packed_linear import PackedLinear, feed_forward, linears
+from qvgen.nn.layers_together import feed_forward, linears
+from qvgen.nn.packed_linear import PackedLinear
+from qvgen.nn.timestep import carry_timestep, set_timestep
 from qvgen.quant.scheme import QuantArgs
 from tests.support.packed_reference import build, inputs, scheme_of
 
@@ -35,7 +37,7 @@ def cpu_layer(n: int, k: int, bits: int = 4, seed: int = 0, weight: QuantArgs | 
     scheme = scheme_of(weight or QuantArgs(zero_point_domain="float"), bits, bits, symmetric=False)
     layer, _ = build(scheme, n, k, seed)
     layer.prepare_backend(KernelPreference.CPU)
-    layer.timestep.set(torch.tensor([0.0, 900.0]))
+    set_timestep(torch.tensor([0.0, 900.0]))
     return layer
 
 
@@ -112,9 +114,9 @@ def check_callers(threads: int) -> None:
     calls: list[Callable[[], torch.Tensor]] = []
     for seed, (m, n, k) in enumerate([(1, 500, 900), (9, 70, 2000), (400, 130, 64), (50, 300, 300)]):
         layer, x = cpu_layer(n, k, bits=(2, 3, 4, 8)[seed], seed=seed), inputs(2, m, k, seed)
-        calls.append(lambda layer=layer, x=x: layer(x))
+        calls.append(carry_timestep(lambda layer=layer, x=x: layer(x)))
         up, down = cpu_layer(n, k, seed=seed), cpu_layer(k, n, seed=seed + 10)
-        calls.append(lambda up=up, down=down, x=x: feed_forward(x, up, down))
+        calls.append(carry_timestep(lambda up=up, down=down, x=x: feed_forward(x, up, down)))
     expected = [call() for call in calls]
 
     def repeat(call: Callable[[], torch.Tensor]) -> list[torch.Tensor]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from qvgen.kernels.cpu import library
 from qvgen.kernels.registry import KernelPreference
+from qvgen.nn.timestep import set_timestep
 from qvgen.quant.primitives import codes, token_grid
 from qvgen.quant.scheme import QuantArgs
 from tests.support.cpu_weights import prepared_weight
@@ -200,7 +201,7 @@ def test_what_is_not_finite_makes_its_token_nan_and_no_other(
     for weight, width in [(weights[0], 4), (weights[1], 4), (weights[0], 8)]:
         layer, _ = build(scheme_of(weight, width, width, symmetric), 70, 350)
         layer.prepare_backend(KernelPreference.CPU)
-        layer.timestep.set(torch.tensor([500.0]))
+        set_timestep(torch.tensor([500.0]))
         clean = inputs(2, 7, 350).to(dtype)
         dirty, tokens = clean.clone(), torch.zeros(2, 7, dtype=torch.bool)
         for at in [(0, 0, 0), (0, 6, 349), (1, 3, 320), (1, 5, 31)]:

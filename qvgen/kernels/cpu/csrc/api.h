@@ -78,9 +78,9 @@ int qvgen_attention(
     const void* q, const void* k, const void* v, int64_t samples, int64_t queries, int64_t keys, int64_t heads,
     int64_t features, float scale, void* out, int threads);
 
-// Clock rate of this thread's core right now, in Hz.
 // Multiply-adds per cycle of one core, of the instruction this path is made of, by measurement; 0: not known.
 double qvgen_peak(const char* isa);
+// Clock rate of this thread's core right now, in Hz.
 double qvgen_cycles_per_second();
 
 // For tests: sum over k of a (q - offset of its field), offsets as in layout.h, for a weight with one group. a (m, k) holds codes
