@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import ModelCard, ModelCardData, split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from qvgen.checkpoint.loadable import check_sizes, first_line
 from qvgen.checkpoint.pipeline import load_transformer
-from qvgen.models.files import GENERATION, MANIFEST, check_safetensors, read_json
+from qvgen.models.files import GENERATION, MANIFEST, SourceError, check_safetensors, read_json
 from qvgen.nn.packed_linear import packed_layers
 from qvgen.packing.layout import EXACT_NAMES
 from qvgen.quant.scheme import EXTRAS, QuantScheme
@@ -152,9 +151,7 @@ def _check_files(folder: Path) -> None:
     for file in files:
         try:
             check_safetensors(file)
-            with safe_open(file, framework="pt") as handle:
-                handle.keys()
-        except SafetensorError as error:
+        except SourceError as error:
             raise ValueError(f"{file} is truncated or damaged ({error}); export it again") from None
 
 

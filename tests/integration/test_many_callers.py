@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from qvgen.quant.calibrate import LayerGrid
 
 from qvgen.integrations.fused.wan import fuse_wan_
 from qvgen.models.tiny import TINY_CLIP, tiny_pipeline
 from qvgen.models.wan import WanFamily
 from qvgen.nn.swap import convert_, prepare_
 from qvgen.nn.timestep import track_timestep
+from qvgen.quant.grid import LayerGrid
 from qvgen.quant.scheme import QuantScheme
 
 THREADS = 4

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from qvgen.quant.calibrate import LayerGrid
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +17,7 @@ from qvgen.models.cogvideox import tiny_transformer as tiny_cogvideox_transforme
 from qvgen.models.wan import tiny_transformer as tiny_wan_transformer
 from qvgen.nn.swap import convert_, prepare_
 from qvgen.nn.timestep import carry_timestep, group_of, set_timestep, track_timestep
+from qvgen.quant.grid import LayerGrid
 from qvgen.quant.scheme import QuantScheme
 
 GROUPS = 10
