@@ -1,24 +1,25 @@
-"""Stage compare_case: one method at one bit width with one seed, from calibration to the scores of the packed model.
+"""One case: one method at one bit width with one seed, from calibration to the scores of the packed model.
 
 The same code as the pipeline's stages calibrate, qat, decay, pack, evaluate and benchmark, in one process, so that a hundred
-cases do not load the libraries six hundred times. Reads artifacts/model, artifacts/data, comparison/artifacts/reference
-and comparison/learning_rates.json; writes comparison/results/<case>. A tuning case (--percent) is scored on the calibration
-clips instead: the held-out scores must not be chosen by themselves.
+cases do not load the libraries six hundred times. Reads artifacts/model, artifacts/data and comparison/artifacts/reference;
+writes comparison/results/<case>.json. A tuning case is scored on the calibration clips instead: the held-out scores must not
+be chosen by themselves.
 """
 
 from __future__ import annotations
 
-import json
 import resource
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comparison.cases import REFERENCE, RESULTS, Case, case_params, parse_case, read_factor, read_settings, reference_params
+from comparison.cases import CLIPS, REFERENCE, RESULTS, Case, read_settings, reference_params
+from comparison.store import result_text, save_clips, short, thinned
 from qvgen.training.recipe import Sources, build_trainer, calibrate, finish
-from stages.runtime.run import Stage, stage_main
+from stages.runtime.run import Stage
 
 if TYPE_CHECKING:
     from qvgen.params import Params
@@ -29,19 +30,29 @@ SMALL = 0.5  # a singular value below this share of the largest counts as small:
 ERROR_CLIPS = 16
 TUNING_CLIPS, TUNING_PROMPTS = 64, 40
 STEP_REPETITIONS = 15
+LAST = 50  # steps averaged into the final loss
 
 
-def run(stage: Stage) -> None:
-    case = parse_case()
-    factor = case.percent / 100 if case.percent is not None else read_factor(stage.root, case.method)
-    params = case_params(stage.root, case, factor)
+def measure(stage: Stage, case: Case, factor: float, made: Mapping[str, Any]) -> None:
+    """Run `case` with the parameters of `stage` and write its result; `factor` is that of the learning rate, `made` goes
+    into the file as it is."""
+    params = stage.params
     with tempfile.TemporaryDirectory(dir=stage.checkpoint_dir) as temporary:
         sources = Sources.of(stage.root, calibration=Path(temporary) / "calibration")
         started = time.perf_counter()
         calibrate(params, sources)
         seconds = time.perf_counter() - started
-        trainer, curve, spectrum = train(stage, params, sources)
-        student = finish(trainer, params, sources)
+        curve: list[dict[str, float]] = []
+        spectrum: dict[str, Any] = {"limit": SMALL, "step": [], "rank": [], "share_small": [], "values": []}
+        with stage.progress(params.schedule.total_steps) as progress:
+
+            def on_step(trainer: Trainer, record: StepRecord) -> None:
+                curve.append(record.as_dict())
+                if record.rank and record.step % SPECTRUM_EVERY == 0:
+                    add_spectrum(spectrum, trainer, record)
+                progress.update()
+
+            trainer, student = train(params, sources, on_step)
         scores = {
             "case": case.name,
             "group": case.group,
@@ -55,41 +66,36 @@ def run(stage: Stage) -> None:
             "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,  # Linux counts in kB
             "zero_inference_cost": params.chosen.zero_inference_cost,
         }
-        clips = None
         if case.percent is not None:
             scores |= tuning_scores(trainer, student, sources, params)
         else:
             scores["layer_error"] = layer_errors(trainer, student, sources, params)
-            more, clips = packed_scores(stage, student, params, sources, Path(temporary))
-            scores |= more
-    write(stage, case, scores, curve, spectrum, clips)
+            scores |= packed_scores(stage, case, student, params, sources, Path(temporary))
+    result: dict[str, Mapping[str, Any]] = {"made": made, "scores": scores}
+    if case.group in ("main", "low"):  # the report shows no others
+        result |= {"curve": thinned(curve)} if curve else {}
+        result |= {"spectrum": spectrum} if spectrum["step"] else {}
+    with stage.outputs(RESULTS / f"{case.name}.json") as path:
+        path.write_text(result_text(result), "utf-8")
     stage.log_metrics({k: v for k, v in scores.items() if isinstance(v, int | float) and not isinstance(v, bool)})
     stage.log_tags({"method": case.method, "bits": case.bits, "seed": str(case.seed), "variant": case.variant})
 
 
-def train(stage: Stage, params: Params, sources: Sources) -> tuple[Trainer, list[dict[str, float]], dict[str, Any]]:
-    """The trained trainer, its rows, and what became of the singular values of Φ (means over the layers)."""
-    from qvgen.nn.swap import qat_layers
-
+def train(params: Params, sources: Sources, on_step: Callable[[Trainer, StepRecord], None]) -> tuple[Trainer, Any]:
+    """The trained trainer and its student, ready for `convert_`, of a calibration that is done."""
     trainer = build_trainer(params, sources)
-    curve: list[dict[str, float]] = []
-    spectrum: dict[str, Any] = {"limit": SMALL, "step": [], "rank": [], "share_small": [], "values": []}
-    with stage.progress(params.schedule.total_steps) as progress:
-
-        def on_step(trainer: Trainer, record: StepRecord) -> None:
-            curve.append(record.as_dict())
-            if record.rank and record.step % SPECTRUM_EVERY == 0:
-                found = [layer.phi.singular_values() for _, layer in qat_layers(trainer.student) if layer.phi is not None]
-                add_spectrum(spectrum, record, [values / values[0].clamp(min=1e-30) for values in found])
-            progress.update()
-
-        trainer.run(params.schedule.total_steps, on_step)
-    return trainer, curve, spectrum
+    trainer.run(params.schedule.total_steps, on_step)
+    return trainer, finish(trainer, params, sources)
 
 
-def add_spectrum(spectrum: dict[str, Any], record: StepRecord, relative: list[Any]) -> None:
+def add_spectrum(spectrum: dict[str, Any], trainer: Trainer, record: StepRecord) -> None:
+    """What has become of the singular values of Φ: over the largest, means over the layers."""
     import torch
 
+    from qvgen.nn.swap import qat_layers
+
+    found = [layer.phi.singular_values() for _, layer in qat_layers(trainer.student) if layer.phi is not None]
+    relative = [values / values[0].clamp(min=1e-30) for values in found]
     # Layers too small for the rank have fewer values.
     length = max(map(len, relative))
     padded = torch.stack([torch.nn.functional.pad(values, (0, length - len(values))) for values in relative])
@@ -102,7 +108,7 @@ def add_spectrum(spectrum: dict[str, Any], record: StepRecord, relative: list[An
 def training_scores(curve: list[dict[str, float]]) -> dict[str, Any]:
     if not curve:
         return {"steps": 0, "train_seconds": 0.0, "final_loss": None, "mean_gradient_norm": None}
-    last = curve[-50:]
+    last = curve[-LAST:]
     return {
         "steps": len(curve),
         "train_seconds": sum(row["seconds"] for row in curve),
@@ -147,12 +153,13 @@ def layer_errors(trainer: Trainer, student: Any, sources: Sources, params: Param
     timesteps = torch.tensor(spread_timesteps(len(index)))
     layers = [name for name, _ in qat_layers(student)]
     found = data.latents[index], data.text(index), timesteps
-    return module_errors(trainer.teacher, student, trainer.family, *found, layers, seed=0)
+    errors = module_errors(trainer.teacher, student, trainer.family, *found, layers, seed=0)
+    return {layer: short(error) for layer, error in errors.items()}
 
 
-def packed_scores(stage: Stage, student: Any, params: Params, sources: Sources, temporary: Path) -> tuple[dict[str, Any], Any]:
-    """Pack, load, and put the packed model to the trial; its step is timed in turn with full precision's. Returns the
-    scores and the clips (n, 3, t, h, w)."""
+def packed_scores(stage: Stage, case: Case, student: Any, params: Params, sources: Sources, temporary: Path) -> dict[str, Any]:
+    """Pack, load, and put the packed model to the trial; its step is timed in turn with full precision's. Clips are kept of
+    the first seed only."""
     import torch
 
     from qvgen.checkpoint.packed import export_pipeline
@@ -184,39 +191,20 @@ def packed_scores(stage: Stage, student: Any, params: Params, sources: Sources, 
         for name, model in (("packed", pipeline.transformer), ("fp32", full.transformer))
     }
     timings = interleaved(steps, STEP_REPETITIONS)
-    scores = {
+    settings = read_settings(stage.root)
+    if case.seed == 0 and not case.variant:
+        with stage.outputs(CLIPS / f"{case.name}.safetensors") as path:
+            save_clips(path, seen.clips, trial.prompts, settings["clips"])
+    ablated = settings["overrides"]["evaluate"]["prompts"]  # an ablation has so many, and is held against the same ones
+    return {
         **compare(reference, seen, trial),
         "prompts": prompts,
         "bytes": sum(f.stat().st_size for f in (folder / "transformer").rglob("*") if f.is_file()),
         "step_ms": 1e3 * timings["packed"].median,
         "step_ms_fp32": 1e3 * timings["fp32"].median,
         "evaluation_seconds": seconds,
-        "velocity_mse_by_timestep": dict(zip(map(str, trial.timesteps), velocity_mse(reference, seen), strict=True)),
-        "psnr_db_by_prompt": [round(float(value), 3) for value in psnr_db(reference.clips, seen.clips)],
+        "velocity_mse_by_timestep": {
+            str(timestep): short(error) for timestep, error in zip(trial.timesteps, velocity_mse(reference, seen), strict=True)
+        },
+        "psnr_db_by_prompt": [round(float(value), 3) for value in psnr_db(reference.clips, seen.clips)[:ablated]],
     }
-    return scores, (seen.clips, trial.prompts)
-
-
-def write(
-    stage: Stage,
-    case: Case,
-    scores: dict[str, Any],
-    curve: list[dict[str, float]],
-    spectrum: dict[str, Any],
-    clips: tuple[Any, Any] | None,
-) -> None:
-    """The result folder; clips are kept of the first seed only."""
-    from comparison.store import save_clips, save_curve
-
-    with stage.outputs(RESULTS / case.name) as folder:
-        (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
-        if curve:
-            save_curve(folder / "curve.csv", curve)
-        if spectrum["step"]:
-            (folder / "singular_values.json").write_text(json.dumps(spectrum) + "\n")
-        if clips is not None and case.seed == 0 and not case.variant:
-            save_clips(folder, clips[0], clips[1], read_settings(stage.root)["clips"])
-
-
-if __name__ == "__main__":
-    stage_main("compare_case", run)

@@ -1,12 +1,11 @@
-"""What the stages of comparison/dvc.yaml share: the cases, their parameters, and where their results lie.
+"""Which cases there are, and the parameters of each.
 
-A case is one method at one bit width with one seed, or a variant of a method's settings. It runs with the project's
+A case is one method at one bit width with one seed, perhaps with one variant of its settings. It runs with the project's
 params.yaml, changed by comparison/params.yaml and by what the case itself is.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,12 @@ from qvgen.params import Params, ParamsError, validate_params
 
 FOLDER = Path("comparison")
 RESULTS = FOLDER / "results"
+CLIPS = FOLDER / "clips"
 REFERENCE = FOLDER / "artifacts/reference"
 RATES = FOLDER / "learning_rates.json"
 FULL_PRECISION = "full_precision"
+# A look at the order of things: one seed, one bit width, no search of learning rates (the recorded ones are used).
+FAST = ("rtn", "mse", "svdquant", "kd", "qvgen", "qvgen+")
 
 
 @dataclass(frozen=True)
@@ -51,20 +53,37 @@ class Case:
         return "main" if self.bits in ("W4A4", "W3A3") else "low"
 
 
-def parse_case() -> Case:
-    """The case of this process's command line."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--method", required=True, choices=METHODS)
-    parser.add_argument("--bits", required=True, help="such as W4A4")
-    parser.add_argument("--seed", required=True, type=int)
-    parser.add_argument("--variant", default="")
-    parser.add_argument("--percent", type=int, default=None)
-    return Case(**vars(parser.parse_args()))
-
-
 def read_settings(root: Path) -> dict[str, Any]:
-    """comparison/params.yaml: overrides, main_prompts, clips, variants."""
+    """comparison/params.yaml: revisions, cases, overrides, main_prompts, clips, variants."""
     return yaml.safe_load((root / FOLDER / "params.yaml").read_text())
+
+
+def tuning_cases(settings: dict[str, Any]) -> list[Case]:
+    """Those that choose the learning rates: the same five for each trained method, on a seed of their own."""
+    tuning = settings["cases"]["tuning"]
+    trained = [name for name, method in METHODS.items() if method.trained]
+    return [Case(m, tuning["bits"], tuning["seed"], percent=percent) for m in trained for percent in tuning["percents"]]
+
+
+def scored_cases(settings: dict[str, Any]) -> list[Case]:
+    """Those that the report compares: every method, fewer bits, single settings changed, more steps."""
+    cases = settings["cases"]
+    seeds, low, ablation, longer = cases["seeds"], cases["low"], cases["ablation"], cases["longer"]
+    return [
+        *(Case(method, bits, seed) for seed in seeds for bits in cases["bits"] for method in METHODS),
+        *(Case(method, bits, seed) for seed in seeds for bits in low["bits"] for method in low["methods"]),
+        *(
+            Case(ablation["method"], ablation["bits"], seed, variant)
+            for seed in seeds
+            for variant in settings["variants"]
+            if variant != "longer"
+        ),
+        *(Case(method, bits, seeds[0], "longer") for bits in cases["bits"] for method in longer["methods"]),
+    ]
+
+
+def fast_cases(settings: dict[str, Any]) -> list[Case]:
+    return [Case(method, settings["cases"]["bits"][0], settings["cases"]["seeds"][0]) for method in FAST]
 
 
 def case_params(root: Path, case: Case, factor: float = 1.0) -> Params:

@@ -1,19 +1,29 @@
-"""Stage compare_reference: what the full-precision model answers, once for all cases.
+"""What the full-precision model answers, once for all cases.
 
-Reads artifacts/model and artifacts/data; writes comparison/artifacts/reference and, for the report,
-comparison/results/full_precision.
+Reads artifacts/model and artifacts/data; writes comparison/artifacts/reference, which git does not keep and only a case that
+runs needs, and for the report comparison/results/full_precision.json.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from comparison.cases import FULL_PRECISION, REFERENCE, RESULTS, read_settings, reference_params
-from stages.runtime.run import Stage, stage_main
+from comparison.cases import CLIPS, FULL_PRECISION, REFERENCE, RESULTS, read_settings
+from comparison.store import differences, result_text, save_clips
+from stages.runtime.run import Stage
+
+MADE = REFERENCE / "made.json"
 
 
-def run(stage: Stage) -> None:
-    from comparison.store import save_clips
+def is_stale(root: Path, made: Mapping[str, Any]) -> bool:
+    """Whether comparison/artifacts/reference is absent or was made from something else."""
+    return not (root / MADE).is_file() or bool(differences(json.loads((root / MADE).read_text()), made))
+
+
+def measure_reference(stage: Stage, made: Mapping[str, Any]) -> None:
     from qvgen.checkpoint.pipeline import load_pipeline
     from qvgen.data.latents import LatentDataset
     from qvgen.evaluation.quality.trial import Trial, movement, observe, prompt_accuracy
@@ -21,12 +31,9 @@ def run(stage: Stage) -> None:
     from qvgen.tensors import save_tensors
 
     source = stage.root / "artifacts/model"
-    trial = Trial.from_params(reference_params(stage.root), LatentDataset.open(stage.root / "artifacts/data/held_out"))
+    trial = Trial.from_params(stage.params, LatentDataset.open(stage.root / "artifacts/data/held_out"))
     with stage.progress(trial.items, unit="item") as progress:
         seen = observe(load_pipeline(source), load_family(source), trial, on_batch=progress.update)
-    with stage.outputs(REFERENCE) as folder:
-        tensors = {"latents": seen.latents, "clips": seen.clips, "velocities": seen.velocities}
-        save_tensors(folder / "reference.safetensors", tensors)
     scores = {
         "case": FULL_PRECISION,
         "group": "reference",
@@ -39,11 +46,12 @@ def run(stage: Stage) -> None:
         "bytes": sum(f.stat().st_size for f in (source / "transformer").rglob("*") if f.is_file()),
         "zero_inference_cost": True,
     }
-    with stage.outputs(RESULTS / FULL_PRECISION) as folder:
-        (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
-        save_clips(folder, seen.clips, trial.prompts, read_settings(stage.root)["clips"])
+    with stage.outputs(RESULTS / f"{FULL_PRECISION}.json") as path:
+        path.write_text(result_text({"made": made, "scores": scores}), "utf-8")
+    with stage.outputs(CLIPS / f"{FULL_PRECISION}.safetensors") as path:
+        save_clips(path, seen.clips, trial.prompts, read_settings(stage.root)["clips"])
+    with stage.outputs(REFERENCE) as folder:
+        tensors = {"latents": seen.latents, "clips": seen.clips, "velocities": seen.velocities}
+        save_tensors(folder / "reference.safetensors", tensors)
+        (folder / MADE.name).write_text(json.dumps(made))
     stage.log_metrics({k: v for k, v in scores.items() if isinstance(v, float)})
-
-
-if __name__ == "__main__":
-    stage_main("compare_reference", run)

@@ -1,28 +1,134 @@
-"""Results of one run as files that a report reads: numbers, curves, and a few clips."""
+"""Result files of the comparison: one small JSON file per case, with what made it.
+
+    made     revision of the method and hash of its fingerprint, DVC hashes of model and data, parameters by dotted name
+    scores   numbers of the case, see case.py
+    curve    of compared cases: loss and gradient norm of training, means over windows of steps; rank and factor u of Φ
+    spectrum of compared cases with Φ: its singular values
+
+A result is stale once its parameters, its data or the revision of its method differ from those wanted now. Code is not among
+them: a method's behaviour is watched by fingerprint.py, and its revision is raised by hand (params.yaml) when results must be
+measured again.
+"""
 
 from __future__ import annotations
 
-import csv
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
-import torch
+from pydantic import BaseModel, TypeAdapter
+
+from qvgen.params import Params
+from stages.runtime.dvc import flatten
+
+if TYPE_CHECKING:
+    import torch
+
+POINTS = 60  # of a kept curve
+# They change no result.
+WITHOUT_EFFECT = {"evaluate.videos", "qat.checkpoint_every"}
 
 
-def save_clips(folder: Path, clips: torch.Tensor, prompts: Sequence[str], count: int) -> None:
-    """clips.safetensors (uint8, `count` of the clips (n, 3, t, h, w) in [-1, 1], evenly spread) and clips.json."""
+def origin(params: Params, revision: int, data: Mapping[str, str]) -> dict[str, Any]:
+    """What makes a result: {"revision", "data": {path: DVC hash}, "params": {dotted name: value}}.
+
+    Parameters of data are left out, because the data's hash says more; those of training where a method does not train.
+    """
+    sections = {"seed", "method", "scheme", "calibrate", "pack", "evaluate"} | (
+        {"qat", "decay"} if params.chosen.trained else set()
+    )
+    flat = flatten(params.model_dump(mode="json", include=sections, exclude_none=True))
+    kept = {name: flat[name] for name in sorted(flat) if name not in WITHOUT_EFFECT}
+    return {"revision": revision, "data": dict(data), "params": kept}
+
+
+def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What makes a result stale, such as "qat.steps: 45, now 60"; [] for one that is not.
+
+    A parameter that the result does not name did not exist when it was made: it counts as its declared default.
+    """
+    found = [f"revision: {made['revision']}, now {wanted['revision']}"] if made["revision"] != wanted["revision"] else []
+    found += [f"{path} is other data" for path in sorted(wanted["data"]) if made["data"].get(path) != wanted["data"][path]]
+    for name in sorted({**made["params"], **wanted["params"]}):
+        before, now = (side["params"][name] if name in side["params"] else declared_default(name) for side in (made, wanted))
+        if before != now:
+            found.append(f"{name}: {before}, now {now}")
+    return found
+
+
+def declared_default(name: str) -> Any:
+    """Default of a parameter such as "qat.ema_decay", as JSON has it; None without one, and for an unknown name."""
+    model: Any = Params
+    *sections, last = name.split(".")
+    for section in sections:
+        info = model.model_fields.get(section)
+        kinds = (info.annotation, *get_args(info.annotation)) if info else ()
+        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if model is None:
+            return None
+    info = model.model_fields.get(last)
+    if info is None or info.is_required():
+        return None
+    return TypeAdapter(Any).dump_python(info.get_default(call_default_factory=True), mode="json")
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """The result file, None if there is none. Raises ValueError for one that is not whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); delete it and run the comparison again") from error
+
+
+def result_text(result: Mapping[str, Mapping[str, Any]]) -> str:
+    """JSON with an entry of a section on each line, so that a difference can be read."""
+    sections = []
+    for name, section in result.items():
+        lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in section.items())
+        sections.append(f" {json.dumps(name)}: {{\n{lines}\n }}")
+    return "{\n" + ",\n".join(sections) + "\n}\n"
+
+
+def thinned(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """At most POINTS points of a row per training step, as columns.
+
+    step, loss and gradient_norm: means over a window. rank and u: those of the window's middle step; absent without Φ.
+    """
+    width = max(1, -(-len(rows) // POINTS))
+    windows = [rows[i : i + width] for i in range(0, len(rows), width)]
+    columns = {key: [short(statistics.fmean(r[key] for r in w)) for w in windows] for key in ("step", "loss", "gradient_norm")}
+    if any(row["rank"] for row in rows):
+        columns |= {key: [short(w[len(w) // 2][key]) for w in windows] for key in ("rank", "u")}
+    return columns
+
+
+def short(value: float) -> float:
+    """Six digits: enough to draw, and to show three of."""
+    short = float(f"{value:.6g}")
+    return int(short) if short.is_integer() else short
+
+
+def save_clips(path: Path, clips: torch.Tensor, prompts: Sequence[str], count: int) -> None:
+    """`count` of the clips (n, 3, t, h, w) in [-1, 1], evenly spread, as uint8 with their prompts."""
+    import torch
+
     from qvgen.tensors import save_tensors
 
     chosen = [i * len(prompts) // count for i in range(count)]
     pixels = ((clips[chosen].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    save_tensors(folder / "clips.safetensors", {"clips": pixels})
-    (folder / "clips.json").write_text(json.dumps([prompts[i] for i in chosen], indent=0, ensure_ascii=False) + "\n")
+    words = json.dumps([prompts[i] for i in chosen], ensure_ascii=False)
+    save_tensors(path, {"clips": pixels}, {"prompts": words})
 
 
-def save_curve(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
-    """A row per training step, six digits: enough to draw, and a third of the size."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: v if isinstance(v, int) else f"{v:.6g}" for k, v in row.items()} for row in rows)
+def read_clips(path: Path) -> tuple[list[str], torch.Tensor] | None:
+    """Prompts and clips (n, 3, t, h, w) in [-1, 1]; None if there are none."""
+    from safetensors import safe_open
+
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["prompts"]), file.get_tensor("clips").float() / 127.5 - 1

@@ -40,7 +40,7 @@ def _mean_curves(results: Results, bits: str) -> dict[str, dict[str, list[float]
     """{method: {"step", "loss", "gradient_norm"}}, averaged over windows of steps and over seeds."""
     found = {}
     for name, runs in sorted(results.compared(bits).items(), key=lambda item: method_order(item[0])):
-        curves = [curve for run in runs if (curve := run.curve())]
+        curves = [run.curve for run in runs if run.curve]
         if curves:
             length = min(len(curve["step"]) for curve in curves)
             window = max(1, -(-length // _POINTS))
@@ -59,10 +59,8 @@ def _decaying(results: Results) -> dict[str, dict[str, list[float]]]:
     """{method: curve} of one run of each method that ever had a Φ, at the bits where most is compared."""
     found: dict[str, dict[str, list[float]]] = {}
     for run in results.runs:
-        if run.compared and run.method not in found:
-            curve = run.curve()
-            if any(curve.get("rank", ())):
-                found[run.method] = curve
+        if run.compared and run.method not in found and any(run.curve.get("rank", ())):
+            found[run.method] = run.curve
     return found
 
 
@@ -70,10 +68,8 @@ def _spectra(results: Results) -> list[tuple[Run, dict[str, Any]]]:
     """One run with singular values per method and bits, the lowest seed of each."""
     found: dict[tuple[str, str], tuple[Run, dict[str, Any]]] = {}
     for run in results.runs:
-        if run.compared and (run.bits, run.method) not in found:
-            values = run.singular_values()
-            if values.get("step"):
-                found[run.bits, run.method] = (run, values)
+        if run.compared and (run.bits, run.method) not in found and run.singular_values.get("step"):
+            found[run.bits, run.method] = (run, run.singular_values)
     order = {bits: i for i, bits in enumerate(results.bits)}
     return [found[key] for key in sorted(found, key=lambda k: (order[k[0]], method_order(k[1])))]
 

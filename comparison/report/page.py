@@ -1,8 +1,8 @@
-"""The comparison report: every quantization method side by side, from the folders that the runs left.
+"""The comparison report: every quantization method side by side, from the files that the runs left.
 
     write_report(Path("results"), Path("reports"), findings=Path("findings.md").read_text())
 
-comparison.csv has one line per run, comparison.html is one file that needs no network, plots/*.png are its plots.
+comparison.csv has one line per run, comparison.html is one file that needs no network, plots/*.png are some of its plots.
 """
 
 from __future__ import annotations
@@ -32,6 +32,14 @@ from comparison.report.tables import (
 from comparison.report.videos import scenes
 from comparison.report.words import METHOD_NOTES, count, method_order
 
+# As files of their own, for readers without the page; the others would weigh more in git than they tell.
+PICTURES = ("ranking", "error_by_bits", "training_curves")
+
+NO_CLIPS = (
+    "The clips of seed 0 lie where its cases ran (comparison/clips), not in git, and there are none here: videos are absent. "
+    "A case whose file in comparison/results is deleted runs again."
+)
+
 
 def write_report(results: Path, out: Path, findings: str | None = None) -> None:
     """Read the folder `results` and write the report into the folder `out`.
@@ -42,7 +50,7 @@ def write_report(results: Path, out: Path, findings: str | None = None) -> None:
     """
     read = read_results(results)
     plots = {plot.name: plot for plot in [*error_plots(read), *_layer_plots(read), *training_plots(read)]}
-    pictures = {f"{name}.png": plot.png() for name, plot in plots.items()}
+    pictures = {f"{name}.png": plots[name].png() for name in PICTURES if name in plots}
     page = _render(read, plots, findings)
     table = csv_text(read)
     for name, content in pictures.items():
@@ -92,7 +100,7 @@ def _content(results: Results, plots: dict[str, Plot]) -> dict[str, Any]:
         "seeds": sorted({run.seed for run in compared}),
         "bits": bits,
         "methods": _methods(results),
-        "missing": missing(results),
+        "missing": missing(results) + ([] if shown or not compared else [NO_CLIPS]),
         "summaries": [summary_table(results, b) for b in bits],
         "paired": _present(paired_table(results, b, baseline) for b in bits for baseline in BASELINES),
         "plots": {name: {"alt": plot.alt, "uris": plot.data_uris()} for name, plot in plots.items()},

@@ -77,6 +77,4 @@ def missing(results: Results) -> list[str]:
             if absent:
                 what = "no run" if len(absent) == len(seeds) else f"no seed {', '.join(map(str, absent))}"
                 lines.append(f"{name} at {bits}: {what}.")
-    if results.unfinished:
-        lines.append(f"Not finished, without scores: {', '.join(results.unfinished)}.")
     return lines

@@ -50,7 +50,7 @@ def scenes(results: Results) -> tuple[list[Scene], int]:
     prompts = kept[0][1][0]
     for run, (words, _) in kept:
         if words != prompts:
-            raise ValueError(f"{run.folder} shows other prompts than {kept[0][0].folder}; repeat one of the two runs")
+            raise ValueError(f"{run.case} shows other prompts than {kept[0][0].case}; repeat one of the two runs")
     done: list[Scene] = []
     for i, prompt in enumerate(prompts):
         first = tuple(Video("full precision", _uri(found[1][i]), reference=True) for _, found in reference)

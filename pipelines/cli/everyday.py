@@ -125,6 +125,7 @@ def compare(
     table: Annotated[bool, typer.Option("--table", help="Run nothing: print the table of the README")] = False,
 ) -> None:
     """Every method side by side (comparison/dvc.yaml), then the report. Hours; it goes on where it was interrupted."""
+    from pipelines.commands.compare import PAGE
     from pipelines.commands.compare import compare as run
 
     root = project_root()
@@ -136,7 +137,7 @@ def compare(
     code = run(root, jobs, fast)
     if code:
         raise typer.Exit(code)
-    print(f"report: {root / 'reports/comparison.html'}")
+    print(f"report: {root / PAGE}")
 
 
 @app.command()

@@ -139,26 +139,35 @@ def _execute(name: str, run: Callable[[Stage], None]) -> None:
     address = os.environ.get("DVC_STAGE", name)
     # A script may serve several stages, which begin with its name.
     facts = read_dvc_facts(root, address if address.rpartition(":")[2].startswith(name) else name)
-    with _alone(root, facts.name):
-        pipeline = open_pipeline(root, home)
-        tags = facts.tags | pipeline.git_tags
-        given = {"prefect.flow_run_id": "QVGEN_PREFECT_FLOW_RUN", "prefect.task_run_id": "QVGEN_PREFECT_TASK_RUN"}
-        tags |= {tag: os.environ[variable] for tag, variable in given.items() if variable in os.environ}
-        journal = Journal.create(home, facts.name, pipeline.id, tags=tags, params=facts.params)
-        stage = Stage(name=name, params=params, root=root, home=home, facts=facts, journal=journal)
-        with Forwarder(journal, home):
-            try:
-                run(stage)
-                stage.log_tags({f"dvc.out.{path}": value for path, value in output_hashes(root, facts).items()})
-            except BaseException as error:
-                stage.log_text(traceback.format_exc(), "error.txt")
-                journal.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-                if "DVC_STAGE" in os.environ:
-                    _restore(root, facts)
-                raise
-            journal.end("FINISHED")
-            seal_run(root, journal.path)
-        shutil.rmtree(home / ".qvgen" / "ckpt" / stage.key, ignore_errors=True)
+    with _alone(root, facts.name), recorded(name, params, root, home, facts) as stage:
+        run(stage)
+        stage.log_tags({f"dvc.out.{path}": value for path, value in output_hashes(root, facts).items()})
+
+
+@contextmanager
+def recorded(name: str, params: Params, root: Path, home: Path, facts: DvcFacts) -> Iterator[Stage]:
+    """A stage whose run is in the journal until the block ends; its checkpoints are deleted if it ends without an error.
+
+    If the block fails under DVC the last good outputs come back.
+    """
+    pipeline = open_pipeline(root, home)
+    tags = facts.tags | pipeline.git_tags
+    given = {"prefect.flow_run_id": "QVGEN_PREFECT_FLOW_RUN", "prefect.task_run_id": "QVGEN_PREFECT_TASK_RUN"}
+    tags |= {tag: os.environ[variable] for tag, variable in given.items() if variable in os.environ}
+    journal = Journal.create(home, facts.name, pipeline.id, tags=tags, params=facts.params)
+    stage = Stage(name=name, params=params, root=root, home=home, facts=facts, journal=journal)
+    with Forwarder(journal, home):
+        try:
+            yield stage
+        except BaseException as error:
+            stage.log_text(traceback.format_exc(), "error.txt")
+            journal.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            if facts.outs and "DVC_STAGE" in os.environ:
+                _restore(root, facts)
+            raise
+        journal.end("FINISHED")
+        seal_run(root, journal.path)
+    shutil.rmtree(home / ".qvgen" / "ckpt" / stage.key, ignore_errors=True)
 
 
 def _restore(root: Path, facts: DvcFacts) -> None:

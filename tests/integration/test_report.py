@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from comparison.report.page import markdown_table, write_report
+from comparison.report.page import PICTURES, markdown_table, write_report
 from comparison.report.ranking import missing
 from comparison.report.results import read_results
 from comparison.report.tables import CSV_COLUMNS, ablation_table, paired_table, summary_table, tuning_table
@@ -51,7 +51,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("results")
+    folder = tmp_path_factory.mktemp("comparison") / "results"
     write_results(folder)
     return folder
 
@@ -77,7 +77,7 @@ def test_csv_has_a_line_per_run(results: Path, report: Path) -> None:
     assert "layer_error" not in lines[0]
     assert len(lines) == len(list(results.iterdir()))
     line = next(line for line in lines if line["case"] == "kd-W3A3-1")
-    scores = json.loads((results / "kd-W3A3-1" / "scores.json").read_text())
+    scores = json.loads((results / "kd-W3A3-1.json").read_text())["scores"]
     assert float(line["velocity_mse"]) == scores["velocity_mse"]
     assert next(line for line in lines if line["method"] == "rtn")["final_loss"] == ""
 
@@ -111,7 +111,7 @@ def test_pictures_and_videos_have_words(html: str, report: Path) -> None:
     assert len(videos) == 2 * 2 * (1 + len(METHODS))  # prompts, bits, full precision and methods
     assert all(video["aria-label"] and {"autoplay", "loop", "muted", "playsinline"} <= set(video) for video in videos)
     assert all(header["scope"] for header in page.all("th") if "style" not in header)
-    assert {path.stem for path in (report / "plots").iterdir()} == PLOTS
+    assert {path.stem for path in (report / "plots").iterdir()} == set(PICTURES) < PLOTS
     for path in (report / "plots").iterdir():
         assert Image.open(path).width >= 1000
 
@@ -155,13 +155,14 @@ def test_one_seed_and_diverged_runs_are_shown_as_such(tmp_path: Path) -> None:
 
 
 def test_an_ablation_is_held_against_its_defaults_on_the_same_seeds_and_prompts(tmp_path: Path) -> None:
-    for seed in (0, 1):
-        write_run(tmp_path, "kd", "W4A4", seed, prompts=4, psnr_db=25.0, psnr_db_by_prompt=[30.0 + seed, 30.0, 20.0, 20.0])
-    write_run(tmp_path, "kd", "W4A4", 0, group="ablation", variant="rank-8", prompts=2, psnr_db=31.0)
+    for seed, single in ((0, [30.0, 30.0, 20.0, 20.0]), (1, [31.0, 30.0])):  # all kept, or as many as an ablation has
+        write_run(tmp_path, "kd", "W4A4", seed, prompts=4, psnr_db=25.0, psnr_db_by_prompt=single)
+    for seed, psnr in ((0, 31.0), (1, 32.0)):
+        write_run(tmp_path, "kd", "W4A4", seed, group="ablation", variant="rank-8", prompts=2, psnr_db=psnr)
     table = ablation_table(read_results(tmp_path))
     assert table is not None and table.caption.endswith("PSNR of the first 2 prompts")
     (row,) = table.rows
-    assert row.cells[-2:] == ("31.00", "30.00") and row.cells[2] == "1"
+    assert row.cells[-2:] == ("31.50 ± 0.71", "30.25 ± 0.35") and row.cells[2] == "2"
 
 
 def test_tuning_marks_the_factor_of_the_compared_runs(results: Path) -> None:
@@ -176,13 +177,11 @@ def test_tuning_marks_the_factor_of_the_compared_runs(results: Path) -> None:
 def test_missing_runs_are_named(tmp_path: Path) -> None:
     for method, bits, seed in (("kd", "W4A4", 0), ("kd", "W4A4", 1), ("kd", "W3A3", 0), ("qvgen", "W4A4", 1)):
         write_run(tmp_path, method, bits, seed)
-    (tmp_path / "lsq-W4A4-0").mkdir()
     assert missing(read_results(tmp_path)) == [
         "The full-precision model has no scores: its row and its videos are absent.",
         "qvgen at W4A4: no seed 0.",
         "kd at W3A3: no seed 1.",
         "qvgen at W3A3: no run.",
-        "Not finished, without scores: lsq-W4A4-0.",
     ]
 
 
@@ -196,6 +195,7 @@ def test_a_report_of_almost_nothing(tmp_path: Path) -> None:
     assert [section["id"] for section in page.all("section")] == ["what", "summary", "cost"]
     assert [path.name for path in (tmp_path / "out" / "plots").iterdir()] == ["ranking.png"]
     assert not page.all("script")
+    assert "videos are absent" in (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
 
 
 def test_before_the_first_case_the_page_says_so(tmp_path: Path) -> None:
@@ -214,7 +214,9 @@ def test_same_results_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_report(tmp_path / "results", tmp_path / name)
     files = [sorted(path for path in (tmp_path / name).rglob("*") if path.is_file()) for name in ("a", "b")]
-    assert [path.name for path in files[0][:2]] == ["comparison.csv", "comparison.html"] and len(files[0]) == 8
+    assert [path.name for path in files[0][:2]] == ["comparison.csv", "comparison.html"] and len(
+        files[0]
+    ) == 2 + 2  # one bit width
     assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
 
 
@@ -238,15 +240,14 @@ def test_contradicting_or_broken_results_are_refused_by_name(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="has no run"):
         read_results(tmp_path / "absent")
     case = write_run(tmp_path, "kd", "W4A4", 0)
-    twin = tmp_path / "twin"
-    twin.mkdir()
-    (twin / "scores.json").write_text((case / "scores.json").read_text())
-    with pytest.raises(ValueError, match=f"{case.name} and twin are the same run"):
+    twin = tmp_path / "twin.json"
+    twin.write_text(case.read_text())
+    with pytest.raises(ValueError, match=f"{case.stem} and twin are the same run"):
         read_results(tmp_path)
-    (twin / "scores.json").write_text('{"method": "kd"')
-    with pytest.raises(ValueError, match=r"twin/scores\.json is not valid JSON"):
+    twin.write_text('{"scores": {"method": "kd"')
+    with pytest.raises(ValueError, match=r"twin\.json is not valid JSON"):
         read_results(tmp_path)
-    (twin / "scores.json").write_text('{"method": "kd", "seed": 1}')
+    twin.write_text('{"scores": {"method": "kd", "seed": 1}}')
     with pytest.raises(ValueError, match="has no bits; repeat the run twin"):
         read_results(tmp_path)
 

@@ -1,17 +1,15 @@
-"""Result folders as the comparison leaves them, with invented numbers: what the report is tested on."""
+"""Result files as the comparison leaves them, with invented numbers: what the report is tested on."""
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
+from comparison.store import result_text, save_clips, thinned
 from qvgen.data.digits import ALL_ATTRIBUTES, sample_clips
 
 # Velocity error at W4A4 that the fakes scatter around.
@@ -55,7 +53,7 @@ def write_results(folder: Path, *, prompts: int = 2, seeds: tuple[int, ...] = SE
                 case = write_run(folder, method, bits, seed, group=group)
                 if seed == 0:
                     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(seed)) * _error(method, bits) * 4
-                    _write_clips(case, real + noise, words)
+                    write_clips(case, real + noise, words)
     for variant, factor in (("ratio-1by4", 1.004), ("rank-8", 1.03), ("no-new-svd", 1.012)):
         for seed in seeds[:2]:
             write_run(folder, "qvgen", "W4A4", seed, group="ablation", variant=variant, factor=factor)
@@ -63,12 +61,11 @@ def write_results(folder: Path, *, prompts: int = 2, seeds: tuple[int, ...] = SE
         for method in ("kd", "qvgen"):
             error = 0.07 * (1 + 0.1 * abs(math.log2(rate)))
             write_run(folder, method, "W3A3", 100, group="tuning", rate=rate, velocity_mse=None, tuning_velocity_mse=error)
-    case = folder / "full_precision"
-    case.mkdir()
     own = {"colour": 1.0, "direction": 0.98, "digit": 0.91, "motion": 0.0312, "flicker": 0.041, "bytes": 5_939_662}
     named = {"case": "full_precision", "group": "reference", "method": "full precision", "bits": "W32A32", "seed": 0}
-    (case / "scores.json").write_text(json.dumps(named | own))
-    _write_clips(case, real, words)
+    path = folder / "full_precision.json"
+    path.write_text(result_text({"scores": named | own}))
+    write_clips(path, real, words)
 
 
 def write_run(
@@ -83,16 +80,16 @@ def write_run(
     rate: float = 1.0,
     **changed: Any,
 ) -> Path:
-    """One case with scores, and the curves that its method has. Returns its folder."""
+    """One case with scores, and the curves that its method has. Returns its file."""
     name = f"{method.replace('<b>', '')}-{bits}-{seed}"
     name += f"-{variant}" if variant else f"-lr{rate:g}" if group == "tuning" else ""
-    case, random = folder / name, Random(f"{method} {bits} {seed} {variant}")
-    case.mkdir(parents=True)
+    path, random = folder / f"{name}.json", Random(f"{method} {bits} {seed} {variant}")
+    folder.mkdir(parents=True, exist_ok=True)
     error = _error(method, bits) * factor * (1 + 0.02 * random.gauss(0, 1))
     trained = method not in UNTRAINED
     step = 6.7 * (1.25 if method in COSTLY else 1) * (1 + 0.01 * random.gauss(0, 1))
     scores: dict[str, Any] = {
-        "case": case.name,
+        "case": name,
         "group": group,
         "variant": variant,
         "method": method,
@@ -120,28 +117,28 @@ def write_run(
         },
     }
     scores |= {"learning_rate_factor": rate, "steps": 0, "final_loss": None, "mean_gradient_norm": None}
+    result: dict[str, Any] = {}
     if trained:
         scores |= {"steps": STEPS, "final_loss": error * 1.1, "mean_gradient_norm": 0.3 + error}
-        _write_curve(case, method, error, random)
+        result["curve"] = _curve(method, error, random)
     if method in WITH_PHI:
-        _write_singular_values(case)
-    (case / "scores.json").write_text(json.dumps(scores | changed, indent=1))
-    return case
+        result["spectrum"] = _spectrum()
+    path.write_text(result_text({"scores": scores | changed, **result}))
+    return path
 
 
 def _error(method: str, bits: str) -> float:
     return METHODS.get(method, 0.02) * FACTOR.get(bits, 1.0)
 
 
-def _write_curve(case: Path, method: str, error: float, random: Random) -> None:
-    with (case / "curve.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("step", "loss", "gradient_norm", "rank", "u", "lr", "seconds"))
-        for step in range(STEPS):
-            rank, u = _phi_state(step) if method in WITH_PHI else (0, 0.0)
-            loss = error * (1 + (1.5 if rank else 4) * math.exp(-step / 40)) * random.uniform(0.8, 1.25)
-            gradient = (0.25 + (0.3 if rank else 0.8) * math.exp(-step / 50)) * random.uniform(0.8, 1.25)
-            writer.writerow((step, loss, gradient, rank, u, 3e-4, 0.3))
+def _curve(method: str, error: float, random: Random) -> dict[str, list[float]]:
+    rows = []
+    for step in range(STEPS):
+        rank, u = _phi_state(step) if method in WITH_PHI else (0, 0.0)
+        loss = error * (1 + (1.5 if rank else 4) * math.exp(-step / 40)) * random.uniform(0.8, 1.25)
+        gradient = (0.25 + (0.3 if rank else 0.8) * math.exp(-step / 50)) * random.uniform(0.8, 1.25)
+        rows.append({"step": step, "loss": loss, "gradient_norm": gradient, "rank": rank, "u": u})
+    return thinned(rows)
 
 
 def _phi_state(step: int) -> tuple[int, float]:
@@ -151,17 +148,16 @@ def _phi_state(step: int) -> tuple[int, float]:
     return (32 >> phase, 0.5 * (1 + math.cos(math.pi * within / 34))) if phase < 6 else (0, 0.0)
 
 
-def _write_singular_values(case: Path) -> None:
+def _spectrum() -> dict[str, Any]:
     steps = list(range(0, 270, 15))
     ranks = [_phi_state(step)[0] for step in steps]
     values = [[math.exp(-i * (0.06 + step / 900)) for i in range(rank)] for step, rank in zip(steps, ranks, strict=True)]
     share = [sum(v < 0.3 for v in row) / max(1, len(row)) for row in values]
-    (case / "singular_values.json").write_text(
-        json.dumps({"limit": 0.5, "step": steps, "share_small": share, "rank": ranks, "values": values})
-    )
+    return {"limit": 0.5, "step": steps, "share_small": share, "rank": ranks, "values": values}
 
 
-def _write_clips(case: Path, clips: torch.Tensor, prompts: list[str]) -> None:
-    pixels = ((clips.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    save_file({"clips": pixels.contiguous()}, case / "clips.safetensors")
-    (case / "clips.json").write_text(json.dumps(prompts))
+def write_clips(result: Path, clips: torch.Tensor, prompts: list[str]) -> None:
+    """All `clips` of a result file, where the report looks for them."""
+    folder = result.parent.with_name("clips")
+    folder.mkdir(exist_ok=True)
+    save_clips(folder / f"{result.stem}.safetensors", clips, prompts, len(prompts))

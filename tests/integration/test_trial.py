@@ -1,0 +1,136 @@
+"""Observing and comparing models, on both families with random weights."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qvgen.checkpoint.pipeline import load_pipeline
+from qvgen.data.latents import LatentDataset
+from qvgen.evaluation.quality.similarity import MAX_PSNR_DB
+from qvgen.evaluation.quality.trial import Trial, compare, observe, prompt_accuracy, velocity_mse
+from qvgen.models.registry import family_adapter
+from qvgen.models.tiny import TINY_CLIP, TINY_PROMPT, tiny_pipeline
+from qvgen.nn.swap import convert_, prepare_
+from qvgen.params import load_params
+from qvgen.quant.scheme import QuantArgs, QuantScheme
+from qvgen.sampling.sample import sample, spread_timesteps
+
+FAMILIES = ("wan", "cogvideox")
+PROMPTS = (TINY_PROMPT, "a blue digit one moving left", "a green digit zero moving down")
+BATCH_TOLERANCE = 2e-4  # reductions of another batch size
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    pipeline = load_pipeline(tiny_pipeline(request.param, tmp_path_factory.mktemp("pipeline") / "folder"))
+    family = family_adapter(pipeline)
+    with torch.no_grad():
+        text = family.encode_text(pipeline, PROMPTS, TINY_CLIP.max_sequence_length)
+    shape = (3, 4, 3, 4, 4) if request.param == "wan" else (3, 3, 4, 4, 4)
+    trial = Trial(
+        prompts=PROMPTS,
+        seeds=(0, 1, 2),
+        size=TINY_CLIP,
+        latents=torch.randn(shape, generator=torch.Generator().manual_seed(0)),
+        text=text,
+        timesteps=(100.0, 900.0),
+        seed=0,
+        inference_steps=2,
+        guidance_scale=2.0,
+        batch_size=2,
+    )
+    return SimpleNamespace(pipeline=pipeline, family=family, trial=trial, name=request.param)
+
+
+def packed(setup: SimpleNamespace, bits: int) -> SimpleNamespace:
+    pipeline = copy.copy(setup.pipeline)
+    pipeline.transformer = copy.deepcopy(setup.pipeline.transformer)
+    scheme = QuantScheme(
+        weights=QuantArgs(num_bits=bits, zero_point_domain="float"),
+        input_activations=QuantArgs(num_bits=bits, strategy="token"),
+        timestep_groups=5,
+    )
+    prepare_(pipeline.transformer, scheme, default_targets=setup.family.default_targets)
+    convert_(pipeline.transformer)
+    return pipeline
+
+
+def test_a_model_equals_itself(setup: SimpleNamespace) -> None:
+    items: list[int] = []
+    reference = observe(setup.pipeline, setup.family, setup.trial, on_batch=items.append)
+    assert sum(items) == setup.trial.items == 3 + 2 * 3
+    assert reference.clips.shape == (3, 3, 9, 32, 32) and reference.clips.abs().max() <= 1
+    assert reference.velocities.shape == (2, *setup.trial.latents.shape)
+    scores = compare(reference, observe(setup.pipeline, setup.family, setup.trial), setup.trial)
+    assert scores["psnr_db"] == MAX_PSNR_DB and scores["ssim"] == pytest.approx(1)
+    assert scores["velocity_mse"] == scores["latent_mse"] == 0
+
+
+def test_fewer_bits_are_further_away(setup: SimpleNamespace) -> None:
+    reference = observe(setup.pipeline, setup.family, setup.trial)
+    eight, three = (
+        compare(reference, observe(packed(setup, bits), setup.family, setup.trial), setup.trial) for bits in (8, 3)
+    )
+    for measure in ("velocity_mse", "latent_mse"):
+        assert 0 < eight[measure] < three[measure] / 10
+    assert MAX_PSNR_DB > eight["psnr_db"] > three["psnr_db"] + 5
+    assert 1 > eight["ssim"] > three["ssim"]
+
+
+def test_samples_depend_on_their_own_prompt_and_seed_only(setup: SimpleNamespace) -> None:
+    def latents(prompts: tuple[str, ...], seeds: tuple[int, ...], batch_size: int) -> torch.Tensor:
+        return sample(
+            setup.pipeline,
+            setup.family,
+            prompts,
+            seeds,
+            TINY_CLIP,
+            inference_steps=2,
+            guidance_scale=2.0,
+            batch_size=batch_size,
+        )[0]
+
+    together, alone = latents(PROMPTS, (0, 1, 2), 3), latents(PROMPTS, (0, 1, 2), 1)
+    assert torch.allclose(together, alone, atol=BATCH_TOLERANCE)
+    reversed_ = latents(PROMPTS[::-1], (2, 1, 0), 3)
+    assert torch.allclose(together, reversed_.flip(0), atol=BATCH_TOLERANCE)
+    assert not torch.allclose(together, latents(PROMPTS, (5, 6, 7), 3), atol=0.1)
+
+
+def test_velocity_error_is_told_per_timestep(setup: SimpleNamespace) -> None:
+    reference = observe(setup.pipeline, setup.family, setup.trial)
+    noisy = replace(reference, velocities=reference.velocities.clone())
+    noisy.velocities[1] += 0.5
+    assert velocity_mse(reference, noisy) == pytest.approx([0, 0.25], abs=1e-6)
+    assert compare(reference, noisy, setup.trial)["velocity_mse"] == pytest.approx(0.125, abs=1e-6)
+
+
+def test_accuracy_is_left_out_for_other_prompts(setup: SimpleNamespace) -> None:
+    observation = observe(setup.pipeline, setup.family, setup.trial)
+    assert prompt_accuracy(observation, setup.trial).keys() == {"colour", "direction", "digit"}
+    other = replace(setup.trial, prompts=("a cat", "a dog", "a horse"))
+    assert prompt_accuracy(observation, other) == {}
+    assert "colour" not in compare(observation, observation, other)
+
+
+def test_no_prompts_is_an_error(setup: SimpleNamespace) -> None:
+    with pytest.raises(ValueError, match="at least one prompt"):
+        observe(setup.pipeline, setup.family, replace(setup.trial, prompts=(), seeds=()))
+
+
+def test_a_trial_repeats_captions_with_new_seeds_when_there_are_few() -> None:
+    params = load_params(Path(__file__).parents[2] / "params.yaml")
+    held_out = LatentDataset(torch.zeros(2, 1), torch.tensor([1, 0]), ["a", "b"], torch.arange(3.0).view(3, 1, 1))
+    trial = Trial.from_params(params, held_out)
+    assert trial.prompts[:4] == ("b", "a", "b", "a") and len(trial.prompts) == params.evaluate.prompts
+    assert len(set(trial.seeds)) == params.evaluate.prompts
+    assert trial.text.flatten().tolist() == [1.0, 0.0]
+
+
+def test_timesteps_are_spread_over_the_whole_range() -> None:
+    assert spread_timesteps(10) == [50.0, 150.0, 250.0, 350.0, 450.0, 550.0, 650.0, 750.0, 850.0, 950.0]
+    assert spread_timesteps(1) == [500.0]
