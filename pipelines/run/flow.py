@@ -22,7 +22,7 @@ from prefect.runtime import flow_run, task_run
 from prefect.states import Completed, State
 
 from pipelines.run.checkout import environment, only_one
-from pipelines.run.dag import Graph, Pipeline, in_order, read_pipeline, waiting_for_all
+from pipelines.run.dag import Graph, Plan, in_order, read_plan, waiting_for_all
 from pipelines.run.guard import DEADLINE
 from pipelines.run.lineage import close_execution, runs_of_execution
 from pipelines.run.runners import task_runner
@@ -90,9 +90,9 @@ def pipeline(root: str, targets: list[str] | None = None) -> list[dict[str, Any]
         execution = f"prefect-{flow_run.id}"
         variables = {"QVGEN_EXECUTION": execution, "QVGEN_PREFECT_FLOW_RUN": str(flow_run.id)}
         observe.write(folder)  # what stages depend on besides parameters and data: without it, what changed is not known yet
-        read = read_pipeline(folder, targets or ())
+        plan = read_plan(folder, targets or ())
         with _stopping_children():
-            states = _run(folder, read, settings, variables)
+            states = _run(folder, plan, settings, variables)
         close_execution(folder, execution, [name for name, (state, _) in states.items() if state == CACHED])
     runs = runs_of_execution(folder, execution)
     rows = [
@@ -100,7 +100,7 @@ def pipeline(root: str, targets: list[str] | None = None) -> list[dict[str, Any]
         for name, (state, seconds) in states.items()
     ]
     create_table_artifact(rows, key="stages", description="What became of each stage, and its run in MLflow")
-    create_markdown_artifact(mermaid(read.graph, {name: state for name, (state, _) in states.items()}), key="dag")
+    create_markdown_artifact(mermaid(plan.graph, {name: state for name, (state, _) in states.items()}), key="dag")
     failed = [row["stage"] for row in rows if row["state"] not in (CACHED, RUN_CACHE, RAN)]
     if failed:
         raise StageError(f"{len(failed)} of {len(rows)} stages failed or lack what they need: {', '.join(failed)}")
@@ -113,20 +113,20 @@ def run_pipeline(root: Path, targets: list[str] | None = None) -> list[dict[str,
     return pipeline.with_options(task_runner=task_runner(settings.runner, settings.workers))(str(root), targets)
 
 
-def _run(root: Path, read: Pipeline, settings: FlowSettings, variables: dict[str, str]) -> dict[str, tuple[str, float]]:
+def _run(root: Path, plan: Plan, settings: FlowSettings, variables: dict[str, str]) -> dict[str, tuple[str, float]]:
     """Stage -> name of its final state, seconds. A stage whose upstream failed stays NotReady."""
-    graph, futures = read.graph, {}
+    graph, futures = plan.graph, {}
     apart = waiting_for_all(graph, settings.alone)
     for name in in_order({name: needs | apart.get(name, set()) for name, needs in graph.items()}):
         base = name.partition("@")[0]
         configured: Any = run_stage.with_options(retries=settings.retries.get(base, 0), retry_delay_seconds=10)
         # One that runs every time has told all that it has to tell in `changed`.
-        needs = [futures[up] for up in sorted(graph[name] - read.always)]
+        needs = [futures[up] for up in sorted(graph[name] - plan.always)]
         deadline = settings.deadlines.get(base, settings.deadline)
-        also = [futures[up] for up in sorted(graph[name] & read.always)]
+        also = [futures[up] for up in sorted(graph[name] & plan.always)]
         also += [allow_failure(futures[other]) for other in sorted(apart.get(name, ()))]
         beside = variables | (SHARED if settings.workers > 1 and name not in apart else {})
-        futures[name] = configured.submit(name, str(root), needs, name not in read.changed, deadline, beside, wait_for=also)
+        futures[name] = configured.submit(name, str(root), needs, name not in plan.changed, deadline, beside, wait_for=also)
     states = {}
     for name, future in futures.items():
         started = time.monotonic()
