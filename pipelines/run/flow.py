@@ -6,6 +6,8 @@ in MLflow is that of a plain `dvc repro`. Import this only after `use_prefect` (
 
 from __future__ import annotations
 
+import logging
+import re
 import signal
 import subprocess
 import sys
@@ -31,6 +33,11 @@ from stages import observe
 
 CACHED, RUN_CACHE, RAN = "Cached", "RunCache", "Completed"  # names of states, as Prefect shows them
 _SAID = {"didn't change, skipping": CACHED, "is cached - skipping run": RUN_CACHE}  # by DVC, about the stage
+# Of DVC after each stage: advice for somebody who calls it by hand, and what every stage does.
+_NOISE = re.compile(
+    r"\s*$|> |(Generating|Updating) lock file|To (track the changes with git|enable auto staging)|Use `dvc push`|"
+    r"\s+(git add|dvc config core\.autostage)"
+)
 # Threads of OpenMP that wait for one whose core another stage has taken would keep the other cores busy: two trainings side by
 # side took 5 times as long as one (LOG.md). Nothing is computed differently.
 SHARED = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -38,8 +45,22 @@ _children: set[subprocess.Popen[str]] = set()
 _children_lock = threading.Lock()
 
 
+_stopped = threading.Event()  # by the user: what then fails, fails because of that
+
+
 class StageError(RuntimeError):
     """A stage's command failed, or took longer than its deadline."""
+
+
+def _plainly(record: logging.LogRecord) -> bool:
+    """A stage that failed has said why in its own lines; Prefect's traceback would show only where this file waits for it."""
+    if record.exc_info and isinstance(record.exc_info[1], StageError):
+        record.exc_info = None
+    return not _stopped.is_set()
+
+
+for _name in ("prefect.task_runs", "prefect.flow_runs"):
+    logging.getLogger(_name).addFilter(_plainly)
 
 
 @task(task_run_name="{address}")
@@ -69,7 +90,8 @@ def run_stage(
     with _listed(process):
         assert process.stdout is not None
         for line in process.stdout:
-            log.info(line.rstrip())
+            if not _NOISE.match(line) and not _stopped.is_set():
+                log.info(line.rstrip())
             said = next((state for words, state in _SAID.items() if words in line and address in line), said)
         code = process.wait()
     if code == DEADLINE:
@@ -165,9 +187,12 @@ def _listed(process: subprocess.Popen[str]) -> Iterator[None]:
 @contextmanager
 def _stopping_children() -> Iterator[None]:
     """A flow that is cancelled stops the stages it started; the guards do it themselves when the flow is killed."""
+    _stopped.clear()
     try:
         yield
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            _stopped.set()
         with _children_lock:
             running = list(_children)
         for process in running:

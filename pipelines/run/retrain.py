@@ -27,7 +27,7 @@ from pipelines.run.checkout import environment, project_root
 from pipelines.run.dag import read_plan
 from pipelines.run.flow import run_pipeline
 from stages import observe
-from stages.record.secrets import without_secrets
+from stages.record.secrets import host_of, without_secrets
 
 BRANCH = "retrain/{date}"
 KEPT = ("dvc.lock", "stages/dvc.lock", "metrics", "reports")  # what the pipeline writes and git keeps
@@ -40,12 +40,13 @@ def notify(flow: Any, flow_run: Any, state: State) -> None:
     if not address:
         return
     text = f"qvgen retraining {flow_run.name}: {state.name}: {state.message or ''}"[:1000]
-    request = urllib.request.Request(address, json.dumps({"text": text}).encode(), {"Content-Type": "application/json"})
     try:
+        request = urllib.request.Request(address, json.dumps({"text": text}).encode(), {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=10):
             pass
-    except OSError as error:
-        get_run_logger().warning("the webhook was not told: %s", error)
+    except Exception as error:  # a message may quote the address, whose path is a password
+        why = getattr(error, "code", None) or type(getattr(error, "reason", error)).__name__
+        get_run_logger().warning("the webhook at %s (%s) was not told: %s", host_of(address), WEBHOOK, why)
 
 
 @flow(name="qvgen-retrain", on_failure=[notify], on_crashed=[notify], log_prints=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 EXPERIMENT = "qvgen"
 # The page that MLflow opens an experiment on: runs, metrics and models, instead of evaluations of language models.
 KIND = ("mlflow.experimentKind", "custom_model_development")
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 # MLflow's own defaults wait 248 s for a server that is down. Telemetry stays off.
 _DEFAULTS = {
@@ -34,6 +36,15 @@ def tracking_uri(home: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve() / 'mlflow.db'}"
 
 
+def spare_loopback(variables: MutableMapping[str, str]) -> None:
+    """No client that reads `variables` asks a proxy for this machine's own servers: `http_proxy` is often set without
+    `no_proxy`, and a proxy elsewhere cannot reach them."""
+    for name in ("no_proxy", "NO_PROXY"):
+        given = [host for host in variables.get(name, "").split(",") if host.strip()]
+        if "*" not in given:
+            variables[name] = ",".join([*given, *(host for host in LOOPBACK if host not in given)])
+
+
 def public_uri(uri: str, home: Path) -> str:
     """The same address without password, and without the folder of this checkout, fit for a tracked file."""
     return without_secrets(uri.partition("?")[0].replace(f"sqlite:///{home.resolve()}/", "sqlite:///"))
@@ -41,6 +52,7 @@ def public_uri(uri: str, home: Path) -> str:
 
 def connect(home: Path) -> tuple[MlflowClient, str]:
     """A client and the id of the experiment, both created on first use. Raises what MLflow raises."""
+    spare_loopback(os.environ)
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     for name in ("alembic", "mlflow"):
