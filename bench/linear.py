@@ -33,7 +33,7 @@ from bench.machine import cycles_per_second, last_level_cache, peak_macs_per_cyc
 from bench.report import geometric_mean, print_table, write_json
 from bench.variants import OURS, VARIANTS, Problem, Unavailable, packed_layer
 from qvgen.evaluation.cost.hardware import describe, hardware
-from qvgen.evaluation.cost.speed import quartiles, sample, torch_threads
+from qvgen.evaluation.cost.speed import quartiles, time_calls, torch_threads
 from qvgen.kernels.cpu import library
 
 LEAST_SECONDS = 2e-3
@@ -95,7 +95,7 @@ def measure(problem: Problem, threads: int, repetitions: int, peak: dict[str, An
     """One row, with torch's threads already set."""
     (m, k), n = problem.x.shape, len(problem.weight)
     actions = {name: action for name in VARIANTS if (action := build(name, problem, threads)) is not None}
-    samples = sample(actions, repetitions, least_seconds=LEAST_SECONDS)
+    samples = time_calls(actions, repetitions, least_seconds=LEAST_SECONDS)
     clock = "cpu" if threads == 1 else "wall"
     rounds = {name: [1e3 * s for s in getattr(values, clock)] for name, values in samples.items()}
     ratios = {

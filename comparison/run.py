@@ -34,7 +34,7 @@ from comparison.reference import is_stale, measure_reference
 from comparison.store import differences, origin, read_result
 from comparison.tuning import choose_rates
 from qvgen.params import Params
-from stages.record.journal import open_pipeline
+from stages.record.execution import open_execution
 from stages.runtime.dvc import DvcFacts, fingerprint
 from stages.runtime.run import Stage, recorded, stage_main
 
@@ -46,7 +46,7 @@ OF_THE_REFERENCE = ("seed", "evaluate.")  # parameters that the full-precision m
 def run(stage: Stage, fast: bool = False) -> None:
     """Raises ValueError, when all others are done, if a case failed or could not run."""
     settings, jobs = read_settings(stage.root), int(os.environ.get("QVGEN_JOBS", "1"))
-    execution = open_pipeline(stage.root, stage.home).id.removeprefix("pipeline-")
+    execution = open_execution(stage.root, stage.home).id.removeprefix("pipeline-")
     os.environ["QVGEN_EXECUTION"] = execution  # the parent of all cases
     failed = []
     if not fast:

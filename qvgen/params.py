@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from qvgen.gate import Gate
 from qvgen.methods.method import Method
 from qvgen.methods.registry import METHODS
 from qvgen.phi.rank_decay import Annealing, RankDecaySchedule
@@ -131,22 +132,6 @@ class FlowSettings(_Section):
     deadline: float | None = Field(default=None, gt=0, description="seconds after which a stage is stopped; null: never")
     deadlines: dict[str, float] = Field(default_factory=dict, description="of single stages, instead of `deadline`")
     retries: dict[str, int] = Field(default_factory=dict, description="how often a stage that fails is tried again")
-
-
-class Gate(_Section):
-    """What a challenger must reach to become champion. Limits of measured values include the limit itself."""
-
-    max_accuracy_drop: float = Field(
-        ge=0, le=1, description="colour, direction, digit right: share below full precision; 0.02 is 4 of 200 prompts"
-    )
-    min_psnr_db: float = Field(ge=0, le=100, description="dB, against full precision from the same noise")
-    max_velocity_mse: float = Field(gt=0)
-    max_bytes_over_bf16: float = Field(gt=0, le=1, description="packed transformer over the same in bf16")
-    min_speedup_over_bf16: float = Field(gt=0, description="denoising step; 1: not slower than bf16")
-    champion_accuracy_drop: float = Field(ge=0, le=1, description="share below the champion")
-    champion_psnr_drop_db: float = Field(ge=0, le=100, description="dB below the champion")
-    champion_velocity_mse_ratio: float = Field(ge=1, description="over the champion's")
-    champion_speedup_ratio: float = Field(gt=0, le=1, description="speedup over the champion's, on the same machine")
 
 
 class Params(_Section):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from stages.runtime.run import Stage, stage_main
 
@@ -17,7 +18,7 @@ LABELS = ("full precision", "packed")
 def run(stage: Stage) -> None:
     from qvgen.checkpoint.pipeline import load_pipeline
     from qvgen.data.latents import LatentDataset
-    from qvgen.evaluation.quality.trial import Trial, compare, movement, observe, prompt_accuracy, velocity_mse
+    from qvgen.evaluation.quality.trial import ACCURACIES, Trial, compare, movement, observe, prompt_accuracy, velocity_mse
     from qvgen.models.registry import load_family
     from qvgen.models.size import check_size
     from qvgen.sampling.settings import read_guidance_stop
@@ -36,7 +37,13 @@ def run(stage: Stage) -> None:
     scores = compare(reference, packed, trial)
     accuracy = prompt_accuracy(reference, trial)
     kept = [*accuracy, "psnr_db", "ssim", "velocity_mse", "latent_mse"]
-    metrics = {"full_precision": accuracy, "packed": {k: scores[k] for k in kept}, "prompts": len(trial.prompts)}
+    metrics: dict[str, Any] = {
+        "full_precision": accuracy,
+        "packed": {k: scores[k] for k in kept},
+        "prompts": len(trial.prompts),
+    }
+    if not trial.judged:
+        metrics["not_applicable"] = " ".join(ACCURACIES)  # so that the gate can tell it from what was forgotten
     details = {
         "full_precision": movement(reference),
         "packed": movement(packed),

@@ -34,7 +34,7 @@ from bench.dit_step.models import ARCHITECTURES, DTYPES, inputs, load, memory_by
 from bench.report import print_table, write_json
 from qvgen.evaluation.cost.hardware import describe, hardware
 from qvgen.evaluation.cost.size import folder_bytes
-from qvgen.evaluation.cost.speed import peak_memory_mb, sample, timing, torch_threads
+from qvgen.evaluation.cost.speed import peak_memory_mb, time_calls, timing, torch_threads
 from qvgen.models.wan import WanFamily
 from qvgen.nn.packed_linear import packed_layers
 
@@ -72,7 +72,7 @@ def measure(model: str, layers: int, tokens: int, repetitions: int, folder: Path
     unfuse_(models[UNFUSED])
     steps = {name: step_of(transformer, tensors) for name, transformer in models.items()}
     clock = "cpu" if threads == 1 else "wall"
-    timings = {name: timing(getattr(values, clock)) for name, values in sample(steps, repetitions).items()}
+    timings = {name: timing(getattr(values, clock)) for name, values in time_calls(steps, repetitions).items()}
     step_ms = {name: 1e3 * t.median for name, t in timings.items()}
     return {
         "model": model,

@@ -10,9 +10,10 @@ from typing import Literal
 
 from pipelines.audit.lineage import Lineage, Step
 from pipelines.audit.project import WORKTREE, Project
+from stages.record.registry import IDENTITY
 from stages.record.runs import DATA
 from stages.record.sender import LONGEST_PARAM, _name
-from stages.register import IDENTITY, MEASURED, PACKED
+from stages.register import MEASURED, PACKED
 from stages.runtime.dvc import fingerprint, flatten
 
 ANEW = "delete the version in MLflow, then `dvc repro --force register`"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from qvgen.params import Gate
-
-ACCURACIES = ("colour", "direction", "digit")
+from qvgen.gate import ChampionLimit, Gate, Limit
 
 
 @dataclass(frozen=True)
@@ -20,11 +18,12 @@ class Rule:
     sign: str  # "<=" or ">="
     limit: float
     words: str
+    applies: bool = True  # False: the data set cannot give the metric, as stage evaluate says
 
     @property
     def ok(self) -> bool:
-        """A value that is NaN passes nothing."""
-        return self.value <= self.limit if self.sign == "<=" else self.value >= self.limit
+        """A value that is NaN passes nothing that applies."""
+        return not self.applies or (self.value <= self.limit if self.sign == "<=" else self.value >= self.limit)
 
     @property
     def known(self) -> float | None:
@@ -37,43 +36,44 @@ class Rule:
 
     def __str__(self) -> str:
         value = "not measured" if math.isnan(self.value) else f"{self.value:.5g}"
-        verdict = "PASS" if self.ok else "FAIL"
-        return f"{verdict}  {self.name:<28}{value:>13} {self.limit_text:<12} {self.words}"
+        if not self.applies:
+            return f"N/A   {self.name:<28}{'-':>13} {self.limit_text:<12} {self.words}: not applicable to this data"
+        return f"{'PASS' if self.ok else 'FAIL'}  {self.name:<28}{value:>13} {self.limit_text:<12} {self.words}"
 
 
 def evaluate_gate(
-    gate: Gate, challenger: Mapping[str, float], champion: Mapping[str, float] | None, *, same_machine: bool = True
+    gate: Gate,
+    challenger: Mapping[str, float],
+    champion: Mapping[str, float] | None,
+    *,
+    same_machine: bool = True,
+    not_applicable: Collection[str] = (),
 ) -> list[Rule]:
-    """Every rule that applies. `challenger` and `champion` are metrics as stage register records them, by dotted name.
+    """Every rule of `gate`. `challenger` and `champion` are metrics as stage register records them, by dotted name.
 
-    Without a champion its rules are left out; so is the comparison of speeds unless both were measured on the same machine,
-    and what the champion has no number for.
+    A metric that is missing fails its rule, unless stage evaluate declared that the data cannot give it (`not_applicable`,
+    last parts of names): then the rule is there and does not apply. Without a champion its rules are left out; so is what is
+    compared on the same machine only, unless both were measured there, and what the champion has no number for.
     """
     value = _Metrics(challenger)
+
+    def applies(*metrics: str | None) -> bool:
+        missing = [name for name in metrics if name is not None and math.isnan(value[name])]
+        return not any(name.rpartition(".")[2] in not_applicable for name in missing)
+
     rules = [
-        Rule(
-            f"{name} drop",
-            value[f"full_precision.{name}"] - value[f"packed.{name}"],
-            "<=",
-            gate.max_accuracy_drop,
-            f"share of prompts whose {name} is right, below full precision",
-        )
-        for name in ACCURACIES
-    ]
-    rules += [
-        Rule("psnr_db", value["packed.psnr_db"], ">=", gate.min_psnr_db, "dB, videos against full precision"),
-        Rule("velocity_mse", value["packed.velocity_mse"], "<=", gate.max_velocity_mse, "error of a denoising step's output"),
-        Rule(
-            "bytes over bf16",
-            value["bytes.packed"] / value["bytes.bf16"] if value["bytes.bf16"] else math.nan,
-            "<=",
-            gate.max_bytes_over_bf16,
-            "size of the packed transformer over bf16",
-        ),
-        Rule("speedup over bf16", value["speedup.over_bf16"], ">=", gate.min_speedup_over_bf16, "of a denoising step"),
+        Rule(name, _held(limit, value), *_side(limit), _words(limit), applies(limit.metric, limit.minus, limit.over))
+        for name, limit in gate.rules.items()
     ]
     if champion is not None:
-        rules += _against_champion(gate, value, _Metrics(champion), same_machine)
+        before = _Metrics(champion)
+        for name, limit in gate.champion.items():
+            bar = _bar(limit, before[limit.metric])
+            if math.isnan(bar) or (limit.same_machine and not same_machine):
+                continue
+            words = f"{limit.metric}; champion {before[limit.metric]:.4g}"
+            sign = ">=" if limit.max_ratio is None else "<="
+            rules.append(Rule(f"{name} against champion", value[limit.metric], sign, bar, words, applies(limit.metric)))
     return rules
 
 
@@ -87,31 +87,34 @@ class _Metrics:
         return self._values.get(name, math.nan)
 
 
-def _against_champion(gate: Gate, value: _Metrics, champion: _Metrics, same_machine: bool) -> list[Rule]:
-    limits = [
-        (
-            f"{name} against champion",
-            f"packed.{name}",
-            ">=",
-            champion[f"packed.{name}"] - gate.champion_accuracy_drop,
-            f"share of prompts; champion {champion[f'packed.{name}']:.4g}",
-        )
-        for name in ACCURACIES
-    ]
-    psnr, error, speed = (champion[f] for f in ("packed.psnr_db", "packed.velocity_mse", "speedup.over_bf16"))
-    limits += [
-        ("psnr_db against champion", "packed.psnr_db", ">=", psnr - gate.champion_psnr_drop_db, f"dB; champion {psnr:.4g}"),
-        (
-            "velocity_mse against champion",
-            "packed.velocity_mse",
-            "<=",
-            error * gate.champion_velocity_mse_ratio,
-            f"champion {error:.4g}",
-        ),
-    ]
-    if same_machine:
-        limit = speed * gate.champion_speedup_ratio
-        limits.append(("speedup against champion", "speedup.over_bf16", ">=", limit, f"over bf16; champion {speed:.4g}"))
-    return [
-        Rule(name, value[metric], sign, limit, words) for name, metric, sign, limit, words in limits if not math.isnan(limit)
-    ]
+def _held(limit: Limit, value: _Metrics) -> float:
+    """What a limit is held against: a metric, a difference or a ratio."""
+    found = value[limit.metric]
+    if limit.minus is not None:
+        found -= value[limit.minus]
+    if limit.over is not None:
+        found = found / value[limit.over] if value[limit.over] else math.nan
+    return found
+
+
+def _side(limit: Limit) -> tuple[str, float]:
+    """Sign and number of a limit, which has one of the two."""
+    if limit.max is not None:
+        return "<=", limit.max
+    assert limit.min is not None
+    return ">=", limit.min
+
+
+def _words(limit: Limit) -> str:
+    minus = f" - {limit.minus}" if limit.minus is not None else ""
+    over = f" / {limit.over}" if limit.over is not None else ""
+    return f"{limit.metric}{minus}{over}"
+
+
+def _bar(limit: ChampionLimit, champion: float) -> float:
+    """The limit that a champion's number sets; NaN if it has none."""
+    if limit.max_drop is not None:
+        return champion - limit.max_drop
+    ratio = limit.max_ratio if limit.max_ratio is not None else limit.min_ratio
+    assert ratio is not None
+    return champion * ratio

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION, CHALLENGER = "champion", "challenger"
+NOT_APPLICABLE = "not_applicable"  # entry of metrics/evaluate.json, and tag of the version
+PROMOTE_SECONDS = 120.0  # that the end of a run may wait for the registry, in all
 ATTEMPTS = 5  # to decide before another host does
 
 
@@ -36,7 +39,9 @@ class Outcome:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, which has no NaN: what was not measured is None."""
-        rules = [{"rule": r.name, "value": r.known, "limit": r.limit_text, "ok": r.ok} for r in self.rules]
+        rules = [
+            {"rule": r.name, "value": r.known, "limit": r.limit_text, "ok": r.ok, "applies": r.applies} for r in self.rules
+        ]
         fields = ("name", "version", "champion", "ok", "moved", "message")
         return {field: getattr(self, field) for field in fields} | {"rules": rules}
 
@@ -99,15 +104,27 @@ def _decide(client: MlflowClient, params: Params, wanted: ModelVersion, force: b
         gate={rule.name: [rule.known, rule.limit_text, rule.ok] for rule in rules},
         seen=history,
     )
-    how = f"by force, against {', '.join(failed)}" if failed else f"{len(rules)} rules passed"
+    applied = sum(rule.applies for rule in rules)
+    skipped = f", {len(rules) - applied} not applicable to its data" if applied < len(rules) else ""
+    how = f"by force, against {', '.join(failed)}" if failed else f"{applied} rules passed{skipped}"
     return Outcome(name, number, champion, True, True, rules, f"{name} version {number} is champion now ({how})")
 
 
 def promote_after_run(root: Path) -> str:
     """Let the gate decide on the newest challenger, and return its verdict, the sentence first, then rules that failed.
 
-    Nothing that goes wrong here may fail a pipeline that is done: one warning on stderr, and "".
+    Nothing that goes wrong here may fail a pipeline that is done, and no server may hold it up: one warning on stderr, and "".
     """
+    found: list[str] = []
+    thread = threading.Thread(target=lambda: found.append(_verdict(root)), daemon=True)
+    thread.start()
+    thread.join(PROMOTE_SECONDS)
+    if not found:
+        print(f"warning: no whole answer within {PROMOTE_SECONDS:g} s; try `qvgen promote`", file=sys.stderr)
+    return found[0] if found else ""
+
+
+def _verdict(root: Path) -> str:
     try:
         outcome = promote(root, load_params(root / "params.yaml"))
     except NotRegisteredError as error:  # not every run gets as far as stage register
@@ -128,4 +145,5 @@ def _version(client: MlflowClient, name: str, number: int | None) -> ModelVersio
 def _judge(client: MlflowClient, params: Params, wanted: ModelVersion, rival: ModelVersion | None) -> list[Rule]:
     same = rival is not None and all(rival.tags.get(key) == wanted.tags.get(key) for key in ("device", "kernel"))
     champion = None if rival is None else metrics_of(client, rival)
-    return evaluate_gate(params.gate, metrics_of(client, wanted), champion, same_machine=same)
+    absent = wanted.tags.get(NOT_APPLICABLE, "").split()
+    return evaluate_gate(params.gate, metrics_of(client, wanted), champion, same_machine=same, not_applicable=absent)

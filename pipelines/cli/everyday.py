@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from pipelines.cli.operations import operations
-from pipelines.run.checkout import project_root
+from pipelines.run.checkout import check_git, project_root
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -94,6 +94,7 @@ def repro(
     from pipelines.run.prefect_home import some_server
 
     root = project_root()
+    check_git(root)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell that starts us with `&` would ignore Ctrl-C
         signal.signal(number, signal.default_int_handler)
     try:
@@ -105,7 +106,7 @@ def repro(
             except StageError as error:
                 raise ValueError(str(error)) from None
     except KeyboardInterrupt:
-        print("\nInterrupted. Finished stages are kept and training goes on from its last checkpoint: run it again.")
+        print("\nInterrupted. Finished stages are kept; `qvgen repro` goes on, training from its last checkpoint.")
         raise
     if targets:
         return

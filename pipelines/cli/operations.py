@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.run.checkout import project_root
+from pipelines.run.checkout import check_git, project_root
 
 operations = typer.Typer()
 
@@ -43,6 +43,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="For programs")] = False,
 ) -> None:
     """Which stages would run, and why."""
+    check_git(project_root())
     from pipelines.commands.status import read_status, show
 
     if as_json:

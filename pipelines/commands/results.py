@@ -6,6 +6,7 @@ Numbers come from metrics/*.json only; what has not been measured is shown as su
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,22 @@ _QUALITY = {
     "packed": ("evaluate", "packed"),
     "rtn": ("baselines", "rtn"),
     "mse": ("baselines", "mse"),
+}
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
+
+
+# Entry of those files, how the table calls it, how it is written. The first three exist for the embedded digits only.
+_MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "colour": ("colour right", _percent),
+    "direction": ("direction right", _percent),
+    "digit": ("digit right", _percent),
+    "psnr_db": ("PSNR, dB", "{:.2f}".format),
+    "ssim": ("SSIM", "{:.4f}".format),
+    "velocity_mse": ("velocity MSE", "{:.5f}".format),
+    "latent_mse": ("latent MSE", "{:.4f}".format),
 }
 _SPEED = ("fp32", "bf16", "packed")
 COLUMNS = ("fp32", "bf16", "packed", "rtn", "mse")
@@ -44,14 +61,10 @@ def read_metrics(root: Path) -> dict[str, dict[str, Any]]:
 
 def rows(metrics: dict[str, dict[str, Any]]) -> list[Row]:
     """The table, without measures that no file holds."""
+    measured = metrics.get("evaluate", {}).get("packed", {})
+    other = {key: (key, "{:.4g}".format) for key in measured if key not in _MEASURES}  # of a data set's own judge
     table = [
-        _quality(metrics, "colour", "colour right", _percent),
-        _quality(metrics, "direction", "direction right", _percent),
-        _quality(metrics, "digit", "digit right", _percent),
-        _quality(metrics, "psnr_db", "PSNR, dB", "{:.2f}".format),
-        _quality(metrics, "ssim", "SSIM", "{:.4f}".format),
-        _quality(metrics, "velocity_mse", "velocity MSE", "{:.5f}".format),
-        _quality(metrics, "latent_mse", "latent MSE", "{:.4f}".format),
+        *(_quality(metrics, key, name, form) for key, (name, form) in (_MEASURES | other).items()),
         _speed(metrics, "bytes", "transformer, MB", lambda n: f"{n / 1e6:.2f}"),
         _relative_size(metrics),
         _speed(metrics, "step_ms", "denoising step, ms", "{:.1f}".format),
@@ -100,16 +113,22 @@ def show(root: Path) -> None:
     for line in [*facts(metrics), *_missing(metrics)]:
         console.print(line, soft_wrap=True)
     console.print()
-    for name, value in {**_pictures(root), **_recorded(root), **_NEXT}.items():
+    for name, value in {**_pictures(root), **_recorded(root), "make a video": _generate(root), **_NEXT}.items():
         console.print(f"{name:<16}{value}", soft_wrap=True, markup=False)
 
 
 _NEXT = {
-    "make a video": 'qvgen generate --model artifacts/packed --prompt "a blue digit two moving up" --out two.mp4',
     "try a change": "dvc exp run -S scheme.weights.num_bits=3    then    dvc metrics diff",
     "training curves": "dvc plots show",
     "recorded runs": "make ui",
 }
+
+
+def _generate(root: Path) -> str:
+    """The command, with a caption of the data."""
+    captions = root / "artifacts" / "data" / "captions.json"
+    prompt = json.loads(captions.read_text())[0] if captions.is_file() else "..."
+    return shlex.join(["qvgen", "generate", "--model", "artifacts/packed", "--prompt", prompt, "--out", "video.mp4"])
 
 
 def _required(root: Path) -> dict[str, dict[str, Any]]:
@@ -153,10 +172,6 @@ def _relative_size(metrics: dict[str, dict[str, Any]]) -> Row:
     sizes = metrics.get("benchmark", {}).get("bytes", {})
     share = {name: _percent(size / sizes["bf16"]) for name, size in sizes.items()}
     return Row("size over bf16", tuple(share.get(column, ABSENT) for column in COLUMNS), "dvc repro benchmark")
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f} %"
 
 
 def _pictures(root: Path) -> dict[str, str]:

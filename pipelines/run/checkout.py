@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from stages.record.connection import spare_loopback
+
 
 def environment(root: Path) -> dict[str, str]:
     """This process's variables; those of .env.defaults where they are not set; this interpreter's folder first on PATH,
@@ -18,6 +20,7 @@ def environment(root: Path) -> dict[str, str]:
         name, separator, value = line.partition("=")
         if separator and not name.lstrip().startswith("#"):
             variables.setdefault(name.strip(), value.strip())
+    spare_loopback(variables)
     variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables.get("PATH", os.defpath)])
     return variables
 
@@ -62,6 +65,19 @@ def run_is_active(root: Path) -> str | None:
         owner = folder / "repro.pid"
         return owner.read_text().strip() if owner.is_file() else "unknown"
     return None
+
+
+def check_git(root: Path) -> None:
+    """Raises ValueError where DVC would refuse to work: in a folder without git, such as an unpacked ZIP file."""
+    if any((folder / ".git").exists() for folder in (root, *root.parents)):
+        return
+    from dvc.config import Config
+
+    if not Config(str(root / ".dvc")).get("core", {}).get("no_scm"):
+        raise ValueError(
+            f"{root} is in no git repository, which DVC needs. Either `git init && git add -A && git commit -m start` "
+            "(then runs name their code and `qvgen audit` can check them), or `dvc config --local core.no_scm true`"
+        )
 
 
 def project_root() -> Path:

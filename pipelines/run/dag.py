@@ -14,7 +14,7 @@ Graph = dict[str, set[str]]  # address of a stage -> addresses of the stages tha
 
 
 @dataclass(frozen=True)
-class Pipeline:
+class Plan:
     """The stages that a run goes through, and how they stand."""
 
     graph: Graph
@@ -34,7 +34,7 @@ def read_graph(root: Path) -> Graph:
         return _graph(repo)
 
 
-def read_pipeline(root: Path, targets: Iterable[str] = ()) -> Pipeline:
+def read_plan(root: Path, targets: Iterable[str] = ()) -> Plan:
     """The stages of the root's dvc.yaml, or `targets`, with all that they need. Stages of other files, such as those of a
     comparison, are none of its business. Raises ValueError for a stage that no dvc.yaml has, and DVC's own errors."""
     from dvc.repo import Repo
@@ -45,7 +45,7 @@ def read_pipeline(root: Path, targets: Iterable[str] = ()) -> Pipeline:
         stages = {name: stage for stage in stages_of(repo) if (name := stage_address(stage)) in chosen}
         changed = frozenset(name for name, stage in stages.items() if stage.status(check_updates=False))
         always = frozenset(name for name in changed if stages[name].always_changed)
-        return Pipeline({name: needs for name, needs in whole.items() if name in chosen}, changed, always)
+        return Plan({name: needs for name, needs in whole.items() if name in chosen}, changed, always)
 
 
 def pipeline_stages(graph: Graph) -> set[str]:

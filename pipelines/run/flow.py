@@ -6,6 +6,8 @@ in MLflow is that of a plain `dvc repro`. Import this only after `use_prefect` (
 
 from __future__ import annotations
 
+import logging
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from prefect.runtime import flow_run, task_run
 from prefect.states import Completed, State
 
 from pipelines.run.checkout import environment, only_one
-from pipelines.run.dag import Graph, Pipeline, in_order, read_pipeline, waiting_for_all
+from pipelines.run.dag import Graph, Plan, in_order, read_plan, waiting_for_all
 from pipelines.run.guard import DEADLINE
 from pipelines.run.lineage import close_execution, runs_of_execution
 from pipelines.run.runners import task_runner
@@ -31,6 +33,11 @@ from stages import observe
 
 CACHED, RUN_CACHE, RAN = "Cached", "RunCache", "Completed"  # names of states, as Prefect shows them
 _SAID = {"didn't change, skipping": CACHED, "is cached - skipping run": RUN_CACHE}  # by DVC, about the stage
+# Of DVC after each stage: advice for somebody who calls it by hand, and what every stage does.
+_NOISE = re.compile(
+    r"\s*$|> |(Generating|Updating) lock file|To (track the changes with git|enable auto staging)|Use `dvc push`|"
+    r"\s+(git add|dvc config core\.autostage)"
+)
 # Threads of OpenMP that wait for one whose core another stage has taken would keep the other cores busy: two trainings side by
 # side took 5 times as long as one (LOG.md). Nothing is computed differently.
 SHARED = {"OMP_WAIT_POLICY": "PASSIVE"}
@@ -38,8 +45,22 @@ _children: set[subprocess.Popen[str]] = set()
 _children_lock = threading.Lock()
 
 
+_stopped = threading.Event()  # by the user: what then fails, fails because of that
+
+
 class StageError(RuntimeError):
     """A stage's command failed, or took longer than its deadline."""
+
+
+def _plainly(record: logging.LogRecord) -> bool:
+    """A stage that failed has said why in its own lines; Prefect's traceback would show only where this file waits for it."""
+    if record.exc_info and isinstance(record.exc_info[1], StageError):
+        record.exc_info = None
+    return not _stopped.is_set()
+
+
+for _name in ("prefect.task_runs", "prefect.flow_runs"):
+    logging.getLogger(_name).addFilter(_plainly)
 
 
 @task(task_run_name="{address}")
@@ -69,7 +90,8 @@ def run_stage(
     with _listed(process):
         assert process.stdout is not None
         for line in process.stdout:
-            log.info(line.rstrip())
+            if not _NOISE.match(line) and not _stopped.is_set():
+                log.info(line.rstrip())
             said = next((state for words, state in _SAID.items() if words in line and address in line), said)
         code = process.wait()
     if code == DEADLINE:
@@ -90,9 +112,9 @@ def pipeline(root: str, targets: list[str] | None = None) -> list[dict[str, Any]
         execution = f"prefect-{flow_run.id}"
         variables = {"QVGEN_EXECUTION": execution, "QVGEN_PREFECT_FLOW_RUN": str(flow_run.id)}
         observe.write(folder)  # what stages depend on besides parameters and data: without it, what changed is not known yet
-        read = read_pipeline(folder, targets or ())
+        plan = read_plan(folder, targets or ())
         with _stopping_children():
-            states = _run(folder, read, settings, variables)
+            states = _run(folder, plan, settings, variables)
         close_execution(folder, execution, [name for name, (state, _) in states.items() if state == CACHED])
     runs = runs_of_execution(folder, execution)
     rows = [
@@ -100,7 +122,7 @@ def pipeline(root: str, targets: list[str] | None = None) -> list[dict[str, Any]
         for name, (state, seconds) in states.items()
     ]
     create_table_artifact(rows, key="stages", description="What became of each stage, and its run in MLflow")
-    create_markdown_artifact(mermaid(read.graph, {name: state for name, (state, _) in states.items()}), key="dag")
+    create_markdown_artifact(mermaid(plan.graph, {name: state for name, (state, _) in states.items()}), key="dag")
     failed = [row["stage"] for row in rows if row["state"] not in (CACHED, RUN_CACHE, RAN)]
     if failed:
         raise StageError(f"{len(failed)} of {len(rows)} stages failed or lack what they need: {', '.join(failed)}")
@@ -113,20 +135,20 @@ def run_pipeline(root: Path, targets: list[str] | None = None) -> list[dict[str,
     return pipeline.with_options(task_runner=task_runner(settings.runner, settings.workers))(str(root), targets)
 
 
-def _run(root: Path, read: Pipeline, settings: FlowSettings, variables: dict[str, str]) -> dict[str, tuple[str, float]]:
+def _run(root: Path, plan: Plan, settings: FlowSettings, variables: dict[str, str]) -> dict[str, tuple[str, float]]:
     """Stage -> name of its final state, seconds. A stage whose upstream failed stays NotReady."""
-    graph, futures = read.graph, {}
+    graph, futures = plan.graph, {}
     apart = waiting_for_all(graph, settings.alone)
     for name in in_order({name: needs | apart.get(name, set()) for name, needs in graph.items()}):
         base = name.partition("@")[0]
         configured: Any = run_stage.with_options(retries=settings.retries.get(base, 0), retry_delay_seconds=10)
         # One that runs every time has told all that it has to tell in `changed`.
-        needs = [futures[up] for up in sorted(graph[name] - read.always)]
+        needs = [futures[up] for up in sorted(graph[name] - plan.always)]
         deadline = settings.deadlines.get(base, settings.deadline)
-        also = [futures[up] for up in sorted(graph[name] & read.always)]
+        also = [futures[up] for up in sorted(graph[name] & plan.always)]
         also += [allow_failure(futures[other]) for other in sorted(apart.get(name, ()))]
         beside = variables | (SHARED if settings.workers > 1 and name not in apart else {})
-        futures[name] = configured.submit(name, str(root), needs, name not in read.changed, deadline, beside, wait_for=also)
+        futures[name] = configured.submit(name, str(root), needs, name not in plan.changed, deadline, beside, wait_for=also)
     states = {}
     for name, future in futures.items():
         started = time.monotonic()
@@ -165,9 +187,12 @@ def _listed(process: subprocess.Popen[str]) -> Iterator[None]:
 @contextmanager
 def _stopping_children() -> Iterator[None]:
     """A flow that is cancelled stops the stages it started; the guards do it themselves when the flow is killed."""
+    _stopped.clear()
     try:
         yield
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            _stopped.set()
         with _children_lock:
             running = list(_children)
         for process in running:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import http.client
+import os
 import socket
 import threading
 import urllib.request
@@ -11,6 +12,8 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
+
+from stages.record.connection import spare_loopback
 
 Answer = TypeVar("Answer")
 
@@ -20,6 +23,8 @@ def fetch(address: str, seconds: float) -> bytes | None:
 
     `user:password@` in the address is sent as basic authentication, as MLflow's client does.
     """
+
+    spare_loopback(os.environ)
 
     def ask() -> bytes | None:
         parts = urlsplit(address)

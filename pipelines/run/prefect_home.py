@@ -14,13 +14,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.request import getproxies, proxy_bypass
 
-from pipelines.run.health import fetch
+from pipelines.run.health import accepts, fetch
+from stages.record.connection import public_uri, spare_loopback
 
 LOCAL_API = "http://127.0.0.1:4200/api"
 LOGIN = "PREFECT_API_AUTH_STRING"  # that clients send
 SERVER_LOGIN = "PREFECT_SERVER_API_AUTH_STRING"  # that a server asks for
 SECRET = Path(".qvgen", "prefect.secret")
+# What a person reads while it runs: when, which stage, and what it says.
+_LINES = {"FLOW_RUN": "%(asctime)s  %(message)s", "TASK_RUN": "%(asctime)s  %(task_run_name)s: %(message)s"}
 STARTUP_SECONDS = 180  # of a temporary server; ten on a quiet machine
 
 
@@ -30,10 +34,13 @@ def use_prefect(root: Path) -> str | None:
 
     Clients and child processes find the login as PREFECT_API_AUTH_STRING, for a server on this machine only.
     """
+    spare_loopback(os.environ)
     os.environ.setdefault("PREFECT_HOME", str(root / ".qvgen" / "prefect"))
     Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)  # its server dies without
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "false")  # a server that Prefect starts asks for no login
+    for kind, words in _LINES.items():
+        os.environ.setdefault(f"PREFECT_LOGGING_FORMATTERS_STANDARD_{kind}_FMT", words)
     api = os.environ.get("PREFECT_API_URL")
     if api is None and answers(LOCAL_API, login=os.environ.get(LOGIN) or server_login(root)):
         api = os.environ["PREFECT_API_URL"] = LOCAL_API
@@ -67,11 +74,15 @@ def server_login(root: Path) -> str:
 
 @contextmanager
 def some_server(root: Path) -> Iterator[None]:
-    """The server that is there, or a temporary one for the time of the block. Raises ValueError if it does not start.
+    """The server that is there, or a temporary one for the time of the block. Raises ValueError if it does not start, or
+    if nobody answers at PREFECT_API_URL.
 
     Prefect can start one by itself, which outlives a flow that is killed; this one is guarded (pipelines/run/guard.py).
     """
-    if use_prefect(root):
+    if api := use_prefect(root):
+        if not _reachable(api):
+            where = public_uri(api, root)
+            raise ValueError(f"PREFECT_API_URL is {where}, where nobody answers: start that server, or unset the variable")
         yield
         return
     with socket.socket() as free:
@@ -107,6 +118,16 @@ def _send_last_logs() -> None:
         from prefect.logging.handlers import APILogWorker
 
         APILogWorker.drain_all(timeout=5)
+
+
+def _reachable(api: str) -> bool:
+    """Whether anything listens there. Behind a proxy nobody can say without asking it."""
+    parts = urlsplit(api)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    host = parts.hostname or ""
+    if getproxies() and not proxy_bypass(host):
+        return True
+    return answers(api, 5) or accepts(host, port, 5)
 
 
 def answers(api: str, seconds: float = 1.0, login: str | None = None) -> bool:

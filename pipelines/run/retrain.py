@@ -24,10 +24,10 @@ from prefect.states import Completed, State
 
 from pipelines.champion.promote import promote_after_run
 from pipelines.run.checkout import environment, project_root
-from pipelines.run.dag import read_pipeline
+from pipelines.run.dag import read_plan
 from pipelines.run.flow import run_pipeline
 from stages import observe
-from stages.record.connection import without_secrets
+from stages.record.secrets import host_of, without_secrets
 
 BRANCH = "retrain/{date}"
 KEPT = ("dvc.lock", "stages/dvc.lock", "metrics", "reports")  # what the pipeline writes and git keeps
@@ -40,12 +40,13 @@ def notify(flow: Any, flow_run: Any, state: State) -> None:
     if not address:
         return
     text = f"qvgen retraining {flow_run.name}: {state.name}: {state.message or ''}"[:1000]
-    request = urllib.request.Request(address, json.dumps({"text": text}).encode(), {"Content-Type": "application/json"})
     try:
+        request = urllib.request.Request(address, json.dumps({"text": text}).encode(), {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=10):
             pass
-    except OSError as error:
-        get_run_logger().warning("the webhook was not told: %s", error)
+    except Exception as error:  # a message may quote the address, whose path is a password
+        why = getattr(error, "code", None) or type(getattr(error, "reason", error)).__name__
+        get_run_logger().warning("the webhook at %s (%s) was not told: %s", host_of(address), WEBHOOK, why)
 
 
 @flow(name="qvgen-retrain", on_failure=[notify], on_crashed=[notify], log_prints=True)
@@ -61,8 +62,8 @@ def retrain(root: str = ".", force: bool = False, push: bool = False) -> State:
     if Path(root).resolve() != folder.resolve():
         raise ValueError(f"root = {root}: this process retrains {folder} only; leave root out, or serve the other checkout")
     observe.write(folder)  # or a change of code would not be known yet
-    read = read_pipeline(folder)
-    reasons = sorted(read.changed - read.always)
+    plan = read_plan(folder)
+    reasons = sorted(plan.changed - plan.always)
     if not reasons and not force:
         return Completed(name="Unchanged", message="data, code and parameters are those of dvc.lock")
     print(f"changed: {', '.join(reasons) or 'nothing, but it was asked for'}")
@@ -78,7 +79,7 @@ def retrain(root: str = ".", force: bool = False, push: bool = False) -> State:
 
 
 @dataclass(frozen=True)
-class Kept:
+class Committed:
     """Where the results of a retraining are in git."""
 
     branch: str
@@ -101,7 +102,7 @@ def publish(root: Path, branch: str | None) -> None:
             raise RuntimeError(f"{' '.join(command[-3:])} failed, so the new model is not promoted: {said[-1000:]}")
 
 
-def commit_results(root: Path, message: str) -> Kept | None:
+def commit_results(root: Path, message: str) -> Committed | None:
     """Commit what the pipeline wrote to a new branch retrain/<date>, on top of HEAD; None if it wrote nothing new or this is
     no git repository.
 
@@ -131,7 +132,7 @@ def commit_results(root: Path, message: str) -> Kept | None:
         commit = git(*identity, "commit-tree", tree, "-p", head, "-m", message)
         branch = BRANCH.format(date=f"{datetime.now(UTC):%Y-%m-%dT%H%M%S}")
         git("branch", branch, commit)
-        return Kept(branch, commit)
+        return Committed(branch, commit)
 
 
 def serve(root: Path, cron: str, timezone: str) -> None:

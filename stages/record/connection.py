@@ -5,16 +5,21 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from stages.record.secrets import without_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 EXPERIMENT = "qvgen"
+# The page that MLflow opens an experiment on: runs, metrics and models, instead of evaluations of language models.
+KIND = ("mlflow.experimentKind", "custom_model_development")
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 # MLflow's own defaults wait 248 s for a server that is down. Telemetry stays off.
 _DEFAULTS = {
@@ -31,18 +36,23 @@ def tracking_uri(home: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve() / 'mlflow.db'}"
 
 
+def spare_loopback(variables: MutableMapping[str, str]) -> None:
+    """No client that reads `variables` asks a proxy for this machine's own servers: `http_proxy` is often set without
+    `no_proxy`, and a proxy elsewhere cannot reach them."""
+    for name in ("no_proxy", "NO_PROXY"):
+        given = [host for host in variables.get(name, "").split(",") if host.strip()]
+        if "*" not in given:
+            variables[name] = ",".join([*given, *(host for host in LOOPBACK if host not in given)])
+
+
 def public_uri(uri: str, home: Path) -> str:
     """The same address without password, and without the folder of this checkout, fit for a tracked file."""
     return without_secrets(uri.partition("?")[0].replace(f"sqlite:///{home.resolve()}/", "sqlite:///"))
 
 
-def without_secrets(text: str) -> str:
-    """`https://user:password@host` -> `https://host`."""
-    return re.sub(r"://[^/@\s]*@", "://", text)
-
-
 def connect(home: Path) -> tuple[MlflowClient, str]:
     """A client and the id of the experiment, both created on first use. Raises what MLflow raises."""
+    spare_loopback(os.environ)
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     for name in ("alembic", "mlflow"):
@@ -59,11 +69,13 @@ def connect(home: Path) -> tuple[MlflowClient, str]:
         client = MlflowClient(uri)
         experiment = client.get_experiment_by_name(EXPERIMENT)
         if experiment is not None:
+            if KIND[0] not in experiment.tags:  # made by an earlier version, or by another program
+                client.set_experiment_tag(experiment.experiment_id, *KIND)
             return client, experiment.experiment_id
         # MLflow would put artifacts under the current folder, which `dvc exp run --temp` deletes.
         location = (database.resolve().parent / "mlruns").as_uri() if database is not None else None
         try:
-            return client, client.create_experiment(EXPERIMENT, artifact_location=location)
+            return client, client.create_experiment(EXPERIMENT, artifact_location=location, tags=dict([KIND]))
         except MlflowException:
             experiment = client.get_experiment_by_name(EXPERIMENT)
             if experiment is None:

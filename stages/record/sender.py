@@ -1,7 +1,8 @@
 """Sends journals to MLflow. Runs as a process of its own beside each stage (`python -m stages.record.sender JOURNAL`).
 
-MLflow is imported here and in stages/register.py only. Sending is idempotent: a run is found again by its tag
-`journal.id`, and MLflow keeps equal points once, so a journal can be sent any number of times.
+Sending is idempotent: a run is found again by its tag `journal.id`, and MLflow keeps equal points once, so a journal can be
+sent any number of times. Timeouts of requests start again with every byte, so each entry has a deadline in all; a server that
+misses one ends this process.
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ import itertools
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.record.connection import connect, locked, public_uri, tracking_uri, without_secrets
+from stages.record.connection import connect, locked, public_uri, tracking_uri
 from stages.record.journal import LAST, Journal, read_events, read_receipt, write_receipt
+from stages.record.registry import register_version
 from stages.record.runs import CACHED, find_producer, log_datasets, log_texts_once
+from stages.record.secrets import without_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,6 +31,8 @@ if TYPE_CHECKING:
 FLUSH_SECONDS, RETRY_SECONDS = 3.0, 30.0
 METRICS_PER_BATCH, PARAMS_PER_BATCH, TAGS_PER_BATCH = 1000, 100, 100  # MLflow's limits
 LONGEST_TAG, LONGEST_PARAM = 5000, 6000
+ENTRY_SECONDS, FILES_SECONDS = 30.0, 600.0  # that a server may take for one entry of a journal, in all
+NOT_SENT, GAVE_UP = 3, 4  # exit codes
 APART = ("artifact", "text", "register")  # other stores: one that fails must not hold up the metrics
 
 
@@ -58,9 +64,11 @@ class Sender:
 
     def send(self) -> None:
         """Send all that was read. Raises what MLflow raises; what was not sent then is sent by the next call."""
+        from mlflow.exceptions import MlflowException  # takes seconds, which are not the server's
+
         if not self._experiment:
-            self._client, self._experiment = connect(self.home)
-        from mlflow.exceptions import MlflowException
+            with self._deadline(ENTRY_SECONDS):
+                self._client, self._experiment = connect(self.home)
 
         kept: list[dict[str, Any]] = []
         problem: Exception | None = None
@@ -68,7 +76,8 @@ class Sender:
             events = list(itertools.takewhile(lambda event: event["event"] == "metrics", self.unsent)) or self.unsent[:1]
             kind = events[0]["event"]
             try:
-                self._send_metrics(events) if kind == "metrics" else self._send_one(events[0])
+                with self._deadline(FILES_SECONDS if kind == "artifact" else ENTRY_SECONDS):
+                    self._send_metrics(events) if kind == "metrics" else self._send_one(events[0])
             except Exception as error:
                 if isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE" and self._run:
                     print(f"warning: MLflow refuses a {kind} entry: {error}", file=sys.stderr)
@@ -117,8 +126,6 @@ class Sender:
                 client.set_terminated(run, event["status"], event["time"])
                 self._close_parent(event)
             case "register":
-                from stages.register import register_version
-
                 with locked(self.home):
                     version = register_version(client, self._experiment, run, event)
                 found = {"name": version.name, "version": int(version.version), "run_id": version.run_id}
@@ -174,6 +181,25 @@ class Sender:
         for batch in _batched(entries, TAGS_PER_BATCH):
             self._client.log_batch(run, tags=batch)
 
+    @contextmanager
+    def _deadline(self, seconds: float) -> Iterator[None]:
+        """End this process if the block takes longer: nothing else stops a request that a server answers byte by byte. A local
+        database is no server; only a busy machine makes it slow."""
+
+        def give_up() -> None:
+            self.fail(TimeoutError(f"no whole answer within {seconds:g} s"))
+            sys.stderr.flush()
+            os._exit(GAVE_UP)
+
+        timer = threading.Timer(seconds, give_up)
+        timer.daemon = True
+        if not tracking_uri(self.home).startswith("sqlite"):
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
     def _note(self, failed: str | None = None, **entries: Any) -> None:
         """Write the receipt, for whoever waits for an answer."""
         where = public_uri(tracking_uri(self.home), self.home)
@@ -224,7 +250,7 @@ def main() -> None:
     options = parser.parse_args()
     os.nice(5)  # the stage comes first
     sent = [follow(journal.resolve(), options.follow) for journal in options.journals]
-    sys.exit(0 if all(sent) else 3)
+    sys.exit(0 if all(sent) else NOT_SENT)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ under `dvc repro`, `dvc exp run` and by hand (`python -m stages.name` in the pro
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -13,7 +14,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,10 +23,14 @@ from typing import Any
 from tqdm import tqdm
 
 from qvgen.params import Params, load_params
-from stages.record.journal import Forwarder, Journal, open_pipeline
+from stages.record.execution import open_execution
+from stages.record.forwarder import Forwarder
+from stages.record.journal import Journal
 from stages.record.seal import seal_run
 from stages.runtime.dvc import DvcFacts, output_hashes, read_dvc_facts, restore_outputs
 from stages.runtime.outputs import write_whole
+
+NO_ROOM = 1_000_000  # bytes left on a disk that is called full
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,17 @@ class Stage:
         return Progress(total=total, desc=f"{self.name} {desc}".strip(), initial=initial, unit=unit)
 
     @contextmanager
+    def resumable(self) -> Iterator[None]:
+        """Around the writing of a checkpoint. Only a run that is interrupted needs it, so where there is no room for one this
+        warns and the stage goes on; the next checkpoint is tried again."""
+        try:
+            yield
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            _say(f"warning: {self.name}: no room for a checkpoint in {self.home / '.qvgen'} ({error}); the stage goes on")
+
+    @contextmanager
     def outputs(self, path: str | Path) -> Iterator[Path]:
         """Write an output beside its place and move it there when the block ends.
 
@@ -109,26 +125,32 @@ class Progress(tqdm):
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, as a scheduler or `kill` sends it; handled like Ctrl-C."""
+    """SIGTERM, as a scheduler or `kill` sends it, or SIGHUP of a terminal that is closed; handled like Ctrl-C."""
+
+    def __init__(self, signum: int) -> None:
+        self.code = 128 + signum
 
 
 def stage_main(name: str, run: Callable[[Stage], None]) -> None:
-    """Run a stage and exit: 0 done, 1 failed, 130 or 143 interrupted.
+    """Run a stage and exit: 0 done, 1 failed, 129, 130 or 143 interrupted (SIGHUP, SIGINT, SIGTERM).
 
     Errors of input, environment and numbers (ValueError, OSError, FloatingPointError) print one message; QVGEN_DEBUG=1
     shows the traceback, which the journal always keeps. Any other exception is a bug and shows its traceback.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts us with `&` would ignore it
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, _terminate)
     try:
         _execute(name, run)
     except KeyboardInterrupt as stop:
-        print(f"\n{name}: interrupted; run again to continue", file=sys.stderr)
-        sys.exit(143 if isinstance(stop, _Terminated) else 130)
+        _say(f"\n{name}: interrupted; run again to continue")
+        sys.exit(stop.code if isinstance(stop, _Terminated) else 130)
     except Exception as error:
         if os.environ.get("QVGEN_DEBUG") == "1" or not _is_expected(error):
             raise
-        print(f"{name}: {error}", file=sys.stderr)
+        room = f"; free some room on the disk of {Path.cwd()}" if is_disk_full(error) else ""
+        _say(f"{name}: {error}{room}")
         sys.exit(1)
 
 
@@ -150,11 +172,11 @@ def recorded(name: str, params: Params, root: Path, home: Path, facts: DvcFacts)
 
     If the block fails under DVC the last good outputs come back.
     """
-    pipeline = open_pipeline(root, home)
-    tags = facts.tags | pipeline.git_tags
+    execution = open_execution(root, home)
+    tags = facts.tags | execution.git_tags
     given = {"prefect.flow_run_id": "QVGEN_PREFECT_FLOW_RUN", "prefect.task_run_id": "QVGEN_PREFECT_TASK_RUN"}
     tags |= {tag: os.environ[variable] for tag, variable in given.items() if variable in os.environ}
-    journal = Journal.create(home, facts.name, pipeline.id, tags=tags, params=facts.params)
+    journal = Journal.create(home, facts.name, execution.id, tags=tags, params=facts.params)
     stage = Stage(name=name, params=params, root=root, home=home, facts=facts, journal=journal)
     with Forwarder(journal, home):
         try:
@@ -174,7 +196,8 @@ def _restore(root: Path, facts: DvcFacts) -> None:
     try:
         restore_outputs(root, facts)
     except Exception as error:  # the reason why the stage failed must still be told
-        print(f"warning: old output not restored, try `dvc checkout {facts.address}` ({error})", file=sys.stderr)
+        why = "no space left on the disk" if is_disk_full(error, root) else error  # DVC speaks of link types then
+        _say(f"warning: old output not restored, try `dvc checkout {facts.address}` ({why})")
 
 
 @contextmanager
@@ -196,7 +219,22 @@ def _alone(root: Path, name: str) -> Iterator[None]:
 
 
 def _terminate(signum: int, frame: FrameType | None) -> Any:
-    raise _Terminated
+    raise _Terminated(signum)
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # the terminal is gone
+        print(text, file=sys.stderr, flush=True)
+
+
+def is_disk_full(error: BaseException | None, root: Path | None = None) -> bool:
+    """Whether an error, or one that it comes from, is a lack of space, as libraries tell it in classes of their own. With
+    `root` also if there is none left there: not every library says why it failed."""
+    full = root is not None and shutil.disk_usage(root).free < NO_ROOM
+    while error is not None and not full:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+        error = error.__cause__ or error.__context__
+    return full
 
 
 def _is_expected(error: Exception) -> bool:

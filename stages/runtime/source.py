@@ -20,6 +20,7 @@ PACKAGES = ("qvgen", "stages")
 NATIVE = (".cpp", ".cc", ".cu", ".c", ".h", ".hpp", ".cuh")  # they belong to the modules of the folder above them
 BUILD = "CMakeLists.txt"  # how NATIVE is compiled
 PARAMS = "qvgen.params"  # declares the parameters; DVC tracks their values, one by one
+DECLARATIONS = (PARAMS, "qvgen.gate")
 _MODULE = re.compile(rf"(?:{'|'.join(PACKAGES)})(?:\.\w+)+\.?")
 
 
@@ -76,7 +77,7 @@ def _summarize_python(content: bytes, module: str, package: bool) -> Source:
     import ast
 
     tree = ast.parse(content)
-    computes = _keep_functions(tree) if module == PARAMS else ()
+    computes = _keep_functions(tree) if module in DECLARATIONS else ()
     _strip(tree)
     imports: set[tuple[str, str, str]] = set()
     foreign: set[str] = set()

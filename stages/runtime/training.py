@@ -41,8 +41,11 @@ def train(stage: Stage, trainer: Trainer, until: int) -> list[dict[str, float]]:
             progress.set_postfix(loss=f"{record.loss:.4f}", rank=record.rank, grad=f"{record.gradient_norm:.3f}")
             progress.update()
             if trainer.step % stage.params.qat.checkpoint_every == 0 and trainer.step < until:
-                write_rows(checkpoint.with_suffix(".csv"), rows)  # first: rows beyond the state's step are cut on resume
-                save_state(checkpoint, trainer)
+                with stage.resumable():
+                    # First, and whole or not at all: rows beyond the state's step are cut on resume.
+                    write_rows(checkpoint.with_suffix(".new"), rows)
+                    checkpoint.with_suffix(".new").replace(checkpoint.with_suffix(".csv"))
+                    save_state(checkpoint, trainer)
 
         trainer.run(until, on_step)
     return rows

@@ -87,8 +87,10 @@ def test_what_params_compute_is_asked_for_by_name() -> None:
     assert {"chosen", "effective_scheme", "schedule"} <= set(SOURCES.read(path).computes) & vars(Params).keys()
     assert users(path) >= {*TRAINING, "pack"} and not users(path) & {"fetch", "prepare", "evaluate", "register"}
     assert changed(path, lambda text: text.replace("METHODS[self.method]\n", "METHODS[str(self.method)]\n")) == users(path)
-    section = "class Further(_Section):\n    x: int = 1\n\n\nclass Gate("
-    assert changed(path, lambda text: text.replace("class Gate(", section)) == set(), "a new section retrains nothing"
+    section = "class Further(_Section):\n    x: int = 1\n\n\nclass Register("
+    assert changed(path, lambda text: text.replace("class Register(", section)) == set(), "a new section retrains nothing"
+    gate = "qvgen/gate.py"
+    assert changed(gate, lambda text: text.replace("either max or min", "max or min")) == set(), "nor does a rule of the gate"
 
 
 def test_training_packs_nothing() -> None:

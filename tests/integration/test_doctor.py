@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.commands import doctor
-from pipelines.commands.doctor import Check, examine
+from pipelines.commands.doctor import Finding, examine
 from pipelines.run.checkout import only_one, run_is_active
 from pipelines.run.prefect_home import answers
 from stages.record.journal import Journal
@@ -83,7 +83,7 @@ def serve() -> Iterator[Callable[[str], Server]]:
         server.socket.close()
 
 
-def tracking(project: Path, monkeypatch: pytest.MonkeyPatch, uri: str) -> Check:
+def tracking(project: Path, monkeypatch: pytest.MonkeyPatch, uri: str) -> Finding:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     (check,) = doctor._tracking(project)
     assert "secret" not in str(check)

@@ -11,7 +11,7 @@ import torch
 from qvgen.checkpoint.pipeline import load_pipeline
 from qvgen.data.latents import LatentDataset
 from qvgen.evaluation.quality.similarity import MAX_PSNR_DB
-from qvgen.evaluation.quality.trial import Trial, compare, observe, prompt_accuracy, velocity_mse
+from qvgen.evaluation.quality.trial import ACCURACIES, Trial, compare, observe, prompt_accuracy, velocity_mse
 from qvgen.models.registry import family_adapter
 from qvgen.models.tiny import TINY_CLIP, TINY_PROMPT, tiny_pipeline
 from qvgen.nn.swap import convert_, prepare_
@@ -109,12 +109,15 @@ def test_velocity_error_is_told_per_timestep(setup: SimpleNamespace) -> None:
     assert compare(reference, noisy, setup.trial)["velocity_mse"] == pytest.approx(0.125, abs=1e-6)
 
 
-def test_accuracy_is_left_out_for_other_prompts(setup: SimpleNamespace) -> None:
+def test_accuracy_is_asked_of_the_embedded_digits_only(setup: SimpleNamespace) -> None:
     observation = observe(setup.pipeline, setup.family, setup.trial)
-    assert prompt_accuracy(observation, setup.trial).keys() == {"colour", "direction", "digit"}
-    other = replace(setup.trial, prompts=("a cat", "a dog", "a horse"))
+    digits = replace(setup.trial, judged=True)
+    assert prompt_accuracy(observation, digits).keys() == {"colour", "direction", "digit"} == {*ACCURACIES}
+    other = replace(setup.trial, judged=False)  # somebody's own videos, whatever their captions
     assert prompt_accuracy(observation, other) == {}
     assert "colour" not in compare(observation, observation, other)
+    with pytest.raises(ValueError, match="a cat"):  # of the digits, so that this is no reason to leave it out
+        prompt_accuracy(observation, replace(digits, prompts=("a cat", "a dog", "a horse")))
 
 
 def test_no_prompts_is_an_error(setup: SimpleNamespace) -> None:

@@ -78,11 +78,17 @@ def make(root: Path, settings: dict[str, Any] | None = None) -> Path:
     return root
 
 
-def start(root: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
-    """`python -m ...` in the project, with this checkout's pipelines/."""
+def environment() -> dict[str, str]:
+    """This process's variables without those that steer the tools, and with this checkout's packages."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_", "QVGEN_", "PREFECT_"))}
     kept["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), kept["PATH"]])
     kept["PYTHONPATH"] = str(ROOT)
+    return kept
+
+
+def start(root: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+    """`python -m ...` in the project, with this checkout's pipelines/."""
+    kept = environment()
     return subprocess.Popen(
         [sys.executable, "-m", *arguments],
         cwd=root,

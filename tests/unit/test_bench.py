@@ -18,7 +18,7 @@ from bench.machine import last_level_cache
 from bench.report import geometric_mean, write_json
 from bench.variants import OURS, VARIANTS, Problem, Unavailable
 from qvgen.evaluation.cost.hardware import hardware
-from qvgen.evaluation.cost.speed import quartiles, sample
+from qvgen.evaluation.cost.speed import quartiles, time_calls
 from qvgen.kernels.cpu import library
 from qvgen.kernels.cpu.backend import CpuBackend
 
@@ -160,7 +160,7 @@ def test_tokens_are_frames_of_480p_or_one_frame() -> None:
 
 def test_short_actions_are_repeated_and_reported_per_call() -> None:
     calls: list[int] = []
-    samples = sample({"a": lambda: calls.append(1)}, 2, least_seconds=1e-3)["a"]
+    samples = time_calls({"a": lambda: calls.append(1)}, 2, least_seconds=1e-3)["a"]
     assert len(calls) > 100
     assert len(samples.wall) == len(samples.cpu) == 2
     assert max(samples.wall) < 1e-4

@@ -48,7 +48,7 @@ class Samples:
     cpu: list[float]
 
 
-def sample(
+def time_calls(
     actions: Mapping[str, Callable[[], object]],
     repetitions: int,
     *,
@@ -85,10 +85,10 @@ def interleaved(
     warm_up: int = _WARM_UP,
     on_round: Callable[[int], object] = lambda _rounds: None,
 ) -> dict[str, Timing]:
-    """Latency of each action: `sample` in wall time, summarized."""
+    """Latency of each action: `time_calls` in wall time, summarized."""
     if repetitions < 2:
         raise ValueError(f"quartiles need at least 2 repetitions, got {repetitions}")
-    samples = sample(actions, repetitions, warm_up=warm_up, on_round=on_round)
+    samples = time_calls(actions, repetitions, warm_up=warm_up, on_round=on_round)
     return {name: timing(values.wall) for name, values in samples.items()}
 
 

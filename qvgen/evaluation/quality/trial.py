@@ -24,6 +24,8 @@ from qvgen.models.family import ClipSize, Family
 from qvgen.params import Params
 from qvgen.sampling.sample import OnBatch, sample, silent, spread_timesteps, velocities
 
+ACCURACIES = ("colour", "direction", "digit")  # what the judge of the embedded digits tells
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -39,6 +41,7 @@ class Trial:
     inference_steps: int
     guidance_scale: float
     batch_size: int
+    judged: bool = False  # whether the prompts are captions of the embedded digits, whose clips can be judged
 
     @classmethod
     def from_params(cls, params: Params, held_out: LatentDataset) -> Trial:
@@ -57,6 +60,7 @@ class Trial:
             inference_steps=wanted.inference_steps,
             guidance_scale=wanted.guidance_scale,
             batch_size=wanted.batch_size,
+            judged=prepare.source == "digits" and prepare.frames == FRAMES,
         )
 
     @property
@@ -114,7 +118,7 @@ def observe(
 def compare(reference: Observation, candidate: Observation, trial: Trial) -> dict[str, float]:
     """Scores of the candidate, each a mean over the trial.
 
-    colour, direction, digit: fractions (absent unless the prompts are captions of the embedded data); psnr_db; ssim;
+    colour, direction, digit: fractions (absent for other data than the embedded digits); psnr_db; ssim;
     velocity_mse: on held-out latents, mean over timesteps; latent_mse: of the sampled latents; motion, flicker: the
     candidate's own, see qvgen/evaluation/quality/motion.py.
     """
@@ -129,14 +133,11 @@ def compare(reference: Observation, candidate: Observation, trial: Trial) -> dic
 
 
 def prompt_accuracy(observation: Observation, trial: Trial) -> dict[str, float]:
-    """{"colour", "direction", "digit"} as fractions, or {} for prompts or clips that are not of the embedded data."""
-    try:
-        expected = [parse_caption(prompt) for prompt in trial.prompts]
-    except ValueError:
+    """{"colour", "direction", "digit"} as fractions; {} for data other than the embedded digits, which nothing here can
+    judge. Raises ValueError for a prompt that is no caption of the digits."""
+    if not trial.judged:
         return {}
-    if observation.clips.shape[2] != FRAMES:
-        return {}
-    return judge(observation.clips, expected).as_dict()
+    return judge(observation.clips, [parse_caption(prompt) for prompt in trial.prompts]).as_dict()
 
 
 def velocity_mse(reference: Observation, candidate: Observation) -> list[float]:

@@ -46,6 +46,8 @@ def test_what_was_not_measured_is_left_out() -> None:
     assert "PSNR, dB" in names and "denoising step, ms" not in names
     plain = {"evaluate": {"full_precision": {}, "packed": DISTANCE, "prompts": 3}}  # prompts of another data set
     assert "digit right" not in [row.name for row in rows(plain)]
+    own = {"evaluate": {"full_precision": {"ball": 0.9}, "packed": DISTANCE | {"ball": 0.8125}, "prompts": 3}}
+    assert cell(own, "ball", "packed") == "0.8125", "a measure that only this data set has"
 
 
 def test_show_prints_table_pictures_and_next_commands(project: Path, capsys) -> None:

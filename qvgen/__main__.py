@@ -1,0 +1,5 @@
+"""`python -m qvgen`: the `qvgen` command."""
+
+from qvgen.command import main
+
+main()
