@@ -12,9 +12,9 @@ they are first used. Other ways to search: quant/search.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from qvgen.lazy import lazy
 from qvgen.quant.scheme import QuantArgs, QuantScheme
 from qvgen.quant.search.settings import SearchSettings
 
@@ -38,15 +38,11 @@ __all__ = [
     "search_grid",
 ]
 
-_HOMES = {
-    **dict.fromkeys(("ActivationQuantizer", "WeightQuantizer"), "qvgen.quant.fake_quantizer"),
-    **dict.fromkeys(("LayerError", "LayerGrid", "layer_error"), "qvgen.quant.grid"),
-    **dict.fromkeys(("dequantize", "fake_quantize"), "qvgen.quant.primitives"),
-    "search_grid": "qvgen.quant.search.mse",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+__getattr__ = lazy(
+    {
+        **dict.fromkeys(("ActivationQuantizer", "WeightQuantizer"), "qvgen.quant.fake_quantizer"),
+        **dict.fromkeys(("LayerError", "LayerGrid", "layer_error"), "qvgen.quant.grid"),
+        **dict.fromkeys(("dequantize", "fake_quantize"), "qvgen.quant.primitives"),
+        "search_grid": "qvgen.quant.search.mse",
+    }
+)

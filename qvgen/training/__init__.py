@@ -12,8 +12,9 @@ What a method does in these steps is on its card (qvgen/methods). Names are impo
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from qvgen.lazy import lazy
 
 if TYPE_CHECKING:
     from qvgen.training.loop import StepRecord, Trainer
@@ -21,13 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Sources", "StepRecord", "Trainer", "build_trainer", "calibrate", "finish"]
 
-_HOMES = {
-    **dict.fromkeys(("StepRecord", "Trainer"), "qvgen.training.loop"),
-    **dict.fromkeys(("Sources", "build_trainer", "calibrate", "finish"), "qvgen.training.recipe"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+__getattr__ = lazy(
+    {
+        **dict.fromkeys(("StepRecord", "Trainer"), "qvgen.training.loop"),
+        **dict.fromkeys(("Sources", "build_trainer", "calibrate", "finish"), "qvgen.training.recipe"),
+    }
+)

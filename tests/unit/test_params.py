@@ -207,3 +207,14 @@ def test_another_encoding_names_the_file(tmp_path: Path) -> None:
     path.write_bytes("seed: 0".encode("utf-16"))
     with pytest.raises(ParamsError, match=r"params\.yaml is not UTF-8"):
         load_params(path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "presets").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_preset_is_a_whole_params_file(path: Path) -> None:
+    """It states every knob that params.yaml states, and its rules ask nothing that only the embedded digits can answer."""
+    preset = load_params(path)
+    stated, ours = (yaml.safe_load(file.read_text(encoding="utf-8")) for file in (path, ROOT / "params.yaml"))
+    assert stated.keys() == ours.keys()
+    for section in ours.keys() - {"gate", "seed", "method"}:
+        assert stated[section].keys() == ours[section].keys(), section
+    assert not {"colour", "direction", "digit"} & {rule.metric.rpartition(".")[2] for rule in preset.gate.rules.values()}
