@@ -191,7 +191,7 @@ def _stopping_children() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
+        if not isinstance(error, Exception):  # Ctrl-C, SIGTERM as Prefect raises it
             _stopped.set()
         with _children_lock:
             running = list(_children)
