@@ -36,7 +36,11 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     """The cpu backend in each instruction set that this machine can run; its name."""
     monkeypatch.setenv(library.ISA_ENVIRONMENT, request.param)
     library.isa.cache_clear()
+    if request.param == "amx":
+        library.load().qvgen_use_tiles(1)  # else few tokens, of which most tests are, would go to registers
     yield request.param
+    if request.param == "amx":
+        library.load().qvgen_use_tiles(0)
     library.isa.cache_clear()
 
 
