@@ -72,7 +72,8 @@ def test_without_the_library_every_row_says_why(monkeypatch: pytest.MonkeyPatch,
         monkeypatch.undo()
         library.load.cache_clear()
         library.isa.cache_clear()
-    assert content["isa"] == {"used": None, "supported": [], "lacking": []}
+    assert content["isa"] == {"used": None, "supported": [], "lacking": [], "refusals": {}}
+    assert content["measured"] is None
     rows = [row for row in content["kernels"] if row["backend"] == "cpu"]
     assert [row["op"] for row in rows] == [OP, *OPS]
     assert all(not row["available"] and "none.so" in row["reason"] for row in rows)
@@ -80,6 +81,6 @@ def test_without_the_library_every_row_says_why(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_instruction_sets_in_a_line() -> None:
-    sets = {"used": "b", "supported": ["b", "c"], "lacking": ["a"]}
-    assert isa_line(sets) == "Instruction set in use: b; also here: c; not in this machine: a"
+    sets = {"used": "b", "supported": ["b", "c"], "lacking": ["a", "d"], "refusals": {"d": "why"}}
+    assert isa_line(sets) == "Instruction set in use: b; also here: c; not in this machine: a, d (why)"
     assert isa_line({"used": None, "supported": [], "lacking": []}) == "Instruction set in use: none"
