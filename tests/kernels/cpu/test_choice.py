@@ -44,9 +44,8 @@ def another_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_was_measured_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    state, started = torch.get_rng_state(), time.process_time()
+    state = torch.get_rng_state()
     measured = choice.choice()
-    assert time.process_time() - started < MOST_SECONDS * torch.get_num_threads()
     assert torch.equal(torch.get_rng_state(), state)
     assert list(measured.linear_ms) == candidates()
     assert measured.linear_ms[measured.isa] <= choice.NOISE * min(measured.linear_ms.values())
@@ -57,6 +56,15 @@ def test_what_was_measured_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch
     pretend(monkeypatch, {"none": 0.0})
     another_process(monkeypatch)
     assert choice.choice() == measured
+
+
+def test_measuring_is_short() -> None:
+    if "ASAN_OPTIONS" in os.environ:
+        pytest.skip("the sanitizers make kernels many times slower")
+    library.load(), block_functions.available()
+    started = time.process_time()
+    choice.choice(again=True)
+    assert time.process_time() - started < MOST_SECONDS * torch.get_num_threads()
 
 
 def test_the_fastest_is_chosen_and_of_equals_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
