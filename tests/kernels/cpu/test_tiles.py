@@ -8,6 +8,7 @@ import torch
 from qvgen.kernels.cpu import library
 from qvgen.kernels.registry import KernelPreference
 from qvgen.nn.packed_linear import PackedLinear
+from qvgen.nn.timestep import set_timestep
 from qvgen.quant.scheme import QuantArgs
 from tests.support.packed_reference import build, inputs, scheme_of
 
@@ -31,7 +32,7 @@ def _amx(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def cpu_layer(n: int, k: int, bits: tuple[int, int], weight: QuantArgs) -> PackedLinear:
     layer, _ = build(scheme_of(weight, *bits, symmetric=False), n, k)
     layer.prepare_backend(KernelPreference.CPU)
-    layer.timestep.set(torch.tensor([0.0, 900.0]))
+    set_timestep(torch.tensor([0.0, 900.0]))
     return layer
 
 
@@ -96,6 +97,6 @@ def test_any_number_of_threads(shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("tokens", [LEAST_TOKENS - 1, LEAST_TOKENS])
 def test_few_tokens_by_default(tokens: int) -> None:
     layer, x = cpu_layer(70, 200, (4, 4), CHANNEL), inputs(1, tokens, 200)
-    layer.timestep.set(torch.tensor([0.0]))
+    set_timestep(torch.tensor([0.0]))
     expected = output(layer, x, NEVER, torch.float32)
     assert torch.equal(output(layer, x, AS_AT_THE_START, torch.float32), expected)
