@@ -71,25 +71,25 @@ def _measure(names: Sequence[str]) -> Choice:
     return Choice(isa, compiled, linear, attention, "")
 
 
-def measure_linear(names: Sequence[str]) -> dict[str, float]:
-    """Milliseconds of CPU time of one linear layer in each instruction set, those that are not hopelessly slow."""
+def measure_linear(names: Sequence[str], m: int = M, k: int = K, n: int = N) -> dict[str, float]:
+    """Milliseconds of CPU time of one linear layer (m, k) -> (m, n) in each instruction set."""
     functions = library.load()
     generator = torch.Generator().manual_seed(0)  # of its own: the caller's random numbers stay as they are
-    words = torch.randint(-(2**31), 2**31, (N, K * BITS // 32), dtype=torch.int32, generator=generator)
-    scale, row_sum = torch.full((N,), 0.01), torch.zeros(N, dtype=torch.int32)
-    size, alignment = functions.qvgen_panel_bytes(N, K, 1, BITS), 64
+    words = torch.randint(-(2**31), 2**31, (n, k * BITS // 32), dtype=torch.int32, generator=generator)
+    scale, row_sum = torch.full((n,), 0.01), torch.zeros(n, dtype=torch.int32)
+    size, alignment = functions.qvgen_panel_bytes(n, k, 1, BITS), 64
     memory = torch.empty(size + alignment, dtype=torch.uint8)
     weight = memory[-memory.data_ptr() % alignment :][:size]
     pointers = words.data_ptr(), words.shape[1] * 4, scale.data_ptr(), None, row_sum.data_ptr()
-    library.check(functions.qvgen_pack_panels(*pointers, N, K, 1, BITS, weight.data_ptr(), 1))
-    x, y = torch.randn(M, K, generator=generator).bfloat16(), torch.empty(M, N, dtype=torch.bfloat16)
+    library.check(functions.qvgen_pack_panels(*pointers, n, k, 1, BITS, weight.data_ptr(), 1))
+    x, y = torch.randn(m, k, generator=generator).bfloat16(), torch.empty(m, n, dtype=torch.bfloat16)
     clip, group = torch.ones(1), torch.zeros(1, dtype=torch.int64)
     layer = library.Layer(
         weight=weight.data_ptr(), weight_bytes=size, clip_lower=clip.data_ptr(), clip_upper=clip.data_ptr(), out=y.data_ptr(),
-        in_features=K, out_features=N, groups=1, clips=1, activation_bits=BITS, out_dtype=1,
+        in_features=k, out_features=n, groups=1, clips=1, activation_bits=BITS, out_dtype=1,
     )  # fmt: skip
     source = library.Input(
-        x=x.data_ptr(), samples=1, tokens=M, timestep_group=group.data_ptr(), timestep_groups=1, dtype=1
+        x=x.data_ptr(), samples=1, tokens=m, timestep_group=group.data_ptr(), timestep_groups=1, dtype=1
     )  # fmt: skip
 
     def call(name: str) -> Callable[[], None]:
@@ -99,12 +99,12 @@ def measure_linear(names: Sequence[str]) -> dict[str, float]:
     return _medians({name: call(name) for name in names}, ROUNDS, time.thread_time)
 
 
-def measure_attention() -> dict[str, float]:
-    """Milliseconds of attention in the compiled kernel ("cpu") and in PyTorch ("reference")."""
+def measure_attention(queries: int = QUERIES) -> dict[str, float]:
+    """Milliseconds of attention, as many keys as queries, in the compiled kernel ("cpu") and in PyTorch ("reference")."""
     from qvgen.kernels.cpu import block_functions
 
     generator = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 1, QUERIES, HEADS, FEATURES, generator=generator).bfloat16()
+    q, k, v = torch.randn(3, 1, queries, HEADS, FEATURES, generator=generator).bfloat16()
 
     def pytorch() -> None:
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipelines.cli.everyday import app
-from pipelines.commands.kernels import isa_line, report
+from pipelines.commands.kernels import isa_line, measured_line, report
 from qvgen.kernels.block_ops import OPS
 from qvgen.kernels.cpu import library
 from qvgen.kernels.registry import OP, backends
@@ -46,6 +46,23 @@ def test_the_table_shows_what_the_json_says() -> None:
         assert any([cell.strip() for cell in line.split("│")[1:5]] == cells for line in lines), cells
     assert isa_line(content["isa"]) in text
     assert "QVGEN_KERNELS=auto" in text
+
+
+def test_measuring_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if report()["measured"] is None:
+        pytest.skip("the compiled kernels are not installed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        measured = json.loads(kernels("--measure", "--json"))["measured"]
+    finally:
+        library.isa.cache_clear()
+    (file,) = tmp_path.rglob("*.json")
+    assert measured["path"] == str(file)
+    assert json.loads(file.read_text())["linear_ms"] == measured["linear_ms"]
+    line = measured_line(measured)
+    assert f"{measured['isa']} {measured['linear_ms'][measured['isa']]:.2f} ms" in line
+    assert line.endswith(f"kept in {file}")
+    assert measured_line(measured | {"path": ""}).endswith("not kept: the cache folder cannot be written to")
 
 
 def test_reference_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
