@@ -96,7 +96,7 @@ def measure_linear(names: Sequence[str], m: int = M, k: int = K, n: int = N) -> 
         arguments = name.encode(), ctypes.byref(layer), 1, ctypes.byref(source), 1
         return lambda: library.check(functions.qvgen_linear(*arguments))
 
-    return _medians({name: call(name) for name in names}, ROUNDS, time.thread_time)
+    return _fastest({name: call(name) for name in names}, ROUNDS, time.thread_time)
 
 
 def measure_attention(queries: int = QUERIES) -> dict[str, float]:
@@ -112,11 +112,12 @@ def measure_attention(queries: int = QUERIES) -> dict[str, float]:
 
     actions: dict[str, Callable[[], object]] = {"cpu": lambda: block_functions.attention(q, k, v), "reference": pytorch}
     with torch.no_grad():
-        return _medians(actions, ATTENTION_ROUNDS, time.perf_counter)
+        return _fastest(actions, ATTENTION_ROUNDS, time.perf_counter)
 
 
-def _medians(actions: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Median milliseconds of each action, taken in turns; measured twice if the first halves and the second differ."""
+def _fastest(actions: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Milliseconds of each action, taken in turns, in the fastest of its rounds: the others were disturbed. Measured twice
+    if the first halves and the second differ."""
 
     def ms(action: Callable[[], object]) -> float:
         started = clock()
@@ -136,7 +137,7 @@ def _medians(actions: Mapping[str, Callable[[], object]], rounds: int, clock: Ca
         halves = [(median(s[: rounds // 2]), median(s[rounds // 2 :])) for s in samples.values()]
         if all(max(pair) <= UNSTEADY * min(pair) for pair in halves):
             break
-    return {name: round(median(samples[name]) if name in kept else first[name], 3) for name in actions}
+    return {name: round(min(samples[name]) if name in kept else first[name], 3) for name in actions}
 
 
 def _path(names: Sequence[str]) -> Path:
