@@ -14,12 +14,19 @@ from tests.support.packed_reference import build, inputs, scheme_of
 
 ALWAYS, NEVER, AS_AT_THE_START = 1, 2**40, 0  # tokens from which tiles are used: qvgen_use_tiles
 LEAST_TOKENS = 16  # at the start
+try:
+    ISAS = library.supported_isas()
+except library.LibraryMissing:
+    ISAS = []
+
+
+if "amx" not in ISAS:
+    reason = "this machine does not have amx, nor is the library built with QVGEN_AMX_EMULATED (test_amx.py builds it)"
+    pytest.skip(reason, allow_module_level=True)
 
 
 @pytest.fixture(autouse=True)
 def _amx(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if "amx" not in library.supported_isas():
-        pytest.skip("this machine does not have amx, nor is the library built with QVGEN_AMX_EMULATED (test_amx.py builds it)")
     monkeypatch.setenv(library.ISA_ENVIRONMENT, "amx")
     library.isa.cache_clear()
     threads = torch.get_num_threads()
