@@ -46,10 +46,12 @@ check: $(KERNELS)
 SANITIZE := build/sanitize
 # A processor with AVX-512 alone runs the AVX-VNNI path too.
 AVXVNNI := $(shell grep -qs avx_vnni /proc/cpuinfo || echo -DQVGEN_AVXVNNI_AS_EVEX=ON)
+# Emulated tiles on every processor: into the real instructions the sanitizers cannot look.
+AMX := -DQVGEN_AMX_EMULATED=ON
 REPORT := log_path=$(CURDIR)/$(SANITIZE)/report
 sanitize: $(INSTALLED)
 	@mkdir -p $(SANITIZE) && rm -f $(SANITIZE)/report.*
-	@{ PATH="$$PATH:$(CURDIR)/$(BIN)" cmake -S . -B $(SANITIZE) -DQVGEN_SANITIZE=ON $(AVXVNNI) -DCMAKE_CXX_COMPILER=$(CXX) && \
+	@{ PATH="$$PATH:$(CURDIR)/$(BIN)" cmake -S . -B $(SANITIZE) -DQVGEN_SANITIZE=ON $(AVXVNNI) $(AMX) -DCMAKE_CXX_COMPILER=$(CXX) && \
 		PATH="$$PATH:$(CURDIR)/$(BIN)" cmake --build $(SANITIZE) -j; } > $(SANITIZE)/log 2>&1 || { tail -n 20 $(SANITIZE)/log; exit 1; }
 	@QVGEN_CPU_LIBRARY=$(CURDIR)/$(SANITIZE)/libqvgen_cpu.so \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \

@@ -3,6 +3,7 @@
     packed        this project's op, quantized_linear_out: bfloat16 in and out, inputs quantized inside
     torch_fp32    torch.addmm in float32
     torch_bf16    torch.addmm in bfloat16
+    torch_bf16_prepacked   the same with the weight in oneDNN's own order, as inductor's freezing makes it
     onednn_int8   PyTorch's dynamically quantized linear on oneDNN: 8-bit weights and inputs, float32 in and out
     int4pack      PyTorch's weight-only 4 bits: bfloat16 in and out, groups of 128 (32 where K is no multiple); it has no bias
     torchao       8-bit weights and inputs, compiled by inductor, its released path on CPUs: bfloat16 in and out
@@ -108,6 +109,18 @@ def _addmm(p: Problem, dtype: torch.dtype) -> MakeCopy:
     return make
 
 
+def torch_bf16_prepacked(p: Problem) -> MakeCopy:
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise Unavailable("this PyTorch or processor has no oneDNN in bfloat16")
+    x, bias = p.x.bfloat16(), p.bias.bfloat16()
+
+    def make() -> Action:
+        weight = torch.ops.mkldnn._reorder_linear_weight(p.weight.bfloat16(), len(p.x))
+        return lambda: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    return make
+
+
 def onednn_int8(p: Problem) -> MakeCopy:
     if "onednn" not in torch.backends.quantized.supported_engines:
         raise Unavailable("this PyTorch has no oneDNN")
@@ -176,6 +189,7 @@ VARIANTS: dict[str, tuple[Callable[[Problem], MakeCopy], int | None]] = {
     OURS: (packed, None),
     "torch_fp32": (torch_fp32, 32),
     "torch_bf16": (torch_bf16, 16),
+    "torch_bf16_prepacked": (torch_bf16_prepacked, 16),
     "onednn_int8": (onednn_int8, 8),
     "int4pack": (int4pack, 4),
     "torchao": (torchao, 8),

@@ -158,12 +158,13 @@ def results(
 @app.command()
 def kernels(
     as_json: Annotated[bool, typer.Option("--json", help="The same, for programs")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="Measure anew which are fastest here")] = False,
 ) -> None:
     """What runs packed layers here, and why. The environment variable QVGEN_KERNELS (auto, cpu, reference) chooses."""
     from pipelines.commands.kernels import show
 
     try:
-        show(as_json)
+        show(as_json, measure)
     except ValueError as error:
         print(f"qvgen: {error}", file=sys.stderr)
         raise typer.Exit(2) from None

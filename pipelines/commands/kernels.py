@@ -7,36 +7,54 @@ from itertools import takewhile
 from typing import Any
 
 
-def report() -> dict[str, Any]:
-    """{"preference", "isa", "kernels"}: what QVGEN_KERNELS asks for, the instruction sets of the compiled kernels, and a row
-    per op and backend. Raises ValueError for an unknown QVGEN_KERNELS."""
+def report(measure: bool = False) -> dict[str, Any]:
+    """{"preference", "isa", "kernels", "measured"}: what QVGEN_KERNELS asks for, the instruction sets of the compiled
+    kernels, a row per op and backend, and the figures by which `auto` chooses, taken anew with `measure`. Raises ValueError
+    for an unknown QVGEN_KERNELS."""
     from qvgen.kernels import registry
+    from qvgen.kernels.cpu import library
 
-    wanted = registry.preference()
-    rows = registry.explain()
-    return {"preference": wanted.value, "isa": instruction_sets(), "kernels": [row._asdict() for row in rows]}
+    wanted, measured = registry.preference(), measurement(measure)
+    if measure:
+        library.isa.cache_clear()  # so that what follows says what the new figures decide
+    rows = [row._asdict() for row in registry.explain()]
+    return {"preference": wanted.value, "isa": instruction_sets(), "kernels": rows, "measured": measured}
 
 
 def instruction_sets() -> dict[str, Any]:
-    """{"used", "supported", "lacking"}, best first: "lacking" are those that this build has code for and the machine cannot
-    run; without compiled kernels, or with a QVGEN_CPU_ISA that cannot run, "used" is None."""
+    """{"used", "supported", "lacking", "refusals"}, best first: "lacking" are those that this build has code for and the
+    machine cannot run, "refusals" says more of some of them; without compiled kernels, or with a QVGEN_CPU_ISA that cannot
+    run, "used" is None."""
     from qvgen.kernels.cpu import library
 
     try:
         known = [name.decode() for name in takewhile(lambda name: name is not None, library.load().qvgen_isas())]
         supported = library.supported_isas()
     except library.LibraryMissing:
-        return {"used": None, "supported": [], "lacking": []}
+        return {"used": None, "supported": [], "lacking": [], "refusals": {}}
     try:
         used = library.isa().decode()
     except ValueError:
         used = None
-    return {"used": used, "supported": supported, "lacking": [name for name in known if name not in supported]}
+    lacking = [name for name in known if name not in supported]
+    return {"used": used, "supported": supported, "lacking": lacking, "refusals": library.refusals()}
 
 
-def show(as_json: bool) -> None:
-    """Print the report as a table and a line on instruction sets, or as JSON."""
-    content = report()
+def measurement(again: bool) -> dict[str, Any] | None:
+    """The figures by which `auto` chooses on this machine (kernels/cpu/choice.py); None without compiled kernels."""
+    from qvgen.kernels.cpu import library
+    from qvgen.kernels.cpu.choice import choice
+
+    try:
+        library.load()
+    except library.LibraryMissing:
+        return None
+    return choice(again)._asdict()
+
+
+def show(as_json: bool, measure: bool = False) -> None:
+    """Print the report as a table and lines on instruction sets and what was measured, or as JSON."""
+    content = report(measure)
     if as_json:
         print(json.dumps(content, indent=2))
         return
@@ -55,6 +73,8 @@ def show(as_json: bool) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print(isa_line(content["isa"]), soft_wrap=True)
+    if content["measured"]:
+        console.print(measured_line(content["measured"]), soft_wrap=True)
     console.print(f"QVGEN_KERNELS={content['preference']}", soft_wrap=True)
 
 
@@ -64,5 +84,17 @@ def isa_line(isa: dict[str, Any]) -> str:
     if others:
         parts.append(f"also here: {', '.join(others)}")
     if isa["lacking"]:
-        parts.append(f"not in this machine: {', '.join(isa['lacking'])}")
+        lacking = [f"{name} ({isa['refusals'][name]})" if name in isa["refusals"] else name for name in isa["lacking"]]
+        parts.append(f"not in this machine: {', '.join(lacking)}")
+    return "; ".join(parts)
+
+
+def measured_line(measured: dict[str, Any]) -> str:
+    def figures(ms: dict[str, float]) -> str:
+        return ", ".join(f"{name} {value:.2f} ms" for name, value in ms.items())
+
+    parts = [f"Measured here: one linear layer {figures(measured['linear_ms'])}"]
+    if measured["attention_ms"]:
+        parts.append(f"attention {figures(measured['attention_ms'])}")
+    parts.append(f"kept in {measured['path']}" if measured["path"] else "not kept: the cache folder cannot be written to")
     return "; ".join(parts)

@@ -7,6 +7,8 @@ import pytest
 from qvgen.kernels.cpu import library
 from qvgen.nn.timestep import set_timestep
 
+ALWAYS, AS_AT_THE_START = 1, 0  # tokens from which "amx" uses tiles: qvgen_use_tiles
+
 
 def _isas() -> tuple[list[str], str]:
     """Instruction sets that can run here, or why none can."""
@@ -21,7 +23,7 @@ ISAS, MISSING = _isas()
 
 @pytest.fixture(autouse=True)
 def _compiled(request: pytest.FixtureRequest) -> None:
-    if MISSING and (request.path.name.startswith("test_cpu_") or "isa" in request.fixturenames):
+    if MISSING and (request.path.parent.name == "cpu" or "isa" in request.fixturenames):
         pytest.skip(MISSING)
 
 
@@ -31,12 +33,20 @@ def _no_timestep_left_behind() -> Iterator[None]:
     set_timestep(None)
 
 
-@pytest.fixture(params=ISAS)
+def _id(name: str) -> str:
+    return f"{name}-emulated" if not MISSING and library.load().qvgen_isa_emulated(name.encode()) else name
+
+
+@pytest.fixture(params=ISAS, ids=_id)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The cpu backend in each instruction set that this machine can run; its name."""
     monkeypatch.setenv(library.ISA_ENVIRONMENT, request.param)
     library.isa.cache_clear()
+    if request.param == "amx":
+        library.load().qvgen_use_tiles(ALWAYS)  # else the few tokens that most tests have would go to registers
     yield request.param
+    if request.param == "amx":
+        library.load().qvgen_use_tiles(AS_AT_THE_START)
     library.isa.cache_clear()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench import choice as bench_choice
 from bench import linear
 from bench.dit_step import __main__ as dit_step
 from bench.dit_step.breakdown import PARTS
@@ -19,7 +20,7 @@ from bench.report import geometric_mean, write_json
 from bench.variants import OURS, VARIANTS, Problem, Unavailable
 from qvgen.evaluation.cost.hardware import hardware
 from qvgen.evaluation.cost.speed import quartiles, time_calls
-from qvgen.kernels.cpu import library
+from qvgen.kernels.cpu import choice, library
 from qvgen.kernels.cpu.backend import CpuBackend
 
 ROOT = Path(__file__).parents[2]
@@ -176,3 +177,26 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
         write_json(path, {"value": value})
         assert json.loads(path.read_text()) == {"value": value}
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("slowed", [False, True])
+def test_a_slower_choice_is_reported(
+    slowed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = choice.Choice("b", False, {"a": 1.0, "b": 1.0}, {"cpu": 2.0, "reference": 1.0}, "")
+    monkeypatch.setattr(choice, "choice", lambda: taken)
+    monkeypatch.setattr(library, "supported_isas", lambda: ["a", "b", "c"])
+    monkeypatch.setattr(choice, "measure_linear", lambda names, *_: {"a": 1.0, "b": 2.0 if slowed else 1.05})
+    monkeypatch.setattr(choice, "measure_attention", lambda *_: {"cpu": 2.0, "reference": 1.0})
+    assert bench_choice.main([]) == slowed
+    said = capsys.readouterr().out
+    assert said.count("slower") == (len(bench_choice.LAYERS) if slowed else 0)
+    assert "attention 1560" in said
+
+
+def test_choices_are_measured() -> None:
+    try:
+        library.load()
+    except library.LibraryMissing as reason:
+        pytest.skip(str(reason))
+    assert bench_choice.main(["--smallest"]) in (0, 1)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qvgen.kernels.cpu import library
-from qvgen.kernels.registry import BlockOp
+from qvgen.kernels.cpu.choice import choice
+from qvgen.kernels.registry import BlockOp, KernelPreference, preference
 
 VECTOR = 16  # elements; rotary embedding wants heads of whole vectors
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -25,7 +26,15 @@ def refusal(op: str) -> str:
         return reason
     if op == "attention" and not library.load().qvgen_attention_supported(VECTOR):
         return "its instructions, AVX512_BF16, are not in this machine or not in this build"
+    if op == "attention" and not _attention_chosen():
+        ms = choice().attention_ms
+        return f"slower on this processor than PyTorch's: {ms['cpu']:.2f} ms against {ms['reference']:.2f} (measured)"
     return ""
+
+
+def _attention_chosen() -> bool:
+    """Whether the compiled attention runs where it can: on processors where PyTorch's is faster, only if asked for."""
+    return preference() == KernelPreference.CPU or choice().compiled_attention
 
 
 def _library_refusal() -> str:
@@ -105,7 +114,8 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
 
 def attention_supported(q: Tensor, k: Tensor, v: Tensor) -> bool:
     bfloat16 = q.dtype == k.dtype == v.dtype == torch.bfloat16
-    return bfloat16 and k.shape[1] > 0 and bool(library.load().qvgen_attention_supported(q.shape[-1]))
+    supported = bfloat16 and k.shape[1] > 0 and bool(library.load().qvgen_attention_supported(q.shape[-1]))
+    return supported and _attention_chosen()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

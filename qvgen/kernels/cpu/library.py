@@ -110,7 +110,10 @@ def _declare(library: ctypes.CDLL) -> None:
         "qvgen_peak": (c_double, [c_char_p]),
         "qvgen_isas": (POINTER(c_char_p), []),
         "qvgen_isa_supported": (c_int, [c_char_p]),
+        "qvgen_isa_refusal": (c_char_p, [c_char_p]),
+        "qvgen_isa_emulated": (c_int, [c_char_p]),
         "qvgen_use_strassen": (None, [c_int]),
+        "qvgen_use_tiles": (None, [c_int64]),
         "qvgen_use_openmp": (None, [c_void_p]),
         "qvgen_panel_bytes": (c_int64, [c_int64, c_int64, c_int64, c_int]),
         "qvgen_pack_panels": (c_int, [c_void_p, c_int64, *[c_void_p] * 3, c_int64, c_int64, c_int64, c_int, c_void_p, c_int]),
@@ -149,19 +152,29 @@ def supported_isas() -> list[str]:
     """Instruction sets that this build has code for and this machine can run, best first."""
     library = load()
     names: list[str] = []
-    for name in library.qvgen_isas():
-        if name is None:
-            break
+    for name in iter(iter(library.qvgen_isas()).__next__, None):
         if library.qvgen_isa_supported(name):
             names.append(name.decode())
     return names
 
 
+def refusals() -> dict[str, str]:
+    """Why those that cannot run here cannot, where more is to be said than that the processor lacks them."""
+    library = load()
+    names = (name for name in iter(iter(library.qvgen_isas()).__next__, None))
+    told = {name.decode(): library.qvgen_isa_refusal(name) for name in names}
+    return {name: reason.decode() for name, reason in told.items() if reason}
+
+
 @cache
 def isa() -> bytes:
-    """The instruction set in use: the best, or that of QVGEN_CPU_ISA. Raises ValueError if that one cannot run."""
-    names = supported_isas()
-    wanted = os.environ.get(ISA_ENVIRONMENT) or names[0]
+    """The instruction set in use: the fastest (choice.py), or that of QVGEN_CPU_ISA. Raises ValueError if that one cannot
+    run."""
+    names, wanted = supported_isas(), os.environ.get(ISA_ENVIRONMENT)
+    if not wanted:
+        from qvgen.kernels.cpu.choice import choice  # which needs this module
+
+        return choice().isa.encode()
     if wanted not in names:
         raise ValueError(f"{ISA_ENVIRONMENT}={wanted!r} cannot run here; this machine has {', '.join(names)}")
     return wanted.encode()

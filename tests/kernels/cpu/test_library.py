@@ -12,6 +12,7 @@ import torch
 from qvgen.kernels import registry
 from qvgen.kernels.cpu import library
 from qvgen.kernels.cpu.backend import CpuBackend
+from qvgen.kernels.cpu.choice import choice
 from qvgen.kernels.registry import KernelPreference
 from qvgen.nn.timestep import set_timestep
 from qvgen.quant.scheme import QuantArgs
@@ -58,12 +59,20 @@ def test_each_instruction_set_of_the_build_runs(name: str, monkeypatch: pytest.M
     assert_equals_reference(layer, inputs(2, 7, 100), torch.tensor([0.0, 900.0]))
 
 
-def test_the_best_instruction_set_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_instruction_set_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(library.ISA_ENVIRONMENT, raising=False)
     supported = library.supported_isas()
     assert supported == [name for name in built_isas() if library.load().qvgen_isa_supported(name.encode())]
     assert supported[-1] == "portable"
-    assert library.isa() == supported[0].encode()
+    assert library.isa() == choice().isa.encode()
+    assert choice().isa in supported
+
+
+def test_an_instruction_set_that_is_refused_says_why() -> None:
+    refusals = library.refusals()
+    assert not set(refusals) & set(library.supported_isas())
+    if "amx" in built_isas() and "amx" not in library.supported_isas():
+        assert refusals["amx"].startswith(("this processor does not have AMX", "the operating system", "AVX512_BF16"))
 
 
 @pytest.mark.parametrize("lacking", ["unknown", "unsupported"])

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipelines.cli.everyday import app
-from pipelines.commands.kernels import isa_line, report
+from pipelines.commands.kernels import isa_line, measured_line, report
 from qvgen.kernels.block_ops import OPS
 from qvgen.kernels.cpu import library
 from qvgen.kernels.registry import OP, backends
@@ -48,6 +48,23 @@ def test_the_table_shows_what_the_json_says() -> None:
     assert "QVGEN_KERNELS=auto" in text
 
 
+def test_measuring_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if report()["measured"] is None:
+        pytest.skip("the compiled kernels are not installed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        measured = json.loads(kernels("--measure", "--json"))["measured"]
+    finally:
+        library.isa.cache_clear()
+    (file,) = tmp_path.rglob("*.json")
+    assert measured["path"] == str(file)
+    assert json.loads(file.read_text())["linear_ms"] == measured["linear_ms"]
+    line = measured_line(measured)
+    assert f"{measured['isa']} {measured['linear_ms'][measured['isa']]:.2f} ms" in line
+    assert line.endswith(f"kept in {file}")
+    assert measured_line(measured | {"path": ""}).endswith("not kept: the cache folder cannot be written to")
+
+
 def test_reference_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QVGEN_KERNELS", "reference")
     content = json.loads(kernels("--json"))
@@ -72,7 +89,8 @@ def test_without_the_library_every_row_says_why(monkeypatch: pytest.MonkeyPatch,
         monkeypatch.undo()
         library.load.cache_clear()
         library.isa.cache_clear()
-    assert content["isa"] == {"used": None, "supported": [], "lacking": []}
+    assert content["isa"] == {"used": None, "supported": [], "lacking": [], "refusals": {}}
+    assert content["measured"] is None
     rows = [row for row in content["kernels"] if row["backend"] == "cpu"]
     assert [row["op"] for row in rows] == [OP, *OPS]
     assert all(not row["available"] and "none.so" in row["reason"] for row in rows)
@@ -80,6 +98,6 @@ def test_without_the_library_every_row_says_why(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_instruction_sets_in_a_line() -> None:
-    sets = {"used": "b", "supported": ["b", "c"], "lacking": ["a"]}
-    assert isa_line(sets) == "Instruction set in use: b; also here: c; not in this machine: a"
+    sets = {"used": "b", "supported": ["b", "c"], "lacking": ["a", "d"], "refusals": {"d": "why"}}
+    assert isa_line(sets) == "Instruction set in use: b; also here: c; not in this machine: a, d (why)"
     assert isa_line({"used": None, "supported": [], "lacking": []}) == "Instruction set in use: none"

@@ -40,12 +40,19 @@ struct qvgen_input {
 // Instruction sets, best first; names end with null. A path may be asked for by name on any machine that supports it.
 const char* const* qvgen_isas();
 int qvgen_isa_supported(const char* name);
+// Why this machine or process cannot run a path, where more is to be said than that the processor lacks it; else null.
+const char* qvgen_isa_refusal(const char* name);
+// Whether its instructions are emulated in plain C++ (QVGEN_AMX_EMULATED): for tests, never to be chosen for speed.
+int qvgen_isa_emulated(const char* name);
 
 // Run parallel regions in this OpenMP runtime's threads (its GOMP_parallel); null: in threads started for each call.
 void qvgen_use_openmp(void* gomp_parallel);
 
 // Strassen's algorithm: 0 never, 1 where it is faster (at the start), 2 wherever it is possible. Results are the same.
 void qvgen_use_strassen(int mode);
+
+// With "amx": from how many tokens on tiles are used, below it registers; 0: as at the start. Results are the same.
+void qvgen_use_tiles(int64_t tokens);
 
 int64_t qvgen_panel_bytes(int64_t n, int64_t k, int64_t groups, int weight_bits);
 // words (N, row_bytes), scale, zero_point (null: symmetric, 2^(weight_bits - 1)) and row_sum (N, groups).

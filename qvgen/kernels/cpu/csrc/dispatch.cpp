@@ -4,13 +4,14 @@
 
 #include "api.h"
 #include "isa/isa.h"
+#include "tiles/tiles.h"
 
 namespace qvgen {
 namespace {
 
 const Isa* const ISAS[] = {  // null: not in this build
 #if defined(__x86_64__) || defined(_M_X64)
-    isa_avx512bf16(), isa_avx512vnni(), isa_avxvnni(), isa_avx2(),
+    isa_amx(), isa_avx512bf16(), isa_avx512vnni(), isa_avxvnni(), isa_avx2(),
 #elif defined(__aarch64__)
     isa_neon_dotprod(), isa_neon(),
 #endif
@@ -41,3 +42,14 @@ const char* const* qvgen_isas() {
 }
 
 int qvgen_isa_supported(const char* name) { return qvgen::find_isa(name) != nullptr; }
+
+const char* qvgen_isa_refusal(const char* name) {
+  for (const qvgen::Isa* isa : qvgen::ISAS)
+    if (isa && !strcmp(isa->name, name)) return !isa->supported() && isa->refusal ? isa->refusal() : nullptr;
+  return nullptr;
+}
+
+int qvgen_isa_emulated(const char* name) {
+  const qvgen::Isa* isa = qvgen::find_isa(name);
+  return isa && isa->tiles && isa->tiles->emulated;
+}

@@ -21,6 +21,12 @@ void read_bias(const qvgen_layer& layer, int64_t first, int64_t count, float* bi
 
 }  // namespace
 
+bool same_codes(const qvgen_layer& a, const qvgen_layer& b) {
+  return a.activation_bits == b.activation_bits && a.activation_symmetric == b.activation_symmetric &&
+         a.groups == b.groups && a.clips == b.clips && !memcmp(a.clip_lower, b.clip_lower, a.clips * 4) &&
+         !memcmp(a.clip_upper, b.clip_upper, a.clips * 4);
+}
+
 int64_t Codes::row_stride(const Header& h) {
   int64_t stride = round_up(padded_k(h), 64);
   return stride % 4096 ? stride : stride + 64;  // rows a page apart would share few cache sets

@@ -40,6 +40,9 @@ struct Codes {
 
 inline int max_code(const qvgen_layer& layer) { return (1 << layer.activation_bits) - 1; }
 
+// Whether the same input gets the same codes for both.
+bool same_codes(const qvgen_layer& a, const qvgen_layer& b);
+
 struct Range {
   float lower, upper;  // always include 0; NaN if the token holds NaN or Inf
 };

@@ -30,7 +30,7 @@ struct Tile {
   const uint8_t* next = nullptr;  // codes that will be wanted next: a line per step may be prefetched from here
 };
 
-// Where a tile's outputs go.
+// Where a tile's outputs go, and which of the panel are wanted.
 struct Target {
   int64_t columns;    // of the panel that exist
   const float* bias;  // (PANEL,)
@@ -38,6 +38,7 @@ struct Target {
   int dtype;
   void* out;       // first token's first output of this panel
   int64_t stride;  // elements between tokens
+  int64_t first = 0, end = PANEL;  // whole vectors
 };
 
 // Normalization of rows of `features` elements; absent parts are null. Modulation (scale, shift) is (groups, features).
@@ -53,9 +54,12 @@ struct RmsNorm {
   const float *weight, *cosine, *sine;  // cosine, sine: (positions, head_features)
 };
 
+struct TileKernel;
+
 struct Isa {
   const char* name;
   bool (*supported)();
+  const char* (*refusal)();  // why not, where more is to be said than that the processor lacks it; else null
   void (*tile)(int lane_bits, int weight_bits, const Tile&);
   // Range of a token, always including 0; NaN where it holds NaN or Inf.
   void (*token_range)(int dtype, const void* x, int64_t k, float* lower, float* upper);
@@ -80,8 +84,10 @@ struct Isa {
   void (*add_product)(const int32_t* product, int sign, const int32_t* start, int32_t* total);
   // As many of the instructions that tiles are made of as can run at a time, and nothing else; returns the multiply-adds.
   int64_t (*burst)(int64_t rounds);
+  const TileKernel* tiles;  // products of larger tiles, with instructions made for them (tiles/tiles.h); null: none
 };
 
+const Isa* isa_amx();
 const Isa* isa_avx512bf16();
 const Isa* isa_avx512vnni();
 const Isa* isa_avxvnni();

@@ -65,7 +65,7 @@ template <Dtype D, bool GELU, bool SMALL>
 void finish_as(
     const qvgen::PanelGrid& grid, const qvgen::Tile& tile, const qvgen::TokenGrid* grids, const Tokens& tokens,
     const qvgen::Target& t) {
-  for (int64_t n = 0; n < qvgen::PANEL; n += LANES) {
+  for (int64_t n = t.first; n < t.end; n += LANES) {
     const f32v bias = load<f32v>(t.bias + n);
     uint8_t* out = (uint8_t*)t.out + n * dtype_size<D>;
     const int64_t count = t.columns - n, stride = t.stride * dtype_size<D>;

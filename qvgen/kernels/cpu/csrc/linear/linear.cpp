@@ -9,6 +9,7 @@
 #include "threads/parallel.h"
 #include "strassen/strassen.h"
 #include "threads/workspace.h"
+#include "tiles/tiles.h"
 
 namespace qvgen {
 
@@ -26,12 +27,6 @@ thread_local Workspace range_memory, code_memory, hidden_memory, shared_memory;
 
 uint8_t* output(const qvgen_layer& layer, int64_t m) {
   return static_cast<uint8_t*>(layer.out) + m * layer.out_features * (layer.out_dtype ? 2 : 4);
-}
-
-bool same_codes(const qvgen_layer& a, const qvgen_layer& b) {
-  return a.activation_bits == b.activation_bits && a.activation_symmetric == b.activation_symmetric &&
-         a.groups == b.groups && a.clips == b.clips && !memcmp(a.clip_lower, b.clip_lower, a.clips * 4) &&
-         !memcmp(a.clip_upper, b.clip_upper, a.clips * 4);
 }
 
 // Tokens per block: what the cache holds, evenly, and every thread the same number of blocks.
@@ -102,6 +97,7 @@ bool all_strassen(const Isa& isa, const qvgen_layer* layers, int count, int64_t 
 }
 
 int linear(const Isa& isa, const qvgen_layer* layers, int count, const Tokens& tokens, int64_t total, int threads) {
+  if (tiles_pay(isa, total)) return tile_outputs(isa, layers, count, tokens, total, threads);
   if (all_strassen(isa, layers, count, total, threads)) {
     for (int i = 0; i < count; i++)
       if (int status = strassen_outputs(isa, layers[i], tokens, total, output(layers[i], 0), threads)) return status;
@@ -193,6 +189,7 @@ int qvgen_integer_part(
   const Header* found = find_header(weight, weight_bytes);
   if (!found || found->groups != 1) return QVGEN_NOT_A_WEIGHT;
   const Header& h = *found;
+  if (tiles_pay(*isa, m)) return tile_integers(*isa, h, a, m, out), QVGEN_OK;
   const int64_t stride = Codes::row_stride(h);
   uint8_t* padded = code_memory.get(m * stride);
   memset(padded, 0, size_t(m * stride));

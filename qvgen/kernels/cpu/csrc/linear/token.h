@@ -20,12 +20,30 @@ inline void load_pair(const void* x, int64_t i, f32v (&v)[2]) {
   }
 }
 
+// The low byte, and the low half, of each lane.
+#ifdef __AVX512F__
+// GCC 12 takes a vector that was one of floats apart, byte by byte.
+inline u8v low_byte(s32v v) {
+  u8v bytes;
+  asm("vpmovdb %1, %0" : "=v"(bytes) : "v"(v));
+  return bytes;
+}
+inline u16v low_half(s32v v) {
+  u16v halves;
+  asm("vpmovdw %1, %0" : "=v"(halves) : "v"(v));
+  return halves;
+}
+#else
+inline u8v low_byte(s32v v) { return __builtin_convertvector(v, u8v); }
+inline u16v low_half(s32v v) { return __builtin_convertvector(v, u16v); }
+#endif
+
 template <Dtype D>
 inline void store_pair(uint8_t* codes, const s32v (&q)[2]) {
   if constexpr (D == Dtype::f32) {
-    store(codes, __builtin_convertvector(q[0], u8v)), store(codes + LANES, __builtin_convertvector(q[1], u8v));
+    store(codes, low_byte(q[0])), store(codes + LANES, low_byte(q[1]));
   } else {
-    store(codes, __builtin_convertvector(q[0] | q[1] << 8, u16v));
+    store(codes, low_half(q[0] | q[1] << 8));
   }
 }
 
@@ -40,12 +58,11 @@ inline void each_pair(const void* x, int64_t first, int64_t end, F f) {
   f(rest, i, end - i);
 }
 
-template <Dtype D>
-void token_range_of(const void* x, int64_t k, float* lower, float* upper) {
+void token_range_f32(const void* x, int64_t k, float* lower, float* upper) {
   f32v low[2] = {}, high[2] = {}, bad[2] = {};
-  each_pair<D>(x, 0, k, [&](const uint8_t* from, int64_t, int64_t) {
+  each_pair<Dtype::f32>(x, 0, k, [&](const uint8_t* from, int64_t, int64_t) {
     f32v v[2];
-    load_pair<D>(from, 0, v);
+    load_pair<Dtype::f32>(from, 0, v);
     for (int u = 0; u < 2; u++) {
       low[u] = minimum(v[u], low[u]), high[u] = maximum(v[u], high[u]);
       bad[u] = v[u] * 0.0f + bad[u];  // NaN from NaN and from Inf
@@ -56,40 +73,70 @@ void token_range_of(const void* x, int64_t k, float* lower, float* upper) {
   *upper = largest(maximum(high[0], high[1])) + nan;
 }
 
-void token_range(int dtype, const void* x, int64_t k, float* lower, float* upper) {
-  if (dtype == int(Dtype::f32)) return token_range_of<Dtype::f32>(x, k, lower, upper);
-  token_range_of<Dtype::bf16>(x, k, lower, upper);
+// The bits of bfloat16, as signed integers, are in order as far as they are positive, and unsigned those of negative numbers are in
+// reverse order; so two integer maxima are the range, a fourth of the operations. NaN and Inf are beyond all numbers.
+void token_range_bf16(const void* x, int64_t k, float* lower, float* upper) {
+  typedef int16_t signed_v __attribute__((vector_size(LANES * 4)));
+  typedef uint16_t unsigned_v __attribute__((vector_size(LANES * 4)));
+  signed_v high = {};
+  unsigned_v low = {};
+  each_pair<Dtype::bf16>(x, 0, k, [&](const uint8_t* from, int64_t, int64_t) {
+    const signed_v v = load<signed_v>(from);
+    high = v > high ? v : high, low = (unsigned_v)v > low ? (unsigned_v)v : low;
+  });
+  const auto most = [](u32v halves) {
+    const auto greater = [](u32v a, u32v b) { return a > b ? a : b; };
+    return reduce(greater(halves & 0xffffu, halves >> 16), greater);
+  };
+  constexpr uint32_t INFINITE = 0x7f80, SIGN = 0x8000;
+  uint32_t positive = most((u32v)high), negative = most((u32v)low);
+  if (negative < SIGN) negative = SIGN;
+  if (positive >= INFINITE || negative >= (SIGN | INFINITE)) positive = negative = 0x7fc0;  // NaN
+  positive <<= 16, negative <<= 16;
+  __builtin_memcpy(upper, &positive, 4), __builtin_memcpy(lower, &negative, 4);
 }
 
-// Codes are round(x / s) + z, and x times 1 / s rounds differently where x / s is near k + 1/2. So: multiply, note how near
-// the products come to k + 1/2, and divide the few chunks again in which one is within the error of the product.
+void token_range(int dtype, const void* x, int64_t k, float* lower, float* upper) {
+  dtype == int(Dtype::f32) ? token_range_f32(x, k, lower, upper) : token_range_bf16(x, k, lower, upper);
+}
+
+// Codes are round(x / s) + z, and x times 1 / s rounds differently where x / s is near k + 1/2. So: multiply by a little less and
+// by a little more than 1 / s. Where both round to the same integer, so does the quotient between them; the few chunks in
+// which they do not once are divided again. (Ties are among these, so that z may be added before rounding.)
 constexpr int64_t CHUNK = 1024;
+constexpr float MARGIN = 0x1p-21f;  // more than the errors of 1 / s, of its product with 1 -+ MARGIN and x, and of x / s
 
 struct CodeRange {
-  float low, high;  // of round(x / s)
+  f32v low, high;  // of x: the input is clamped, not the quotient, which could overflow
+  float scale, less, more, rounder;
   int32_t zero_point;
+
+  CodeRange(const qvgen::TokenGrid& grid, int max_code)
+      : low(splat(-float(grid.zero_point) * grid.scale)), high(splat(float(max_code - grid.zero_point) * grid.scale)),
+        scale(grid.scale), less(1 / grid.scale * (1 - MARGIN)), more(1 / grid.scale * (1 + MARGIN)),
+        rounder(ROUNDER + float(grid.zero_point)), zero_point(grid.zero_point) {}
 };
 
-// Codes of elements [first, end); returns the largest distance of a quotient from an integer.
+// Codes of elements [first, end), and ROUNDER_BITS more than each is added to `total`; returns whether one is undecided.
 template <Dtype D, bool DIVIDE>
-inline float chunk_codes(
-    const void* x, int64_t first, int64_t end, float scale, const CodeRange& range, uint8_t* codes, s32v& total) {
-  const float inverse = 1 / scale;
-  // The input is clamped, not the quotient: before it could overflow, and so that product and sum become one operation.
-  const f32v low = splat(range.low * scale), high = splat(range.high * scale);
-  u32v farthest = {};
+inline bool chunk_codes(const void* x, int64_t first, int64_t end, const CodeRange& range, uint8_t* codes, u32v& total) {
+  const f32v low = range.low, high = range.high;
+  const float scale = range.scale, less = range.less, more = range.more, rounder = range.rounder;
+  const int32_t zero_point = range.zero_point;
+  u32v differences = {}, sums = {};
   each_pair<D>(x, first, end, [&](const uint8_t* from, int64_t i, int64_t count) {
     f32v v[2];
     s32v q[2];
     load_pair<D>(from, 0, v);
     for (int u = 0; u < 2; u++) {
       v[u] = minimum(maximum(v[u], low), high);
-      const f32v raised = DIVIDE ? v[u] / scale + ROUNDER : v[u] * inverse + ROUNDER;
-      // As integers, positive floats are ordered as they are as floats.
-      const u32v distance = (u32v)absolute(v[u] * inverse - (raised - ROUNDER));
-      farthest = distance > farthest ? distance : farthest;
-      q[u] = (s32v)raised - (ROUNDER_BITS - range.zero_point);
-      total += q[u];
+      if constexpr (DIVIDE) {
+        q[u] = (s32v)(v[u] / scale + ROUNDER) + zero_point;
+      } else {
+        q[u] = (s32v)(v[u] * less + rounder);
+        differences |= (u32v)q[u] ^ (u32v)(v[u] * more + rounder);
+      }
+      sums += (u32v)q[u];
     }
     if (count == PAIR) {
       store_pair<D>(codes + i, q);
@@ -97,27 +144,24 @@ inline float chunk_codes(
       uint8_t rest[PAIR];
       store_pair<D>(rest, q);
       __builtin_memcpy(codes + i, rest, size_t(count));
-      total[0] -= int32_t(PAIR - count) * range.zero_point;  // of the zeros
+      sums[0] -= uint32_t(PAIR - count) * uint32_t(ROUNDER_BITS + zero_point);  // of the zeros
     }
   });
-  return largest((f32v)farthest);
+  if (reduce(differences, [](u32v a, u32v b) { return a | b; })) return true;
+  total += sums;
+  return false;
 }
 
 template <Dtype D>
 int32_t token_codes_of(const void* x, int64_t k, const qvgen::TokenGrid& grid, int max_code, uint8_t* codes) {
-  const CodeRange range = {-float(grid.zero_point), float(max_code - grid.zero_point), grid.zero_point};
-  // |product - quotient| <= 1.5 * 2^-23 |quotient|, which is at most max_code + 1/2 where it matters.
-  const float undecided = 0.5f - float(max_code + 1) * 0x1p-22f;
+  const CodeRange range(grid, max_code);
   const bool invertible = grid.scale > 0x1p-100f && grid.scale < 0x1p100f;
-  s32v total = {};
+  u32v total = {};
   for (int64_t i = 0; i < k; i += CHUNK) {
     const int64_t end = k - i < CHUNK ? k : i + CHUNK;
-    const s32v before = total;
-    if (invertible && chunk_codes<D, false>(x, i, end, grid.scale, range, codes, total) < undecided) continue;
-    total = before;
-    chunk_codes<D, true>(x, i, end, grid.scale, range, codes, total);
+    if (!invertible || chunk_codes<D, false>(x, i, end, range, codes, total)) chunk_codes<D, true>(x, i, end, range, codes, total);
   }
-  return sum(total);
+  return int32_t(reduce(total, [](u32v a, u32v b) { return a + b; }) - uint32_t(k) * uint32_t(ROUNDER_BITS));
 }
 
 int32_t token_codes(int dtype, const void* x, int64_t k, const qvgen::TokenGrid& grid, int max_code, uint8_t* codes) {

@@ -1,0 +1,69 @@
+// Linear layers on tiles of 16 x 64 bytes (AMX): what an instruction set offers to the driver, and the driver.
+//
+//   Codes of tokens   blocks of 32 tokens; in each, steps of 64 k; in each, two tiles of 16 tokens x 64 k: 2 KiB a step
+//   Unpacked panel    two halves of 32 outputs; in each, steps of 64 k; in each, two tiles, line r: k 4 r to 4 r + 3 of 16 outputs
+//   Sums              (32 tokens, 32 outputs), four tiles
+//
+// A panel lies in memory in the layout of all instruction sets (layout.h), whose half steps are lines of such tiles already.
+// Its codes are unpacked once for each block of tokens, into a buffer that stays in the nearer caches.
+#pragma once
+
+#include "api.h"
+#include "block/block.h"
+
+namespace qvgen {
+
+constexpr int64_t TILE_TOKENS = 32, TILE_OUTPUTS = 32, TILE_K = 64;
+constexpr int64_t TILE_STEP_BYTES = 2048;  // of codes of 32 tokens, or of 32 outputs
+constexpr int64_t TILE_SUMS = TILE_TOKENS * TILE_OUTPUTS;
+
+// Lines to bring into the second-level cache meanwhile, so many a step.
+struct Ahead {
+  const uint8_t *next = nullptr, *end = nullptr;
+  int lines = 0;
+};
+
+// What is done between the products.
+struct Shadow {
+  Ahead weight, codes;
+  void (*finish)(void* context, int rows) = nullptr;  // the next `rows` rows of the block before, whose sums are whole
+  void* context = nullptr;
+  int rows = 0;  // that are left
+};
+
+struct TileSums {
+  int32_t* first = nullptr;
+  int64_t stride = 0;  // elements between tokens
+};
+
+// 32 tokens by 32 outputs over `steps` x 64 k. The sums stay in the tiles.
+struct TileBlock {
+  const uint8_t *codes, *weight;
+  int64_t steps;
+  TileSums before;  // where the sums go that the tiles hold still; null: nowhere
+  TileSums from;    // what this block's begin with; null: zeros
+};
+
+struct TileKernel {
+  bool emulated;
+  void (*begin)();  // on the thread that calls what follows
+  void (*end)();
+  // `steps` of layout.h, from w on, to (2, tile steps, 2, 16, 64); what is missing of the last 64 k is filled with zeros.
+  void (*unpack)(int lane_bits, const uint8_t* w, int64_t steps, uint8_t* out);
+  void (*multiply)(const TileBlock&, Shadow&);
+  void (*store)(const TileSums&);  // the sums that the tiles hold
+  int64_t (*products)(int64_t rounds);  // as Isa::burst; 0 where it would say nothing
+};
+
+const TileKernel* tiles_amx();  // null: not in this build
+
+// Whether `tokens` are enough for tiles: below it the instructions of `isa` for registers are faster.
+bool tiles_pay(const Isa& isa, int64_t tokens);
+
+// Outputs of `total` tokens; layers that read the same input. Returns a qvgen_status.
+int tile_outputs(const Isa& isa, const qvgen_layer* layers, int count, const Tokens& tokens, int64_t total, int threads);
+
+// For tests: as qvgen_integer_part.
+void tile_integers(const Isa& isa, const Header& h, const uint8_t* a, int64_t m, int32_t* out);
+
+}  // namespace qvgen
