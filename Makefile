@@ -20,7 +20,7 @@ help:
 	@echo 'make compare every method side by side, with seeds: hours; FAST=1: six cases'
 	@echo 'make test    all tests'
 	@echo 'make check   lint, types, import contracts, fast tests: before each commit'
-	@echo 'make sanitize   tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer (GCC): 2 minutes'
+	@echo 'make sanitize   tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer (GCC): 10 minutes'
 	@echo 'make ui      recorded runs (MLflow, http://127.0.0.1:$(PORT)) and flows (Prefect, http://127.0.0.1:4200) in a browser'
 	@echo 'make clean   remove caches (results and .venv stay)'
 
