@@ -35,7 +35,8 @@ def make_project(folder: Path, family: str) -> Path:
     for name in ("stages", "qvgen"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "dvc.yaml", folder)
-    model = tiny_pipeline(family, folder / "assets/tiny-wan", rotary=True)
+    options = {"rotary": True} if family == "cogvideox" else {}
+    model = tiny_pipeline(family, folder / "assets/tiny-wan", **options)
     recorded = {name: file.sha256 for name, file in hash_files(model, read_pipeline(model).files).items()}
     (model / "sha256.json").write_text(json.dumps(recorded))
     videos, generator = folder / "videos", torch.Generator().manual_seed(0)
