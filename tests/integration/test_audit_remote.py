@@ -12,7 +12,7 @@ from tests.support.audited_project import failed
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
-BYTES = {"data", "packed model", "sha256"}  # the checks that read them
+BYTES = {"data", "packed model", "sha256", "workspace"}  # the checks that read them
 
 
 @pytest.fixture
