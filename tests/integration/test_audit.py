@@ -218,7 +218,7 @@ def test_the_gate_keeps_the_champion_and_force_is_recorded(worse: Path, tmp_path
 
     refused = CliRunner().invoke(app, ["promote"])
     assert refused.exit_code == 1
-    assert re.search(r"^FAIL +psnr_db +20 >= 27 +dB, videos against full precision$", refused.output, re.MULTILINE)
+    assert re.search(r"^FAIL +psnr_db +20 >= 27 +packed\.psnr_db$", refused.output, re.MULTILINE)
     assert "version 1 stays champion" in refused.output
     client, _ = connect(project)
     assert alias_version(client, "qvgen", "champion") == 1
