@@ -59,6 +59,11 @@ def _plainly(record: logging.LogRecord) -> bool:
     return not _stopped.is_set()
 
 
+def _worth_saying(line: str) -> bool:
+    # A function: Dask and Ray pickle what a task's own code names, and an event cannot be.
+    return not _NOISE.match(line) and not _stopped.is_set()
+
+
 for _name in ("prefect.task_runs", "prefect.flow_runs"):
     logging.getLogger(_name).addFilter(_plainly)
 
@@ -90,7 +95,7 @@ def run_stage(
     with _listed(process):
         assert process.stdout is not None
         for line in process.stdout:
-            if not _NOISE.match(line) and not _stopped.is_set():
+            if _worth_saying(line):
                 log.info(line.rstrip())
             said = next((state for words, state in _SAID.items() if words in line and address in line), said)
         code = process.wait()

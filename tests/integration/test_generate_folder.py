@@ -211,10 +211,17 @@ def test_a_folder_without_its_manifest_is_refused(capsys, begun: Path, model: Pa
 
 
 @pytest.mark.slow
-def test_an_error_in_a_process_names_the_prompt(capsys, model: Path, prompts: Path, tmp_path: Path) -> None:
+def test_a_size_that_the_model_cannot_take_starts_no_process(capsys, model: Path, prompts: Path, tmp_path: Path) -> None:
     assert run(model, prompts, tmp_path / "out", "--processes", "2", "--height", "33") == 1
+    assert "height = 33 must be a multiple of 16: 32 or 48" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_in_a_process_names_the_prompt(capsys, prompts: Path, tmp_path: Path) -> None:
+    fixed = tiny_pipeline("cogvideox", tmp_path / "model")  # its pipeline fixes guidance before the first step
+    assert run(fixed, prompts, tmp_path / "out", "--processes", "2", "--guidance-stop", "0.5") == 1
     error = capsys.readouterr().err
-    assert "divisible by 16" in error and "'a red digit three'" in error and "Traceback" not in error
+    assert "guidance" in error and "'a red digit three'" in error and "Traceback" not in error
 
 
 @pytest.mark.parametrize(
