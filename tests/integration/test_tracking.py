@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,15 @@ def test_kill_9_leaves_a_whole_journal_and_the_next_run_resumes(project: Path, c
     assert (project / "out" / "a" / "resumed").read_text() == "0", "a stage that succeeded leaves no checkpoint"
 
 
+@pytest.fixture
+def hangup_counts() -> Iterator[None]:
+    """Under nohup SIGHUP is ignored, which processes inherit, and a stage leaves it so."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangup_counts")
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupted_stage_says_so_and_keeps_the_old_output(project: Path, client: Any, signum: int, code: int) -> None:
     ask(project, "")
