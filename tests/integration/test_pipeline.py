@@ -162,7 +162,8 @@ def test_kill_9_and_resume_equals_uninterrupted(finished: Path, tmp_path: Path) 
 def test_metrics_have_the_promised_keys(finished: Path) -> None:
     metrics = {p.stem: json.loads(p.read_text()) for p in (finished / "metrics").glob("*.json")}
     seen, similar = {"colour", "direction", "digit"}, {"psnr_db", "ssim", "velocity_mse", "latent_mse"}
-    assert metrics["evaluate"].keys() == {"full_precision", "packed", "prompts"}
+    assert metrics["evaluate"].keys() == {"full_precision", "packed", "prompts", "not_applicable"}
+    assert metrics["evaluate"]["not_applicable"] == []  # of the digits, which have a judge
     assert metrics["evaluate"]["full_precision"].keys() == seen
     assert metrics["evaluate"]["packed"].keys() == seen | similar
     assert metrics["evaluate"]["prompts"] == 2
