@@ -161,11 +161,11 @@ def test_kill_9_and_resume_equals_uninterrupted(finished: Path, tmp_path: Path) 
 
 def test_metrics_have_the_promised_keys(finished: Path) -> None:
     metrics = {p.stem: json.loads(p.read_text()) for p in (finished / "metrics").glob("*.json")}
-    seen, similar = {"colour", "direction", "digit"}, {"psnr_db", "ssim", "velocity_mse", "latent_mse"}
+    # Videos of one's own: no judge says what they show, and the gate is told so.
     assert metrics["evaluate"].keys() == {"full_precision", "packed", "prompts", "not_applicable"}
-    assert metrics["evaluate"]["not_applicable"] == []  # of the digits, which have a judge
-    assert metrics["evaluate"]["full_precision"].keys() == seen
-    assert metrics["evaluate"]["packed"].keys() == seen | similar
+    assert set(metrics["evaluate"]["not_applicable"].split()) == {"colour", "direction", "digit"}
+    assert metrics["evaluate"]["full_precision"] == {}
+    assert metrics["evaluate"]["packed"].keys() == {"psnr_db", "ssim", "velocity_mse", "latent_mse"}
     assert metrics["evaluate"]["prompts"] == 2
     assert {"bytes", "step_ms", "peak_rss_mb", "kernel", "device"} <= metrics["benchmark"].keys()
     for key in ("bytes", "step_ms", "peak_rss_mb"):
