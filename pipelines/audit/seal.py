@@ -89,9 +89,7 @@ def _run_faults(client: MlflowClient, lineage: Lineage, step: Step, line: dict[s
         if found != sealed:
             yield f"{step} {name} at {found} ms, sealed is {sealed}"
     yield from _differing(f"parameter {{}} of {step}", line["params"], _values(step.params, LONGEST_PARAM))
-    kept = {
-        key: value for key, value in step.tags.items() if key in line["tags"] or key.startswith(("dvc.", "git.", "stage."))
-    }
+    kept = {key: value for key, value in step.tags.items() if key in line["tags"] or key.startswith(_OURS)}
     yield from _differing(f"tag {{}} of {step}", line["tags"], _values(kept))
     curves = {name: _curve(client, step.id, name) for name in step.metrics if not name.startswith("system/")}
     yield from _differing(f"metric {{}} of {step}", line["metrics"], curves, shown=False)

@@ -35,7 +35,6 @@ _MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "velocity_mse": ("velocity MSE", "{:.5f}".format),
     "latent_mse": ("latent MSE", "{:.4f}".format),
 }
-_SPEED = ("fp32", "bf16", "packed")
 COLUMNS = ("fp32", "bf16", "packed", "rtn", "mse")
 ABSENT = "–"
 
