@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def passed_with(option: str, build: Path, *selection: object) -> int:
-    """How many of the tests that `selection` (arguments of pytest) names pass with the library that `option` of cmake gives."""
+    """How many tests of `selection` (arguments of pytest) pass with the library that `option` of cmake gives."""
     if missing := [tool for tool in ("cmake", "g++") if not shutil.which(tool)]:
         pytest.skip(f"{', '.join(missing)} not installed")
     _run("cmake", "-S", ROOT, "-B", build, option)
