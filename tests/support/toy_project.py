@@ -35,10 +35,12 @@ def run(stage):
 stage_main(%r, run)
 """
 FLOW = """# What `qvgen repro` runs. Dask's workers import this file as well, and must not run it.
+import signal
 from pathlib import Path
 from pipelines.run.flow import run_pipeline
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as the command: a shell's `&` ignores it
     print(run_pipeline(Path.cwd()))
 """
 NEEDS = {"a": "", "b": "a", "c": "a", "d": "bc"}
