@@ -37,13 +37,13 @@ def describe(stage: Stage) -> dict[str, Any]:
     Raises ValueError if the packed transformer's config.json does not say how it is quantized.
     """
     from qvgen.models.hashes import hash_files
-    from qvgen.quant.scheme import QuantScheme
+    from qvgen.packing.config import from_config
 
     transformer = stage.root / PACKED / "transformer"
     config = json.loads((transformer / "config.json").read_text()).get("quantization_config")
     if config is None:
         raise ValueError(f"{transformer / 'config.json'} has no quantization_config: run stage pack again")
-    scheme, layers = QuantScheme.from_config(config)
+    scheme, layers = from_config(config)
     weights = hash_files(transformer, sorted(file.name for file in transformer.glob("*.safetensors")))
     tags = {f"sha256.transformer/{name}": record.sha256 for name, record in weights.items()}
     tags |= {"dvc.path": PACKED, "dvc.md5": stage.facts.deps[PACKED], "dvc.stage": stage.facts.address}

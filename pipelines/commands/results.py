@@ -144,12 +144,12 @@ def _missing(metrics: dict[str, dict[str, Any]]) -> list[str]:
 
 def _headings(root: Path) -> list[str]:
     """COLUMNS, with the scheme that artifacts/packed really has, such as "packed W4A4"."""
-    from qvgen.quant.scheme import QuantScheme
+    from qvgen.packing.config import from_config
 
     config = root / "artifacts" / "packed" / "transformer" / "config.json"
     if not config.is_file():
         return list(COLUMNS)
-    scheme, _ = QuantScheme.from_config(json.loads(config.read_text())["quantization_config"])
+    scheme, _ = from_config(json.loads(config.read_text())["quantization_config"])
     return [f"packed {scheme.name}" if column == "packed" else column for column in COLUMNS]
 
 

@@ -20,6 +20,7 @@ from qvgen.checkpoint.loadable import check_sizes, first_line
 from qvgen.checkpoint.pipeline import load_transformer
 from qvgen.models.files import GENERATION, MANIFEST, SourceError, check_safetensors, read_json
 from qvgen.nn.packed_linear import packed_layers
+from qvgen.packing.config import to_config
 from qvgen.packing.layout import EXACT_NAMES
 from qvgen.quant.scheme import EXTRAS, QuantScheme
 from qvgen.tensors import save_tensors
@@ -113,7 +114,7 @@ def _write_transformer(transformer: Any, scheme: QuantScheme, names: list[str], 
     config = json.loads(transformer.to_json_string())
     config.pop("_name_or_path", None)  # where it was loaded from on this machine
     resolved = scheme.model_copy(update={"targets": tuple(names), "ignore": ()})
-    config["quantization_config"] = resolved.to_config(len(names))
+    config["quantization_config"] = to_config(resolved, len(names))
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     packed = {f"{layer}.{tensor}" for layer in names for tensor in EXACT_NAMES}

@@ -29,10 +29,8 @@ from qvgen.integrations.fused import fuse_
 from qvgen.nn.packed_linear import PackedLinear, packed_layers
 from qvgen.nn.targets import match_linears, replace_module
 from qvgen.nn.timestep import track_timestep
+from qvgen.packing.config import METHOD, from_config
 from qvgen.packing.layout import EXACT_NAMES
-from qvgen.quant.scheme import QuantScheme
-
-METHOD = "qvgen"
 
 
 class QVGenMethod(str, Enum):  # noqa: UP042  diffusers formats the member: str and Enum, as its own
@@ -43,12 +41,12 @@ class QVGenMethod(str, Enum):  # noqa: UP042  diffusers formats the member: str 
 
 @dataclass(init=False)  # for its __repr__: the mixin's own fails
 class QVGenConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a packed model's config.json, as QuantScheme.to_config writes it."""
+    """The `quantization_config` of a packed model's config.json, as qvgen.packing.config writes it."""
 
     def __init__(self, **config: Any) -> None:
         self.quant_method = QVGenMethod.QVGEN  # type: ignore[assignment]
         self._config = copy.deepcopy(config) | {"quant_method": METHOD}
-        self.scheme, self.num_targets = QuantScheme.from_config(self._config)
+        self.scheme, self.num_targets = from_config(self._config)
 
     def to_dict(self) -> dict[str, Any]:
         """The dict it was made from, so that saving writes what was loaded."""

@@ -7,7 +7,6 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-FORMAT_VERSION = 1
 MIN_BITS, MAX_BITS = 2, 8
 
 EXTRAS = ("input_scaling", "input_rotation", "low_rank")
@@ -132,38 +131,3 @@ class QuantScheme(_Frozen):
         """Short name in the field's notation, such as W4A4 (A16: activations stay in floating point)."""
         activations = self.input_activations
         return f"W{self.weights.num_bits}A{activations.num_bits if activations else 16}"
-
-    def to_config(self, num_targets: int) -> dict[str, Any]:
-        """The `quantization_config` entry of a packed model's config.json."""
-        return {
-            "quant_method": "qvgen",
-            "format_version": FORMAT_VERSION,
-            "config_groups": {
-                "group_0": {
-                    "targets": list(self.targets),
-                    "num_targets": num_targets,
-                    "weights": self.weights.model_dump(),
-                    "input_activations": self.input_activations and self.input_activations.model_dump(),
-                    "timestep_groups": self.timestep_groups,
-                    **self.extras,
-                }
-            },
-            "ignore": list(self.ignore),
-        }
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> tuple[QuantScheme, int]:
-        """Inverse of `to_config`: the scheme and the number of packed layers. Raises ValueError on another format."""
-        if config.get("quant_method") != "qvgen":
-            raise ValueError(f"quant_method {config.get('quant_method')!r} is not a model packed by qvgen")
-        version = config.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(f"packed format version {version!r}; this qvgen reads version {FORMAT_VERSION}")
-        groups = config.get("config_groups") or {}
-        if list(groups) != ["group_0"]:
-            raise ValueError(f"expected one config group named group_0, found {sorted(groups)}")
-        group = dict(groups["group_0"])
-        num_targets = group.pop("num_targets", None)
-        if not isinstance(num_targets, int):
-            raise ValueError(f"config_groups.group_0.num_targets must be a number of layers, found {num_targets!r}")
-        return cls(**group, ignore=tuple(config.get("ignore", ()))), num_targets

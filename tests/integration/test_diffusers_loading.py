@@ -21,6 +21,7 @@ from qvgen.models.registry import load_family
 from qvgen.models.tiny import TINY_CLIP, TINY_PROMPT, tiny_pipeline
 from qvgen.nn.packed_linear import packed_layers
 from qvgen.nn.swap import convert_, prepare_
+from qvgen.packing.config import from_config, to_config
 from qvgen.packing.layout import PACKED_NAMES
 from qvgen.quant.scheme import QuantArgs, QuantScheme
 from qvgen.sampling.sample import generate
@@ -95,7 +96,7 @@ def test_the_folder_is_the_source_with_another_transformer(packed: Packed) -> No
 
 def test_config_names_every_layer(packed: Packed) -> None:
     config = json.loads((packed.folder / "transformer/config.json").read_text())["quantization_config"]
-    scheme, count = QuantScheme.from_config(config)
+    scheme, count = from_config(config)
     assert list(scheme.targets) == packed.names
     assert count == len(packed.names) == sum(1 for _ in packed_layers(packed.transformer))
     assert "_name_or_path" not in json.loads((packed.folder / "transformer/config.json").read_text())
@@ -345,7 +346,7 @@ def test_registering_again_is_harmless_and_a_foreign_entry_is_refused(monkeypatc
 
 
 def test_a_full_precision_model_is_not_quantized_on_the_fly(wan: Packed) -> None:
-    config = integration.QVGenConfig(**SCHEME.to_config(20))
+    config = integration.QVGenConfig(**to_config(SCHEME, 20))
     with pytest.raises(ValueError, match="require the model to be pre-quantized"):
         diffusers.WanTransformer3DModel.from_pretrained(wan.source / "transformer", quantization_config=config)
 

@@ -23,6 +23,7 @@ from qvgen.models.tiny import TINY_CLIP, TINY_PROMPT, tiny_pipeline
 from qvgen.nn.packed_linear import packed_layers
 from qvgen.nn.swap import convert_, prepare_
 from qvgen.nn.targets import match_linears
+from qvgen.packing.config import from_config
 from qvgen.packing.layout import EXACT_NAMES, packed_bytes
 from qvgen.quant.scheme import QuantScheme
 from qvgen.quant.search.settings import SearchSettings
@@ -123,7 +124,7 @@ def test_every_tensor_is_counted(packed: Packed) -> None:
 
 def test_the_folder_says_what_it_costs(packed: Packed) -> None:
     config = json.loads((packed.folder / "transformer/config.json").read_text())["quantization_config"]
-    scheme, count = QuantScheme.from_config(config)
+    scheme, count = from_config(config)
     assert scheme.extras == packed.scheme.extras and count == len(packed.names)
     card = (packed.folder / "README.md").read_text()
     assert "divided by a stored vector" in card

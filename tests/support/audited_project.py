@@ -28,6 +28,8 @@ PACK = """
 import hashlib, json
 import numpy as np
 from safetensors.numpy import save_file
+
+from qvgen.packing.config import to_config
 from stages.runtime.run import stage_main
 
 def run(stage):
@@ -36,7 +38,7 @@ def run(stage):
     with stage.outputs("artifacts/packed") as folder:
         (folder / "transformer").mkdir()
         save_file({"weight": weights}, folder / "transformer" / "weights.safetensors")
-        config = {"quantization_config": stage.params.scheme.to_config(1)}
+        config = {"quantization_config": to_config(stage.params.scheme, 1)}
         (folder / "transformer" / "config.json").write_text(json.dumps(config))
     for step in range(3):
         stage.log_metrics({"loss": 1 / (1 + step)}, step=step)

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FACES = ("qvgen.quant", "qvgen.methods", "qvgen.training")
+FACES = (
+    "qvgen.quant",
+    "qvgen.packing",
+    "qvgen.nn",
+    "qvgen.methods",
+    "qvgen.training",
+    "qvgen.models",
+    "qvgen.checkpoint",
+    "qvgen.sampling",
+)
 
 
 @pytest.mark.parametrize("package", FACES)

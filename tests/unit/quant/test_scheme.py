@@ -1,10 +1,9 @@
-import json
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from qvgen.quant.scheme import FORMAT_VERSION, MAX_BITS, MIN_BITS, QuantArgs, QuantScheme
+from qvgen.quant.scheme import MAX_BITS, MIN_BITS, QuantArgs, QuantScheme
 
 
 @pytest.mark.parametrize("num_bits", range(MIN_BITS, MAX_BITS + 1))
@@ -66,51 +65,6 @@ def test_schemes_are_frozen_and_comparable() -> None:
         scheme.timestep_groups = 1  # pyright: ignore[reportAttributeAccessIssue]
     assert scheme == QuantScheme()
     assert scheme != QuantScheme(timestep_groups=1)
-
-
-@pytest.mark.parametrize(
-    "scheme",
-    [
-        QuantScheme(),
-        QuantScheme(input_activations=None),
-        QuantScheme(weights=QuantArgs(num_bits=8, strategy="group", group_size=64, symmetric=True)),
-        QuantScheme(targets=("Linear", "re:blocks.*"), ignore=("proj_out",), timestep_groups=7),
-        QuantScheme(input_scaling=True, input_rotation=64, low_rank=32),
-    ],
-)
-def test_config_json_round_trip(scheme: QuantScheme) -> None:
-    config = json.loads(json.dumps(scheme.to_config(num_targets=40)))
-    assert config["quant_method"] == "qvgen"
-    assert QuantScheme.from_config(config) == (scheme, 40)
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"format_version": FORMAT_VERSION + 1}, f"this qvgen reads version {FORMAT_VERSION}"),
-        ({"format_version": None}, "packed format version None"),
-        ({"config_groups": {}}, "one config group named group_0, found \\[\\]"),
-        ({"config_groups": {"group_0": {}, "group_1": {}}}, "found \\['group_0', 'group_1'\\]"),
-    ],
-)
-def test_foreign_configs_are_refused(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        QuantScheme.from_config(QuantScheme().to_config(num_targets=1) | changes)
-
-
-def test_an_unknown_key_in_config_json_is_refused() -> None:
-    config = QuantScheme().to_config(num_targets=1)
-    config["config_groups"]["group_0"]["surprise"] = 1
-    with pytest.raises(ValidationError, match="surprise"):
-        QuantScheme.from_config(config)
-
-
-def test_what_is_off_leaves_no_trace_in_config_json() -> None:
-    """Packed folders of plain schemes keep their bytes, and older ones their meaning."""
-    group = QuantScheme().to_config(num_targets=1)["config_groups"]["group_0"]
-    assert list(group) == ["targets", "num_targets", "weights", "input_activations", "timestep_groups"]
-    group = QuantScheme(low_rank=4).to_config(num_targets=1)["config_groups"]["group_0"]
-    assert group["low_rank"] == 4 and "input_scaling" not in group
 
 
 def test_a_branch_is_at_most_a_sixteenth_of_the_layer() -> None:
