@@ -59,14 +59,14 @@ def read_settings(root: Path) -> dict[str, Any]:
 
 
 def tuning_cases(settings: dict[str, Any]) -> list[Case]:
-    """Those that choose the learning rates: the same five for each trained method, on a seed of their own."""
+    """The cases that choose learning rates: the same five for each trained method, with a seed of their own."""
     tuning = settings["cases"]["tuning"]
     trained = [name for name, method in METHODS.items() if method.trained]
     return [Case(m, tuning["bits"], tuning["seed"], percent=percent) for m in trained for percent in tuning["percents"]]
 
 
 def scored_cases(settings: dict[str, Any]) -> list[Case]:
-    """Those that the report compares: every method, fewer bits, single settings changed, more steps."""
+    """The cases that the report compares: every method, fewer bits, single settings changed, more steps."""
     cases = settings["cases"]
     seeds, low, ablation, longer = cases["seeds"], cases["low"], cases["ablation"], cases["longer"]
     return [

@@ -82,7 +82,7 @@ def read_fingerprints(root: Path) -> dict[str, Fingerprint]:
 
 
 def measure_all() -> dict[str, Fingerprint]:
-    """What every method does now. Twenty seconds on one core."""
+    """The measures of every method as it behaves now. Takes twenty seconds on one core."""
     found: dict[str, Fingerprint] = {method: {} for method in METHODS}
     for family in FAMILIES:
         with tempfile.TemporaryDirectory() as folder:
@@ -162,8 +162,8 @@ def measure_method(method: str, sources: Sources) -> dict[str, float]:
 
 
 def packed_summary(transformer: Path) -> dict[str, float]:
-    """Of the packed tensors: their bytes, how often the codes' bits are 1, and means of magnitudes of scales, zero points and
-    clips. Their hash would differ from machine to machine."""
+    """Summary of the packed tensors: bytes, share of the codes' bits that are 1, mean magnitudes of scales, zero points and
+    clips. A hash would differ from machine to machine."""
     import torch
     from safetensors.torch import load_file
 

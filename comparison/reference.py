@@ -1,4 +1,4 @@
-"""What the full-precision model answers, once for all cases.
+"""The answers of the full-precision model, computed once for all cases.
 
 Reads artifacts/model and artifacts/data; writes comparison/artifacts/reference, which git does not keep and only a case that
 runs needs, and for the report comparison/results/full_precision.json.

@@ -87,7 +87,7 @@ def run_cases(stage: Stage, cases: Sequence[Case], jobs: int) -> list[str]:
 
 
 def wanted(root: Path, case: Case, data: dict[str, str]) -> tuple[float, Params, dict[str, Any]]:
-    """Learning-rate factor, parameters and origin that a case has now."""
+    """Learning-rate factor, parameters and origin of a case under the present settings."""
     factor = case.percent / 100 if case.percent is not None else read_factor(root, case.method)
     params = case_params(root, case, factor)
     return factor, params, origin(params, read_settings(root)["revisions"][case.method], data)
@@ -99,7 +99,7 @@ def reference_origin(root: Path, data: dict[str, str]) -> dict[str, Any]:
 
 
 def _task(stage: Stage, name: str, params: Params, made: dict[str, Any]) -> tuple[Path, Path, Params, DvcFacts]:
-    """What a process of its own needs to report a run named after the stage and the case."""
+    """The stage's facts for a process of its own, which reports a run named after the stage and the case."""
     facts = DvcFacts(f"{stage.facts.address}@{name}", stage.facts.command, made["data"], made["params"], outs=())
     return stage.root, stage.home, params, facts
 

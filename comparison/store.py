@@ -45,7 +45,7 @@ def origin(params: Params, revision: int, data: Mapping[str, str]) -> dict[str, 
 
 
 def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What makes a result stale, such as "qat.steps: 45, now 60"; [] for one that is not.
+    """Reasons why a result is stale, such as "qat.steps: 45, now 60"; [] if it is not.
 
     A parameter that the result does not name did not exist when it was made: it counts as its declared default.
     """

@@ -1,4 +1,4 @@
-"""Stage baselines: what the same scheme gives without training, so that training has something to beat.
+"""Stage baselines: the quality of the same scheme without training, which training has to beat.
 
 rtn rounds on whole ranges, mse uses the calibrated grids; both are packed and judged exactly as stage evaluate judges the
 trained model. Reads artifacts/model, artifacts/calibration, artifacts/data/held_out; writes metrics/baselines.json.

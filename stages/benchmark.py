@@ -78,7 +78,7 @@ def write_variants(stage: Stage, folder: Path) -> dict[str, Path]:
 
 
 def write_inputs(stage: Stage, pipeline: Any, path: Path) -> Path:
-    """What the transformer is given in the middle of denoising: its values do not change how long it takes."""
+    """Inputs of the transformer as in the middle of denoising. Their values do not change how long a step takes."""
     import torch
 
     from qvgen.models.registry import family_adapter
@@ -150,7 +150,7 @@ def kernel_name(transformer: Any) -> str:
 
 
 def published_ratio(stage: Stage) -> dict[str, float]:
-    """What the scheme makes of a published model of the same family; empty if it names layers which that one lacks."""
+    """Size of a published model of the same family under this scheme; empty if the scheme names layers that it lacks."""
     from qvgen.evaluation.cost.size import published_packed_ratio
     from qvgen.models.registry import load_family
 

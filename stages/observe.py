@@ -1,8 +1,7 @@
-"""Stage observe: what a result depends on besides parameters and data. The machine, in artifacts/hardware.json, for the
-benchmark; and the code of each stage, in artifacts/code.json.
+"""Stage observe: the machine and the code, on which results depend besides parameters and data. Writes
+artifacts/hardware.json, which the benchmark depends on, and artifacts/code.json, with the fingerprint of each stage's code.
 
-It runs at every `dvc repro`, so it imports nothing heavy, keeps in .qvgen/ what it read of unchanged files, and leaves no run
-behind.
+It runs at every `dvc repro`, so it imports nothing heavy, caches what it has read in .qvgen/, and records no run.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ class Sources:
         return Source(body, named, tuple(mentions), tuple(asks), tuple(computes))
 
     def remember(self) -> None:
-        """Keep what was read. Another process may write it at the same time."""
+        """Write the cache of what was read. Another process may do so at the same time."""
         if self._seen != self._known:
             _write(self.root / SEEN, json.dumps(self._seen))
 

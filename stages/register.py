@@ -32,7 +32,7 @@ def run(stage: Stage) -> None:
 
 
 def describe(stage: Stage) -> dict[str, Any]:
-    """Everything the registry shall know: name, alias, identity, tags (hashes), parameters and metrics.
+    """The entry for the registry: name, alias, identity, tags (hashes), parameters and metrics.
 
     Raises ValueError if the packed transformer's config.json does not say how it is quantized.
     """

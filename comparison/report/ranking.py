@@ -1,4 +1,4 @@
-"""Which method comes first in the comparison, how sure that is, and what the comparison lacks."""
+"""The ranking of the methods in the comparison, how sure it is, and which cases are missing."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def kind_of(name: str, runs: list[Run]) -> Kind:
 
 
 def missing(results: Results) -> list[str]:
-    """What the matrix lacks, a sentence each."""
+    """Cases that are missing from the matrix, a sentence each."""
     lines = []
     if not results.bits:
         lines.append("No method has a finished run yet.")

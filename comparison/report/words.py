@@ -1,4 +1,4 @@
-"""Words of the comparison report: what each method is, what each measure is called and how its numbers are written."""
+"""Words of the comparison report: a line about each method; the name of each measure, and how its numbers are written."""
 
 from __future__ import annotations
 

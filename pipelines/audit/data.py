@@ -133,7 +133,7 @@ def _json(content: bytes | None) -> dict[str, Any]:
 
 
 def workspace_check(lineage: Lineage, project: Project, blobs: Blobs) -> Check:
-    """Whether what people load, the folder in this checkout, is what was audited."""
+    """Whether the packed folder in this checkout, which is the one people load, is the model that was audited."""
     path, md5 = lineage.packed
     folder = project.root / path
     if not folder.exists():

@@ -93,7 +93,7 @@ class Runs:
 
 @dataclass(frozen=True)
 class Lineage:
-    """A model version and what MLflow says it was made by."""
+    """A model version and the recorded runs that made it."""
 
     version: ModelVersion
     model: LoggedModel | None  # None: deleted, or never there

@@ -1,4 +1,4 @@
-"""What git and DVC hold of the project at any commit: read only, whatever is checked out."""
+"""The project as git and DVC have it at any commit, read without checking it out."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Project:
         return (listed or "").split()
 
     def lock_entry(self, commit: str, stage: str) -> dict[str, Any] | None:
-        """What dvc.lock at that commit says of a stage ("name" or "folder/dvc.yaml:name"); None if nothing."""
+        """The entry of a stage ("name" or "folder/dvc.yaml:name") in dvc.lock at that commit; None if there is none."""
         file, _, name = stage.rpartition(":")
         content = self.show(commit, str(Path(file).with_name("dvc.lock")) if file else "dvc.lock")
         if content is None:

@@ -37,7 +37,7 @@ _HASH = re.compile(r"[0-9a-f]{32}(\.dir)?")
 
 @dataclass(frozen=True)
 class Report:
-    """What an audit found; `rebuild`: shell commands that make the packed model again."""
+    """The findings of an audit. `rebuild`: shell commands that make the packed model again."""
 
     model: str
     checks: list[Check]

@@ -78,7 +78,7 @@ def evaluate_gate(
 
 
 class _Metrics:
-    """Metrics in which what was not measured is NaN."""
+    """Metrics in which a value that was not measured is NaN."""
 
     def __init__(self, values: Mapping[str, float]) -> None:
         self._values = values
@@ -88,7 +88,7 @@ class _Metrics:
 
 
 def _held(limit: Limit, value: _Metrics) -> float:
-    """What a limit is held against: a metric, a difference or a ratio."""
+    """The value that a limit is held against: a metric, a difference or a ratio."""
     found = value[limit.metric]
     if limit.minus is not None:
         found -= value[limit.minus]

@@ -27,7 +27,7 @@ ATTEMPTS = 5  # to decide before another host does
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a wish to promote."""
+    """The result of a request to promote."""
 
     name: str
     version: int
@@ -38,7 +38,7 @@ class Outcome:
     message: str
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, which has no NaN: what was not measured is None."""
+        """As JSON, which has no NaN: a value that was not measured is None."""
         rules = [
             {"rule": r.name, "value": r.known, "limit": r.limit_text, "ok": r.ok, "applies": r.applies} for r in self.rules
         ]

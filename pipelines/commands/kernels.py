@@ -1,4 +1,5 @@
-"""`qvgen kernels`: what runs the packed layers and the ops between them on this machine, and why nothing faster does."""
+"""`qvgen kernels`: the backends that run packed layers and the ops between them on this machine, and why no faster one
+does."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`qvgen results`: what the pipeline measured, as one table, and where to go from there.
+"""`qvgen results`: the pipeline's measurements as one table, and where to go from there.
 
-Numbers come from metrics/*.json only; what has not been measured is shown as such, never guessed.
+Numbers come from metrics/*.json only; a number that has not been measured is shown as such, never guessed.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def rows(metrics: dict[str, dict[str, Any]]) -> list[Row]:
 
 
 def facts(metrics: dict[str, dict[str, Any]]) -> list[str]:
-    """What the table's numbers rest on, a sentence each."""
+    """The circumstances of the table's numbers, a sentence each."""
     lines = []
     if "evaluate" in metrics:
         count = metrics["evaluate"]["prompts"]

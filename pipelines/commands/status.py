@@ -64,8 +64,8 @@ def show(root: Path, targets: Sequence[str] = ()) -> None:
 
 
 def _reasons(stage: Any, facts: dict[Path, str]) -> Iterator[str]:
-    """From what DVC calls the status of a stage: texts, and {"changed deps" or "changed outs": {path: what}}; and from
-    `facts`, what stage observe would write, since DVC knows what it wrote last."""
+    """Reasons from DVC's status of a stage: texts, and {"changed deps" or "changed outs": {path: what}}. `facts` is what
+    stage observe would write now; DVC knows only what it wrote last."""
     if stage.always_changed or stage.is_callback:  # a callback has neither dependencies nor outputs
         yield "runs every time"
     if stage.is_callback:

@@ -28,7 +28,7 @@ PATIENCE = 180  # seconds until a server must answer; on a quiet machine it take
 
 @dataclass(frozen=True)
 class Server:
-    """Whether it answers; else what starts it, and with which variables."""
+    """A server: whether it answers; if not, the command and variables that start it."""
 
     answers: Callable[[], bool]
     command: list[str]

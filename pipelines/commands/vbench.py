@@ -1,4 +1,4 @@
-"""`qvgen vbench`: the real VBench over a folder of generated videos; what it lacks, by name."""
+"""`qvgen vbench`: the real VBench over a folder of generated videos; files that it lacks are named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every run in this checkout shares: the environment of its processes, and that there is one run at a time."""
+"""The environment of the processes of every run in this checkout, and the lock that allows one run at a time."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def read_plan(root: Path, targets: Iterable[str] = ()) -> Plan:
 
 
 def pipeline_stages(graph: Graph) -> set[str]:
-    """Those of the root's dvc.yaml: what runs if nothing else is said."""
+    """The stages of the root's dvc.yaml, which run if no others are named."""
     return {name for name in graph if ":" not in name}
 
 

@@ -74,7 +74,7 @@ def run_stage(
 ) -> State:
     """One DVC stage; returns a state named Cached (up to date), RunCache (DVC had its outputs from before) or Completed.
 
-    `upstream` holds what became of the stages it needs, `unchanged` whether it was up to date when the flow began. Raises
+    `upstream` holds the states of the stages it needs, `unchanged` whether it was up to date when the flow began. Raises
     StageError.
     """
     if unchanged and all(name == CACHED for name in upstream):

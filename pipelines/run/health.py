@@ -19,7 +19,7 @@ Answer = TypeVar("Answer")
 
 
 def fetch(address: str, seconds: float) -> bytes | None:
-    """What a GET of the http(s) address brings with status 200 within `seconds`, all in all; else None. Never raises.
+    """The body of a GET of the http(s) address, if status 200 comes within `seconds`, all in all; else None. Never raises.
 
     `user:password@` in the address is sent as basic authentication, as MLflow's client does.
     """

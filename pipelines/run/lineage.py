@@ -1,4 +1,4 @@
-"""`qvgen lineage sync`, and the end of an execution: what the stages' own journals cannot say.
+"""`qvgen lineage sync`, and the end of an execution: records that the stages' own journals cannot hold.
 
 Stages write journals and a process beside each sends them (stages/record). What is left over, and needs the graph of the
 pipeline: stages that were up to date and therefore never ran, and the results of an execution as a whole.

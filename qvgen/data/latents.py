@@ -1,4 +1,4 @@
-"""Latents and text embeddings computed once: what training, calibration and evaluation read.
+"""Latents and text embeddings, computed once and read by training, calibration and evaluation.
 
 captions.json            list of the distinct captions
 text.safetensors         embeddings (captions + 1, l, d) float32; the last row is the empty caption

@@ -4,7 +4,7 @@
     qvgen::quantized_linear_out(x, weight, ..., out)         the same, into `out`
     qvgen::quantized_linears(x, weights, ...) -> y[]         layers that read the same input (q, k, v): it is read once
     qvgen::quantized_feed_forward(x, weights, ...) -> y      two layers with a GELU between them
-    qvgen::dequantized_weight(weight, ...) -> w              what a layer multiplies with, (N, K) float32
+    qvgen::dequantized_weight(weight, ...) -> w              the weight that a layer multiplies with, (N, K) float32
 
     x                    (n, ..., K) float32, bfloat16 or float16, of any strides; n samples
     weight               the backend's own layout (registry.PreparedWeight)

@@ -53,7 +53,7 @@ class PreparedWeight(NamedTuple):
 
 
 class LayerTensors(NamedTuple):
-    """A layer's tensors as the ops get them (kernels/ops.py)."""
+    """A layer's tensors as the ops get them (kernels/linear_ops.py)."""
 
     weight: torch.Tensor
     weight_scale: torch.Tensor
@@ -65,7 +65,7 @@ class LayerTensors(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """What the ops get besides: the same for all layers of a call."""
+    """Arguments of the ops that are the same for all layers of a call."""
 
     timestep_group: torch.Tensor | None
     weight_bits: int

@@ -1,4 +1,4 @@
-"""What a method is to the pipeline: a card of a few facts, and hooks that calibration and training call.
+"""The interface of a method: a card with a few facts, and hooks that calibration and training call.
 
 Params, recipe and stages read the facts and call the hooks; none of them asks which method it is. The defaults are those of
 `kd`, plain training of all parts towards the teacher, so a card holds what its method does otherwise.
@@ -28,7 +28,7 @@ Teacher = Callable[[], "torch.Tensor"]
 
 
 class PhiSettings(Protocol):
-    """What a card reads of section `decay` of params.yaml."""
+    """The settings of section `decay` of params.yaml that a card reads."""
 
     @property
     def initial_rank(self) -> int: ...
@@ -103,5 +103,5 @@ class Method:
         return (student - teacher()).square().mean()
 
     def finish_(self, student: nn.Module, quantize_: Quantize) -> None:
-        """Make of the trained student, without Φ, one that `convert_` packs. `quantize_(student)` calibrates the student
+        """Turn the trained student, without Φ, into one that `convert_` can pack. `quantize_(student)` calibrates the student
         itself and turns its layers into QATLinear."""

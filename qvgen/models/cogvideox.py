@@ -147,8 +147,8 @@ class CogVideoXFamily(Family):
         )[0]
 
     def foldable_inputs(self, model: nn.Module) -> list[FoldableInput]:
-        """Per block: what q, k and v read and what the feed-forward reads (both modulated by a linear layer of the block's
-        own), and what the output projection reads."""
+        """Per block: the input of q, k and v and that of the feed-forward, which a linear layer of the block modulates; and
+        the input of the output projection."""
         found = []
         for i, block in enumerate(model.get_submodule("transformer_blocks").children()):
             parts: Any = block

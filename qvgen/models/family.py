@@ -1,4 +1,4 @@
-"""The protocol of a family of video diffusion transformers: all that the library asks of one.
+"""The protocol of a family of video diffusion transformers: every question that the library asks about one.
 
 A family is one file (wan.py, cogvideox.py): everything that is true of it and of no other stands there. registry.py knows the
 families by the diffusers pipelines they belong to; docs/add-a-family.md adds one step by step.

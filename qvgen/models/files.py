@@ -1,4 +1,4 @@
-"""Single files of a model source: what counts as one, whether it is whole, and the configuration in it."""
+"""Single files of a model source: which files count, whether one is whole, and reading a configuration."""
 
 from __future__ import annotations
 

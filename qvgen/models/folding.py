@@ -17,7 +17,7 @@ from torch import nn
 
 
 class ChannelGrid(NamedTuple):
-    """What an input becomes: (x - shift) / scale, both (K,)."""
+    """The fold of an input: it becomes (x - shift) / scale, both (K,)."""
 
     shift: torch.Tensor
     scale: torch.Tensor
@@ -29,8 +29,9 @@ Fold = Callable[[torch.Tensor, torch.Tensor], None]
 
 @dataclass(frozen=True)
 class FoldableInput:
-    """What the linear layers `layers` (full names) read: one input, or several of as many blocks that come from the same
-    parameters. `shifts` is False if it can only be scaled, as several inputs can; `scales` is False if only shifted."""
+    """The input of the linear layers `layers` (full names); or the inputs of several blocks, if the same parameters make
+    them. `shifts` is False if it can only be scaled, as is so for several inputs; `scales` is False if it can only be
+    shifted."""
 
     layers: tuple[str, ...]
     fold: Fold

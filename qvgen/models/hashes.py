@@ -1,4 +1,4 @@
-"""The bytes of a model source: sha256 of every file, and whether they are those that were recorded."""
+"""The bytes of a model source: sha256 of every file, compared with the recorded ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What the two-layer models of all families share: clips, words, a text encoder's sizes. The models stand with their family.
+"""Parts that the two-layer models of all families share: clips, words, sizes of a text encoder. Each model stands in its
+family's file.
 
 Everything is real but small: tests run the same code on them as on the published models, in a second. Same seed, same bytes.
 """

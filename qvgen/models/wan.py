@@ -144,9 +144,10 @@ class WanFamily(Family):
         return model(hidden_states=latents, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0]
 
     def foldable_inputs(self, model: nn.Module) -> list[FoldableInput]:
-        """Of all blocks at once: what q, k and v of self-attention read and what the feed-forward reads (both modulated by one
-        projection of the timestep, so scaled together), and the text. Per block: these two shifted, in the block's table;
-        what the output projections read; and what the cross-attention's query reads (its norm is affine)."""
+        """Scaled for all blocks together: the input of self-attention's q, k and v, and that of the feed-forward, because one
+        projection of the timestep modulates both in every block; and the text. Per block: a shift of these two, which goes
+        into the block's table; the inputs of the output projections; the input of the cross-attention's query, whose norm is
+        affine."""
         blocks: list[Any] = list(model.get_submodule("blocks").children())
         names = [f"blocks.{i}" for i in range(len(blocks))]
         embedder: Any = model.get_submodule("condition_embedder")

@@ -1,4 +1,5 @@
-"""What some methods add to a quantized layer at inference: scaled and rotated inputs, and a low-rank branch in 16 bits.
+"""Extras that some methods add to a quantized layer at inference: scaled and rotated inputs, and a low-rank branch in 16
+bits.
 
     x' = rotate(x / input_scale)         float32
     y  = Q(W') Q(x') + up (down x') + b  W' = rotate(W diag(input_scale)) - up down

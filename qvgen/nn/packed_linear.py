@@ -104,7 +104,7 @@ class PackedLinear(nn.Module):
         scheme: QuantScheme,
         **extras: torch.Tensor | None,
     ) -> Self:
-        """A layer from what training exports.
+        """A packed layer from the codes and grids that training exports.
 
         codes (N, K) uint8; scale and zero_point (rows, G) float32, where rows is N, or 1 for strategy tensor, and zero_point
         is None if symmetric; clips (timestep groups,) float32 in [0, 1], None if inputs are not quantized; bias (N,) of any
@@ -215,7 +215,7 @@ class PackedLinear(nn.Module):
         return get(prepared.backend).stored_words(prepared, self.in_features, self.scheme.weights.num_bits)
 
     def _store_words(self) -> None:
-        """Back to how the layer was before a backend had its weight."""
+        """Undo `prepare_backend`: the layer keeps its stored words again."""
         if self._prepared is not None:
             self._buffers[layout.PACKED] = self._stored_words()
             self._prepared = None

@@ -58,7 +58,7 @@ class AuxiliaryModule(nn.Module):
     def truncate(self, rank: int, redecompose: bool = True) -> dict[nn.Parameter, nn.Parameter | None]:
         """Keep the first `rank` columns, and decompose the rest anew: columns ordered by singular value again.
 
-        Without `redecompose` the columns stay as they are, which is what the public code's fault (below) amounts to.
+        Without `redecompose` the columns stay as they are. The public code's fault, below, has the same effect.
 
         QR of L and R^T and the SVD of an R x R core give the factors of the full SVD at a fraction of its time. Returns
         the old factors with the new ones (None at rank 0), for `replace_parameters`: an optimizer that goes on with the

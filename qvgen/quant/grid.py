@@ -16,8 +16,8 @@ from qvgen.quant.smoothing import transform_input, transform_weight
 class LayerGrid:
     """Calibrated quantizers of one layer: weight scale and zero point (rows, G); clips (timestep groups,) in (0, 1].
 
-    With a scheme that adds to the layer also `input_scale` (K,), and `low_rank_up` (N, R) and `low_rank_down` (R, K) of the
-    16-bit branch. The grid is then that of `residual`, and the branch reads the same transformed inputs, not quantized.
+    Schemes with extras have `input_scale` (K,) too, and `low_rank_up` (N, R) and `low_rank_down` (R, K) of the 16-bit branch.
+    The grid then belongs to the `residual`; the branch reads the same transformed inputs, unquantized.
     """
 
     scale: torch.Tensor
@@ -49,7 +49,7 @@ class LayerGrid:
         )
 
     def residual(self, weight: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
-        """What of a weight (N, K) is packed, float32: it scaled and rotated, less the low-rank branch."""
+        """The part of a weight (N, K) that is packed, float32: the scaled and rotated weight minus the low-rank branch."""
         scheme.check_rotation(weight.shape[1])
         weight = transform_weight(weight.detach().float(), self.input_scale, scheme.input_rotation)
         if self.low_rank_up is None or self.low_rank_down is None:
@@ -57,7 +57,8 @@ class LayerGrid:
         return weight - self.low_rank_up @ self.low_rank_down
 
     def check(self, name: str, weight: torch.Tensor, scheme: QuantScheme) -> None:
-        """Raise ValueError, with the layer's name, if the grid lacks what the scheme adds to a layer, or has too much."""
+        """Raise ValueError, with the layer's name, if the grid lacks a tensor that the scheme needs, or has one that it does
+        not."""
         n, k = weight.shape
         rank = scheme.rank_of(n, k)
         expected = {
@@ -84,7 +85,8 @@ class LayerGrid:
 
 @dataclass(frozen=True)
 class LayerError:
-    """Squared errors of one layer relative to the squared norm of what they disturb; `output` is what counts."""
+    """Squared errors of one layer's weight, input and output, each relative to its squared norm. Choices are made by
+    `output`."""
 
     weight: float
     activation: float
@@ -92,8 +94,9 @@ class LayerError:
 
 
 def layer_error(weight: torch.Tensor, grid: LayerGrid, inputs: list[torch.Tensor], scheme: QuantScheme) -> LayerError:
-    """What `grid` costs a layer of weight (N, K), on recorded rows (m, K) of its inputs per timestep group. Where the scheme
-    scales or rotates, weight and inputs count as they are then; the outputs are the layer's own in any case."""
+    """Errors that `grid` causes in a layer of weight (N, K), on recorded rows (m, K) of its inputs per timestep group. Where
+    the scheme scales or rotates, the errors of weight and input are those of the transformed ones; the output is always the
+    layer's own."""
     weight = weight.detach().float()
     residual = grid.residual(weight, scheme)
     quantized_weight = WeightQuantizer(scheme.weights, grid.scale, grid.zero_point).dequantized(residual)
@@ -114,6 +117,6 @@ def layer_error(weight: torch.Tensor, grid: LayerGrid, inputs: list[torch.Tensor
 
 
 def quantize_tokens(x: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, args: QuantArgs) -> torch.Tensor:
-    """x (..., K) on the grid of each token."""
+    """x (..., K) rounded to the dynamic grid of each token."""
     scale, zero_point = token_grid(x, lower, upper, args)
     return dequantize(codes(x, scale, zero_point, args), scale, zero_point)

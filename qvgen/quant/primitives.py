@@ -7,8 +7,8 @@ Rounding is half to even. The definition, shared by training, the packed model a
     float zero point     q = clamp(round(x / s + z), 0, P)
     both                 x^ = s (q - z)
 
-Division is division: `x * (1 / s)` differs at ties. Gradients: rounding has gradient 1 (straight through), the clamp keeps
-its own, which together give the LSQ+ gradients of scale and zero point.
+The quotient is computed as a quotient: `x * (1 / s)` rounds differently at ties. Gradients: rounding has gradient 1 (straight
+through), the clamp keeps its own, which together give the LSQ+ gradients of scale and zero point.
 """
 
 from __future__ import annotations

@@ -60,7 +60,8 @@ class QuantScheme(_Frozen):
     expression matched from the start of the full name. An empty `targets` means the family's default, the linear layers
     of the transformer blocks.
 
-    The last three fields are what some methods add to each layer at inference; off, they leave no trace in config.json.
+    The last three fields are extras that some methods add to each layer at inference. They are left out of config.json while
+    they are off.
     """
 
     weights: QuantArgs = QuantArgs(zero_point_domain="float")
@@ -103,7 +104,7 @@ class QuantScheme(_Frozen):
 
     @property
     def extras(self) -> dict[str, Any]:
-        """What this scheme adds to a plain quantized layer: the fields of EXTRAS that are not off."""
+        """The extras that are on: fields of EXTRAS that do not have their default."""
         return {name: getattr(self, name) for name in EXTRAS if getattr(self, name) != type(self).model_fields[name].default}
 
     def without_extras(self) -> QuantScheme:

@@ -26,14 +26,14 @@ def smoothing_scale(input_max: torch.Tensor, weight: torch.Tensor, alpha: float)
 
 
 def transform_input(x: torch.Tensor, scale: torch.Tensor | None, rotation: int | None) -> torch.Tensor:
-    """x (..., K) float32 as its layer quantizes it: divided by `scale` (K,), then rotated in blocks of `rotation`."""
+    """x (..., K) float32 in the form that is quantized: divided by `scale` (K,), then rotated in blocks of `rotation`."""
     if scale is not None:
         x = x / scale
     return x if rotation is None else rotate(x, rotation)
 
 
 def transform_weight(weight: torch.Tensor, scale: torch.Tensor | None, rotation: int | None) -> torch.Tensor:
-    """The weight (N, K) that takes transformed inputs to the same outputs: times `scale`, then rotated."""
+    """The weight (N, K) that makes the same outputs of transformed inputs: multiplied by `scale`, then rotated."""
     if scale is not None:
         weight = weight * scale
     return weight if rotation is None else rotate(weight, rotation)

@@ -1,4 +1,5 @@
-"""Before the first step: record what every layer reads, fold what can be folded, search the grids. In the order of use."""
+"""Calibration, before the first training step: record the inputs of every layer, fold those that can be folded, search the
+grids. Functions stand in the order of their use."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ Progress = Callable[..., AbstractContextManager[Any]]  # (total, description, un
 
 @dataclass(frozen=True)
 class Calibration:
-    """What training starts from. `inputs` are those that the layers read after folding."""
+    """The result of calibration, from which training starts. `inputs` are recorded rows of the layers' inputs after
+    folding."""
 
     inputs: Inputs
     folds: dict[str, ChannelGrid]
@@ -125,7 +127,8 @@ def search_grids(
 
 
 def apply_folds_(transformer: nn.Module, family: Family, folds: Mapping[str, ChannelGrid]) -> None:
-    """Do to a fresh transformer what `fold_inputs_` did to another copy. Raises ValueError for a fold of another model."""
+    """Repeat, on a fresh transformer, the folds that `fold_inputs_` made on another copy. Raises ValueError for a fold of
+    another model."""
     sources = family.foldable_inputs(transformer)
     if unknown := sorted(folds.keys() - {source.name for source in sources}):
         raise ValueError(f"the input of {unknown[0]} cannot be folded in this model; run calibration with this model")

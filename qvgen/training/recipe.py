@@ -25,7 +25,7 @@ from qvgen.training.loop import Trainer
 
 @dataclass(frozen=True)
 class Sources:
-    """What training reads: a pipeline folder, the folder of calibrated grids, the folder of prepared data."""
+    """The folders that training reads: a diffusers pipeline, calibrated grids, prepared data."""
 
     model: Path
     calibration: Path
@@ -33,13 +33,13 @@ class Sources:
 
     @classmethod
     def of(cls, root: Path, calibration: Path | None = None) -> Sources:
-        """Those of a project's folder, with another folder of grids if one is given."""
+        """The folders of a project, with another folder of grids if one is given."""
         artifacts = root / "artifacts"
         return cls(artifacts / "model", calibration or artifacts / "calibration", artifacts / "data")
 
 
 def calibrate(params: Params, sources: Sources) -> None:
-    """Calibrate the full-precision model and write what training starts from."""
+    """Calibrate the full-precision model and write folds and grids, from which training starts."""
     transformer, family = _load(sources)
     save_calibration(sources.calibration, calibrate_(transformer, family, _clips(sources), params))
 

@@ -95,7 +95,7 @@ def _create_database(database: Path) -> None:
 
 @contextmanager
 def locked(home: Path) -> Iterator[None]:
-    """What only one process of this checkout may do at a time."""
+    """A lock that one process of this checkout can hold at a time."""
     folder = home / ".qvgen" / "locks"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "tracking").open("w") as lock:

@@ -1,4 +1,4 @@
-"""One execution of the pipeline, such as a `dvc repro`: what it ran with, and which execution a stage belongs to."""
+"""One execution of the pipeline, such as a `dvc repro`: its circumstances, and how a stage finds the one it belongs to."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Execution:
 def open_execution(root: Path, home: Path, token: str | None = None) -> Execution:
     """The execution this process belongs to; the first stage of an execution writes its journal.
 
-    It is the one of that token, else the run that QVGEN_PARENT_RUN_ID names, else the `dvc` process that started this stage,
-    else this process.
+    An execution is named by the token QVGEN_EXECUTION, else by the run QVGEN_PARENT_RUN_ID, else by the `dvc` process that
+    started this stage, else by this process.
     """
     given = None if token else os.environ.get("QVGEN_PARENT_RUN_ID")
     id = f"{PREFIX}{token or given or _execution_token()}"
@@ -93,7 +93,7 @@ _WRITTEN = [f":(exclude,glob){path}" for path in ("**/dvc.lock", "metrics/**", "
 
 
 def _git_tags(root: Path) -> dict[str, str]:
-    """Commit, and whether anything else differs from it than what the pipeline itself writes while it runs."""
+    """Commit, and whether files differ from it other than those that the pipeline itself writes while it runs."""
     commit = _git(root, "rev-parse", "HEAD")
     if commit is None:
         return {}

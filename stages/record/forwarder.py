@@ -1,4 +1,4 @@
-"""What a stage starts beside itself: a process that sends its journal to MLflow, and a thread of system metrics."""
+"""The helpers that a stage starts: a process that sends its journal to MLflow, and a thread that samples system metrics."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ RESTART_SECONDS = 30.0  # after which a sender that gave up on a server that han
 
 
 class Forwarder:
-    """Context manager around a stage. The sender is a process of its own: MLflow takes seconds to import and may hang or fail,
-    and there it can do neither to the stage.
+    """Context manager around a stage. The sender is a process of its own, because MLflow takes seconds to import and may hang
+    or fail, which must not touch the stage.
 
     The sender holds no pipe of this process. Whoever reads this process's output to its end (`dvc repro | tee log`, the flow)
     would otherwise wait for a sender that waits for a server. It writes to a file, and a thread repeats that here.
@@ -76,7 +76,7 @@ class Forwarder:
             _say(f"warning: tracking did not start ({error}); the journal is complete")
 
     def _watch(self) -> None:
-        """Repeat what the sender says, and start it again if it gave up while the stage goes on."""
+        """Print the sender's messages, and start it again if it gave up while the stage goes on."""
         ended: float | None = None
         while not self._done.wait(0.5):
             self._tell()

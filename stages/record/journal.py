@@ -126,6 +126,5 @@ def write_receipt(journal: Path, receipt: Mapping[str, Any]) -> None:
 
 
 def open_private(path: Path) -> TextIO:
-    """A file to append to that only its owner may read: parameters, differences and messages may hold what is nobody else's
-    business."""
+    """A file to append to that only its owner may read: parameters, differences and messages may hold secrets."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a run in MLflow gets besides what its stage reported: its data, the run that produced it, texts."""
+"""Additions to a run in MLflow that its stage did not report: datasets, the run that produced cached outputs, texts."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Texts without what nobody else should read. Whatever goes to MLflow, into a journal or onto the screen passes here.
+"""Secrets taken out of texts. Every text that goes to MLflow, into a journal or onto the screen passes through here.
 
-Rather too much than too little is taken out: these texts explain a run, nothing is computed from them.
+In doubt a passage is taken out: these texts explain a run, nothing is computed from them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a stage takes of the machine while it runs, under the names that MLflow shows as system metrics."""
+"""The use of CPU, memory and accelerators while a stage runs, under the names that MLflow shows as system metrics."""
 
 from __future__ import annotations
 

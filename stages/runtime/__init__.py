@@ -1,2 +1,2 @@
-"""What a stage runs in: parameters, locks and signals (run), outputs that appear whole or not at all (outputs), what DVC knows
-of it (dvc), and what the two stages of training share (training)."""
+"""The frame of a stage: parameters, locks and signals (run), outputs that appear whole or not at all (outputs), DVC's view of
+the stage (dvc), fingerprints of its code (code, source), and the common part of the two training stages (training)."""

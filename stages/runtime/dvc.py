@@ -1,4 +1,4 @@
-"""What DVC knows of the running stage: command, dependencies, parameters, outputs, and the key made of them."""
+"""DVC's view of the running stage: command, dependencies, parameters, outputs, and the key made of them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class DvcFacts:
 
     @property
     def tags(self) -> dict[str, str]:
-        """What a run in MLflow is found by."""
+        """The tags by which the run is found in MLflow."""
         return {"dvc.stage": self.address, "dvc.key": self.key} | {f"dvc.dep.{path}": md5 for path, md5 in self.deps.items()}
 
     @property

@@ -1,4 +1,4 @@
-"""What every stage shares: parameters, outputs that appear whole or not at all, checkpoints, progress, a record.
+"""The frame that every stage runs in: parameters, outputs that appear whole or not at all, checkpoints, progress, a record.
 
 A stage is a module with `def run(stage: Stage) -> None` that ends with `stage_main("name", run)`. It runs the same
 under `dvc repro`, `dvc exp run` and by hand (`python -m stages.name` in the project folder).

@@ -1,4 +1,4 @@
-"""What a source file says that can change a result: of Python its syntax tree, of C++ its text without comments and layout.
+"""The part of a source file that can change a result: the syntax tree of Python, the text of C++ without comments and layout.
 
 Docstrings, comments, annotations of plain functions and the place of the file do not count. No import of another module of
 the project: the stage that needs this runs at every `dvc repro` and has to be quick.
@@ -26,7 +26,7 @@ _MODULE = re.compile(rf"(?:{'|'.join(PACKAGES)})(?:\.\w+)+\.?")
 
 @dataclass(frozen=True)
 class Source:
-    """What one file says. `body` is a hash; an import is (module, name or "", alias or "")."""
+    """Summary of one file. `body` is a hash; an import is (module, name or "", alias or "")."""
 
     body: str
     imports: tuple[tuple[str, str, str], ...] = ()
@@ -41,7 +41,7 @@ def is_code(path: str) -> bool:
 
 
 def summarize(path: str, content: bytes) -> Source:
-    """What a file says. Python that does not parse is taken as it is."""
+    """Summary of a file. Of Python that does not parse the plain text counts."""
     if path.endswith(".py"):
         try:
             return _summarize_python(content, module_of(path), path.endswith("/__init__.py"))
@@ -100,7 +100,7 @@ def _summarize_python(content: bytes, module: str, package: bool) -> Source:
 
 
 def _keep_functions(tree: ast.Module) -> tuple[str, ...]:
-    """Leave of the classes only the methods that others call; returns their names."""
+    """Reduce classes to the methods that other files may call, and return these methods' names."""
     import ast
 
     kept: list[ast.FunctionDef] = []
@@ -128,8 +128,9 @@ def _absolute(node: ast.ImportFrom, module: str, package: bool) -> str:
 
 
 def _strip(tree: ast.AST) -> None:
-    """Take out, in place, what changes no result: docstrings and other texts that stand alone, annotations, blocks for type
-    checkers. Annotations stay in classes, where they make fields, and on decorated functions: the decorator may read them."""
+    """Remove, in place, parts that change no result: docstrings and other texts that stand alone, annotations, blocks for
+    type checkers. Annotations stay in classes, where they make fields, and on decorated functions: the decorator may read
+    them."""
     import ast
 
     for node in ast.walk(tree):
@@ -160,7 +161,7 @@ def _kept(node: ast.AST, fields: bool) -> ast.AST | None:
 
 
 def _plain(node: object) -> Iterator[object]:
-    """A syntax tree as nested lists: imports left out, and what is empty, since Python's versions differ in that."""
+    """A syntax tree as nested lists, without imports, and without empty fields, which differ between versions of Python."""
     import ast
 
     if isinstance(node, ast.Import | ast.ImportFrom):

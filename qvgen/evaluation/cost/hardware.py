@@ -1,4 +1,4 @@
-"""What a speed was measured on. A number without this means nothing on another machine."""
+"""The machine on which a speed was measured. Without it a number means nothing on another machine."""
 
 from __future__ import annotations
 

@@ -58,8 +58,8 @@ def time_calls(
 ) -> dict[str, Samples]:
     """Time each action in `repetitions` rounds, taking turns. `on_round(1)` is called after each round, warm-up too.
 
-    With `least_seconds` an action that takes less, as seen in the warm-up, is called several times in its turn, so that
-    what a clock costs and how finely it counts do not matter.
+    An action that took less than `least_seconds` in the warm-up is called several times in its turn, so that the cost and
+    resolution of the clock do not matter.
     """
     calls = dict.fromkeys(actions, 1)
     samples = {name: Samples([], []) for name in actions}

@@ -27,7 +27,7 @@ def module_errors(
     """|student - teacher|^2 / |teacher|^2 of the output of every module that holds some of the linear `layers` (their
     attention or feed-forward), on clean latents (n, ...) made noisy at `timesteps` (n,), text (n, l, d).
 
-    Errors that come from the modules before are part of it: this is what the deployed model departs by.
+    Errors inherited from the modules before are included, as they are in the deployed model.
     """
     names = list(dict.fromkeys(".".join(layer.split(".")[:3]) for layer in layers))
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))

@@ -31,7 +31,7 @@ class Verdict:
 
 
 def read_clips(clips: torch.Tensor) -> list[Attributes]:
-    """What the judge sees in clips (n, 3, t, h, w) float in [-1, 1]."""
+    """The colours, directions and digits that the judge reads in clips (n, 3, t, h, w), float in [-1, 1]."""
     if clips.ndim != 5 or clips.shape[1] != 3:
         raise ValueError(f"clips must have shape (n, 3, t, h, w), got {tuple(clips.shape)}")
     rgb = ((clips.float() + 1) / 2).clamp(0, 1)

@@ -29,7 +29,7 @@ ACCURACIES = ("colour", "direction", "digit")  # what the judge of the embedded 
 
 @dataclass(frozen=True)
 class Trial:
-    """What every model is asked: videos for `prompts`, and velocities on `latents` (n, ...) with `text` (n, l, d)."""
+    """The questions put to every model: videos for `prompts`, and velocities on `latents` (n, ...) with `text` (n, l, d)."""
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -71,7 +71,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Observation:
-    """What one model answered."""
+    """The answers of one model."""
 
     latents: torch.Tensor  # sampled, (n, ...)
     clips: torch.Tensor  # (n, 3, t, h, w) in [-1, 1]

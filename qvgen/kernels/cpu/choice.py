@@ -51,7 +51,7 @@ _known: dict[tuple[str, ...], Choice] = {}
 
 
 def choice(again: bool = False) -> Choice:
-    """What was measured on this machine, now or before; `again`: now."""
+    """The measurement on this machine, from the cache if there is one; `again` takes it anew."""
     names = [name for name in library.supported_isas() if not library.load().qvgen_isa_emulated(name.encode())]
     key = tuple(names)
     with _lock:
@@ -158,7 +158,7 @@ def _processor() -> str:
 
 
 def _read(path: Path, names: Sequence[str]) -> Choice | None:
-    """What the file says; None if there is none, or it is not one of ours."""
+    """The content of the cache file; None if there is none, or it is not one of ours."""
     try:
         content = json.loads(path.read_text())
         linear, attention = ({str(k): float(v) for k, v in content[key].items()} for key in ("linear_ms", "attention_ms"))

@@ -1,7 +1,7 @@
 """The plain search: ranges of the weight, then clips of the input. Every other search ends with it.
 
-The best clip is far from the 0.95 that QVGen starts with, and falls with the width of the layer: fewer levels must spend less
-on rare extremes. So it is searched per layer and timestep group, on recorded inputs.
+The best clip is far from the 0.95 that QVGen starts with, and lower for fewer bits: the fewer levels there are, the less can
+be spent on rare extremes. So clips are searched per layer and timestep group, on recorded inputs.
 """
 
 from __future__ import annotations
