@@ -181,7 +181,7 @@ def packed_scores(stage: Stage, case: Case, student: Any, params: Params, source
     reference = replace(reference, latents=reference.latents[:prompts], clips=reference.clips[:prompts])
     family, pipeline = load_family(folder), load_pipeline(folder)
     started = time.perf_counter()
-    with stage.progress(trial.items, unit="item") as progress:
+    with stage.progress(trial.predictions, unit="prediction") as progress:
         seen = observe(pipeline, family, trial, params.chosen.guidance_stop, on_batch=progress.update)
     seconds = time.perf_counter() - started
 

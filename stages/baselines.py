@@ -27,7 +27,7 @@ def run(stage: Stage) -> None:
     grids = load_grids(own if own.exists() else calibration / "grids.safetensors")
     starts = {"rtn": None, "mse": grids}  # None: whole ranges
     scores = {}
-    with stage.progress((1 + len(starts)) * trial.items, unit="item") as progress:
+    with stage.progress((1 + len(starts)) * trial.predictions, unit="prediction") as progress:
         reference = observe(load_pipeline(source), family, trial, on_batch=progress.update)
         for method, start in starts.items():
             pipeline = load_pipeline(source)

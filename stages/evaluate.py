@@ -28,7 +28,7 @@ def run(stage: Stage) -> None:
     for folder in folders:
         check_size(folder, trial.size)
     observations = []
-    with stage.progress(total=len(folders) * trial.items, unit="item") as progress:
+    with stage.progress(total=len(folders) * trial.predictions, unit="prediction") as progress:
         for folder in folders:
             pipeline, family, stop = load_pipeline(folder), load_family(folder), read_guidance_stop(folder)
             observations.append(observe(pipeline, family, trial, guidance_stop=stop, on_batch=progress.update))

@@ -60,9 +60,9 @@ def packed(setup: SimpleNamespace, bits: int) -> SimpleNamespace:
 
 
 def test_a_model_equals_itself(setup: SimpleNamespace) -> None:
-    items: list[int] = []
-    reference = observe(setup.pipeline, setup.family, setup.trial, on_batch=items.append)
-    assert sum(items) == setup.trial.items == 3 + 2 * 3
+    done: list[int] = []
+    reference = observe(setup.pipeline, setup.family, setup.trial, on_batch=done.append)
+    assert sum(done) == setup.trial.predictions == 3 * (2 * 2) + 2 * 3  # with guidance two a step
     assert reference.clips.shape == (3, 3, 9, 32, 32) and reference.clips.abs().max() <= 1
     assert reference.velocities.shape == (2, *setup.trial.latents.shape)
     scores = compare(reference, observe(setup.pipeline, setup.family, setup.trial), setup.trial)

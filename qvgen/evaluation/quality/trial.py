@@ -64,9 +64,15 @@ class Trial:
         )
 
     @property
-    def items(self) -> int:
-        """How many items `observe` reports to `on_batch` in total: videos, then velocity predictions."""
-        return len(self.prompts) + len(self.timesteps) * len(self.latents)
+    def predictions_per_video(self) -> int:
+        """Velocities that the model predicts for one video: one a step, or two with guidance."""
+        return self.inference_steps * (2 if self.guidance_scale > 1 else 1)
+
+    @property
+    def predictions(self) -> int:
+        """How many predictions `observe` reports to `on_batch` in total. A video counts as all of its own, so that the time
+        left can be told from those done."""
+        return len(self.prompts) * self.predictions_per_video + len(self.timesteps) * len(self.latents)
 
 
 @dataclass(frozen=True)
@@ -88,8 +94,8 @@ def load_observation(path: str | Path) -> Observation:
 def observe(
     pipeline: Any, family: Family, trial: Trial, guidance_stop: float = 1.0, on_batch: OnBatch = silent
 ) -> Observation:
-    """Run one model through the trial. `guidance_stop` is the model's own, see models/family.py. `on_batch(items)` is
-    called as work is done; see `Trial.items`."""
+    """Run one model through the trial. `guidance_stop` is the model's own, see models/family.py. `on_batch(predictions)`
+    is called as work is done; see `Trial.predictions`."""
     latents, clips = sample(
         pipeline,
         family,
@@ -100,7 +106,7 @@ def observe(
         guidance_scale=trial.guidance_scale,
         batch_size=trial.batch_size,
         guidance_stop=guidance_stop,
-        on_batch=on_batch,
+        on_batch=lambda videos: on_batch(videos * trial.predictions_per_video),
     )
     predicted = velocities(
         pipeline.transformer,

@@ -190,7 +190,7 @@ bool supported() {
 }  // namespace
 
 const qvgen::AttentionKernel* qvgen::attention_avx512bf16() {
-  static const AttentionKernel kernel = {supported, MOST_FEATURES, int64_t(sizeof(State)), lay_out, attend};
+  static constexpr AttentionKernel kernel = {supported, MOST_FEATURES, int64_t(sizeof(State)), lay_out, attend};
   return &kernel;
 }
 
