@@ -32,9 +32,16 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:
-    """Written beside and renamed: whoever reads `path` finds the old file or the whole new one."""
+    """Each row of `rows` on a line. Written beside and renamed: whoever reads `path` finds the old
+    file or the whole new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for key, value in content.items():
+        text = json.dumps(value)
+        if key == "rows":
+            text = "[\n    " + ",\n    ".join(json.dumps(row) for row in value) + "\n  ]"
+        lines.append(f"  {json.dumps(key)}: {text}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     temporary.replace(path)
