@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from pipelines.cli.models import models
 from pipelines.cli.operations import operations
 from pipelines.run.checkout import check_git, project_root
 
@@ -199,7 +200,8 @@ def proxies(
     show(videos, as_json)
 
 
-app.add_typer(operations)  # no name: its commands stand beside the others
+app.add_typer(models)  # no names: their commands stand beside the others
+app.add_typer(operations)
 
 
 def main() -> None:

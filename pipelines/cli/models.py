@@ -1,0 +1,43 @@
+"""Commands that change the form of a model: from other people's formats, and back."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+models = typer.Typer()
+
+
+class Format(StrEnum):
+    QVGEN_PUBLIC = "qvgen-public"
+
+
+class Clips(StrEnum):
+    AS_TRAINED = "as-trained"
+    MEAN = "mean"
+    INFERENCE_SCRIPT = "inference-script"
+
+
+@models.command(name="import")
+def import_model(
+    checkpoint: Annotated[Path, typer.Option(help="A safetensors file")],
+    base: Annotated[str, typer.Option(help="The full-precision pipeline: a diffusers folder, or a hub id with --revision")],
+    out: Annotated[Path, typer.Option(help="Folder to write")],
+    form: Annotated[Format, typer.Option("--format", help="Of the checkpoint")] = Format.QVGEN_PUBLIC,
+    revision: Annotated[str | None, typer.Option(help="Commit of a hub id")] = None,
+    clips: Annotated[Clips, typer.Option(help="Which clips a timestep gets: docs/import.md")] = Clips.AS_TRAINED,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps that inference-script counts by")] = 50,
+    weight_bits: Annotated[int, typer.Option(min=2, max=8)] = 4,
+    activation_bits: Annotated[int, typer.Option(min=2, max=8)] = 4,
+    dtype: Annotated[str, typer.Option(help="Of tensors that are not packed: bfloat16, float16, float32")] = "bfloat16",
+) -> None:
+    """A checkpoint of the public QVGen code as a packed folder, which loads and runs like our own."""
+    from pipelines.commands.import_model import import_public_qvgen
+
+    assert form is Format.QVGEN_PUBLIC
+    bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
+    count = import_public_qvgen(base, checkpoint, out, revision=revision, clips=clips, steps=steps, dtype=dtype, **bits)
+    print(f"{out}: {count} packed layers, W{weight_bits}A{activation_bits}")

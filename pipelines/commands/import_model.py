@@ -1,0 +1,61 @@
+"""`qvgen import`: models in other people's formats, as folders that the project reads."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import get_args
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def import_public_qvgen(
+    base: str,
+    checkpoint: Path,
+    out: Path,
+    *,
+    revision: str | None = None,
+    clips: str = "as-trained",
+    steps: int = 50,
+    weight_bits: int = 4,
+    activation_bits: int = 4,
+    dtype: str = "bfloat16",
+) -> int:
+    """Write a packed pipeline folder from a checkpoint of the public QVGen code; return the number of packed layers.
+
+    `base`: folder or hub id (with `revision`) of the full-precision pipeline, for everything but the transformer's tensors.
+    `clips` and `steps`: see slots_by_timestep. `dtype`: of the tensors that are not packed. `out` appears whole or not at all.
+    Raises ValueError for a checkpoint that does not fit, and if `out` is there already.
+    """
+    import torch
+
+    from qvgen.checkpoint.packed import export_pipeline, verify_folder
+    from qvgen.checkpoint.pipeline import load_component, load_transformer
+    from qvgen.checkpoint.public_qvgen import Clips, pack_public_, public_scheme, read_checkpoint, slots_by_timestep
+    from qvgen.models.source import read_pipeline, resolve_source
+
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, found {dtype}")
+    if clips not in get_args(Clips):
+        raise ValueError(f"--clips must be one of {', '.join(get_args(Clips))}, found {clips}")
+    if out.exists():
+        raise ValueError(f"{out} is there already; choose a new folder")
+    tensors = read_checkpoint(checkpoint)
+    source = resolve_source(base, revision)
+    read_pipeline(source)
+    scheduler = load_component(source, "scheduler") if clips == "inference-script" else None
+    slots = slots_by_timestep(clips, scheduler, steps)  # type: ignore[arg-type]
+    scheme = public_scheme([], weight_bits, activation_bits, groups=len(slots) or 1)
+    transformer = load_transformer(source)
+    names = pack_public_(transformer, tensors, scheme, slots)
+    scheme = scheme.model_copy(update={"targets": tuple(names)})
+    beside = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)  # of an import that was killed
+    try:
+        method = f"QVGen (public code and checkpoint; clips {clips})"
+        export_pipeline(source, transformer, scheme, beside, getattr(torch, dtype), method=method)
+        count = verify_folder(beside)
+        beside.rename(out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return count
