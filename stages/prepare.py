@@ -25,12 +25,14 @@ def run(stage: Stage) -> None:
     from qvgen.models.family import ClipSize
     from qvgen.models.registry import load_family
     from qvgen.models.size import check_size
+    from qvgen.sampling.settings import read_settings
 
     settings = stage.params.prepare
     source = stage.root / "artifacts/model"
     check_size(source, ClipSize(settings.frames, settings.height, settings.width, settings.max_sequence_length))
     family, pipeline = load_family(source), load_pipeline(source)
-    captions, parts = digit_clips(stage.params) if settings.source == "digits" else video_clips(stage.params)
+    fps = read_settings(source).fps if settings.fps == "model" else settings.fps
+    captions, parts = digit_clips(stage.params) if settings.source == "digits" else video_clips(stage.params, fps)
     sizes = {
         "train": settings.train_clips,
         "calibration": settings.calibration_clips,
@@ -70,8 +72,9 @@ def digit_clips(params: Params) -> tuple[list[str], dict[str, Batches]]:
     }
 
 
-def video_clips(params: Params) -> tuple[list[str], dict[str, Batches]]:
-    """Clips of a folder of videos, split at random: no video is in two parts."""
+def video_clips(params: Params, fps: int | str) -> tuple[list[str], dict[str, Batches]]:
+    """Clips of a folder of videos at `fps` frames per second, or at their own ("native"), split at random: no video is in two
+    parts."""
     import torch
 
     from qvgen.data.videos import read_captions, read_clip
@@ -92,7 +95,7 @@ def video_clips(params: Params) -> tuple[list[str], dict[str, Batches]]:
         for some in index.split(settings.batch_size):
             chosen = [rows[i] for i in some]
             yield (
-                torch.stack([read_clip(path, size) for path, _ in chosen]),
+                torch.stack([read_clip(path, size, None if isinstance(fps, str) else fps) for path, _ in chosen]),
                 torch.tensor([number[c] for _, c in chosen]),
             )
 
