@@ -1,6 +1,7 @@
 """The library as a file, which instruction sets it has here, and what happens without it."""
 
 import logging
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -46,6 +47,18 @@ def without_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.delenv(library.LIBRARY_ENVIRONMENT, raising=False)
     monkeypatch.setattr(library, "load", library.load.__wrapped__)  # without its cache
     return path
+
+
+def test_what_every_processor_runs_uses_no_newer_registers() -> None:
+    """Loading asks for every instruction set; what answers is compiled with the flags of that set."""
+    if not (objdump := shutil.which("objdump")):
+        pytest.skip("objdump (binutils) is not installed")
+    for name in built_isas():
+        symbol = f"_ZN5qvgen{len(f'isa_{name}')}isa_{name}Ev"
+        command = [objdump, "--disassemble=" + symbol, "--no-show-raw-insn", library.load()._name]
+        code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        if name != "amx":  # put together at run time, in a file without flags
+            assert symbol in code and not re.search(r"%[yz]mm", code), code
 
 
 @pytest.mark.parametrize("name", built_isas())

@@ -30,7 +30,7 @@ bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 }  // namespace
 
 const qvgen::Isa* qvgen::isa_avx2() {
-  static const Isa isa = make_isa("avx2", supported, tile_in_passes<Pairs<Arithmetic>::Pass>, products);
+  static constexpr Isa isa = make_isa("avx2", supported, tile_in_passes<Pairs<Arithmetic>::Pass>, products);
   return &isa;
 }
 

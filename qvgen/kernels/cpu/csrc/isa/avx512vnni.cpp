@@ -151,12 +151,12 @@ bool supported() {
 
 #ifdef __AVX512BF16__
 const qvgen::Isa* qvgen::isa_avx512bf16() {
-  static const Isa isa = with_strassen(make_isa("avx512bf16", supported, tile, products));
+  static constexpr Isa isa = with_strassen(make_isa("avx512bf16", supported, tile, products));
   return &isa;
 }
 #else
 const qvgen::Isa* qvgen::isa_avx512vnni() {
-  static const Isa isa = with_strassen(make_isa("avx512vnni", supported, tile, products));
+  static constexpr Isa isa = with_strassen(make_isa("avx512vnni", supported, tile, products));
   return &isa;
 }
 #endif

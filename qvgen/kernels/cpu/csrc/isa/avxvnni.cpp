@@ -86,7 +86,7 @@ bool supported() {
 }  // namespace
 
 const qvgen::Isa* qvgen::isa_avxvnni() {
-  static const Isa isa = with_strassen(make_isa("avxvnni", supported, tile_in_passes<Pass>, products));
+  static constexpr Isa isa = with_strassen(make_isa("avxvnni", supported, tile_in_passes<Pass>, products));
   return &isa;
 }
 

@@ -24,7 +24,9 @@ int64_t burst(int64_t rounds, const F& product) {
   return rounds * SUMS * int64_t(sizeof(Sum));
 }
 
-inline qvgen::Isa make_isa(
+// Constants only (static constexpr Isa isa = make_isa(...)): every processor asks for all instruction sets when the library is
+// loaded, and code that would put one together here is compiled with flags that few of them know.
+constexpr qvgen::Isa make_isa(
     const char* name, bool (*supported)(), void (*tile)(int, int, const qvgen::Tile&), int64_t (*burst)(int64_t) = nullptr) {
   qvgen::Isa isa = {};
   isa.burst = burst;

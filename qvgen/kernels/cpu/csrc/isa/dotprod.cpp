@@ -74,7 +74,7 @@ bool supported() {
 }  // namespace
 
 const qvgen::Isa* qvgen::isa_neon_dotprod() {
-  static const Isa isa = make_isa("neon_dotprod", supported, tile_in_passes<Pass>, products);
+  static constexpr Isa isa = make_isa("neon_dotprod", supported, tile_in_passes<Pass>, products);
   return &isa;
 }
 

@@ -26,7 +26,7 @@ bool supported() { return true; }
 }  // namespace
 
 const qvgen::Isa* qvgen::isa_neon() {
-  static const Isa isa = make_isa("neon", supported, tile_in_passes<Pairs<Arithmetic>::Pass>);
+  static constexpr Isa isa = make_isa("neon", supported, tile_in_passes<Pairs<Arithmetic>::Pass>);
   return &isa;
 }
 

@@ -23,6 +23,6 @@ bool supported() { return true; }
 }  // namespace
 
 const qvgen::Isa* qvgen::isa_portable() {
-  static const Isa isa = make_isa("portable", supported, tile_in_passes<Pairs<Arithmetic>::Pass>);
+  static constexpr Isa isa = make_isa("portable", supported, tile_in_passes<Pairs<Arithmetic>::Pass>);
   return &isa;
 }

@@ -79,7 +79,7 @@ void add_product(const int32_t* product, int sign, const int32_t* start, int32_t
   }
 }
 
-inline qvgen::Isa with_strassen(qvgen::Isa isa) {
+constexpr qvgen::Isa with_strassen(qvgen::Isa isa) {
   isa.token_terms = token_terms, isa.weight_terms = weight_terms, isa.add_product = add_product;
   return isa;
 }
