@@ -26,6 +26,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from qvgen.integrations.fused import fuse_
+from qvgen.integrations.projections import refuse_fusing_
 from qvgen.nn.packed_linear import PackedLinear, packed_layers
 from qvgen.nn.targets import match_linears, replace_module
 from qvgen.nn.timestep import track_timestep
@@ -143,6 +144,7 @@ class QVGenQuantizer(DiffusersQuantizer):
         for name, layer in packed_layers(model):
             layer.validate(name)
         fuse_(model)
+        refuse_fusing_(model)
         # diffusers refuses model.to(dtype) for quantized models; packed layers keep their grid by themselves.
         model.is_quantized = False  # type: ignore[assignment]
         return model
