@@ -32,7 +32,7 @@ def fuse_wan_(model: nn.Module) -> int:
     blocks = [block for block in model.modules() if type(block) is WanTransformerBlock and _has_packed_layers(block)]
     for block in blocks:
         # Not a bound method: pickle would look for the function's name in the block.
-        block.forward = partial(_block_forward, block)
+        cast(Any, block).forward = partial(_block_forward, block)
         for attn in (block.attn1, block.attn2):
             if type(attn.processor) is WanAttnProcessor and attn.add_k_proj is None:
                 attn.set_processor(cast(Any, PackedWanAttnProcessor()))  # declared as a union of diffusers' own
