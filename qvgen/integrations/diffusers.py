@@ -32,6 +32,7 @@ from qvgen.nn.targets import match_linears, replace_module
 from qvgen.nn.timestep import track_timestep
 from qvgen.packing.layout import EXACT_NAMES
 from qvgen.quant.scheme import QuantScheme
+from qvgen.tensors import own_memory
 
 METHOD = "qvgen"
 
@@ -78,6 +79,11 @@ class QVGenQuantizer(DiffusersQuantizer):
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         self._loaded_keys = loaded_keys
         return loaded_keys
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        return own_memory(state_dict), {}  # a layer that stands in two places is stored under both names
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         scheme, expected = self.quantization_config.scheme, self.quantization_config.num_targets

@@ -290,7 +290,7 @@ class PackedLinear(nn.Module):
 
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
-    """Names and packed layers of a model, in its order."""
+    """Names and packed layers of a model, in its order; one that stands in several places once, by the first name."""
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
             yield name, module
