@@ -12,13 +12,26 @@ def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata
     """Write `tensors` to `path`, as safetensors' own `save_file` does, and give the file the mode that the umask says.
 
     `save_file` leaves it readable for its owner alone (0600), because it renames a temporary file: colleagues and servers
-    could not read a packed model.
+    could not read a packed model. A tensor that several names have, as those of a layer in two places, is stored for each of
+    them, which `save_file` refuses.
     """
     from safetensors.torch import save_file
 
     path = Path(path)
     path.open("wb").close()  # the operating system applies umask and default rights of the folder
     mode = path.stat().st_mode & 0o777
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, path, metadata=None if metadata is None else dict(metadata))
+    save_file(own_memory(tensors), path, metadata=None if metadata is None else dict(metadata))
     path.chmod(mode)
+
+
+def own_memory(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, contiguous, each in memory of its own, as safetensors wants them."""
+    found: dict[str, torch.Tensor] = {}
+    seen = set()
+    for name, given in tensors.items():
+        tensor = given.contiguous()
+        if (start := tensor.untyped_storage().data_ptr()) in seen:
+            tensor = tensor.clone()
+        seen.add(start)
+        found[name] = tensor
+    return found

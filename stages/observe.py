@@ -13,6 +13,7 @@ from dataclasses import astuple
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from stages.record.system import processor
 from stages.runtime.code import code_fingerprints
 from stages.runtime.source import BUILD, PACKAGES, Source, is_code, summarize
 
@@ -27,20 +28,13 @@ def hardware() -> dict[str, object]:
     except PackageNotFoundError:
         torch = None
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "logical_cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "accelerators": sorted(_nvidia()),
         "python": platform.python_version(),
         "torch": torch,
     }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
-    return ", ".join(sorted(names)) or platform.processor() or platform.machine()
 
 
 def _nvidia() -> list[str]:

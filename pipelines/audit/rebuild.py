@@ -11,6 +11,7 @@ from pathlib import Path
 from pipelines.audit.blobs import Blobs
 from pipelines.audit.checks import Check
 from pipelines.audit.lineage import Lineage
+from pipelines.audit.machine import difference, variables
 from pipelines.audit.project import Project
 
 
@@ -21,6 +22,7 @@ def commands(lineage: Lineage, project: Project, blobs: Blobs) -> list[str]:
     packed, md5 = lineage.packed
     return [
         f"git clone {shlex.quote(str(project.root))} rebuilt && cd rebuilt",
+        *[f"export {name}={value}" for name, value in variables(lineage).items()],
         *map(shlex.join, _commands_in_clone(lineage, project, blobs)),
         f"grep -A 3 'path: {packed}' dvc.lock  # md5: {md5}",
     ]
@@ -36,16 +38,16 @@ def rebuild(lineage: Lineage, project: Project, blobs: Blobs) -> Check:
     stage, (packed, md5) = _stage(lineage), lineage.packed
     with tempfile.TemporaryDirectory(prefix="qvgen-audit-") as temporary:
         clone = Path(temporary) / "rebuilt"
-        variables = environment(project.root)
-        variables |= {"MLFLOW_TRACKING_URI": f"sqlite:///{clone / 'mlflow.db'}"}  # a rebuild is no run of the project
+        own = environment(project.root) | variables(lineage)
+        own |= {"MLFLOW_TRACKING_URI": f"sqlite:///{clone / 'mlflow.db'}"}  # a rebuild is no run of the project
         for name in ("DVC_ROOT", "DVC_STAGE", "QVGEN_PARENT_RUN_ID", "QVGEN_EXECUTION"):
-            variables.pop(name, None)
+            own.pop(name, None)
         stderr = 2  # stdout is for the report
         get = ["git", "clone", "--quiet", str(project.root), str(clone)]
         for command in (get, *_commands_in_clone(lineage, project, blobs)):
             run = [sys.executable, "-m", *command] if command[0] == "dvc" else command
             folder = temporary if command is get else clone
-            done = subprocess.run(run, cwd=folder, env=variables, stdout=stderr)
+            done = subprocess.run(run, cwd=folder, env=own, stdout=stderr)
             if done.returncode:
                 return Check("rebuild", "FAIL", f"`{shlex.join(command)}` failed with exit code {done.returncode}; see above")
         made = _outputs(clone, lineage)
@@ -59,7 +61,7 @@ def rebuild(lineage: Lineage, project: Project, blobs: Blobs) -> Check:
         if made.get((step.stage, path), value) != value
     ]
     first = f", and {differing[0]} is the first output that differs" if differing else ""
-    why = "was it another processor or other packages? see environment"
+    why = f"{difference(lineage)}; were it other packages, see environment"
     return Check("rebuild", "FAIL", f"{packed} became {found}, registered is {md5}{first}; {why}")
 
 

@@ -21,6 +21,7 @@ from pipelines.audit.checks import (
 )
 from pipelines.audit.data import data_checks, environment_check, workspace_check
 from pipelines.audit.lineage import Lineage, Runs, read_lineage, uses
+from pipelines.audit.machine import machine_check
 from pipelines.audit.project import Project, current_hash
 from pipelines.audit.rebuild import commands, rebuild
 from pipelines.audit.seal import promotion_check, seal_check
@@ -110,7 +111,8 @@ def audit(home: Path, reference: str, *, rebuild_too: bool = False) -> Report:
             checks.append(promotion_check(project, name, alias, history[-1], lock_commit))
     with open_blobs(home) as blobs:
         checks += data_checks(lineage, project, blobs, lock_commit)
-        checks += [environment_check(lineage, project, texts), workspace_check(lineage, project, blobs)]
+        checks += [environment_check(lineage, project, texts), machine_check(lineage)]
+        checks.append(workspace_check(lineage, project, blobs))
         if rebuild_too:
             checks.append(rebuild(lineage, project, blobs))
         return Report(title, checks, commands(lineage, project, blobs))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _REMEDY = "the record was changed, or made before runs were sealed: `dvc repro --force` makes it anew"
 _ABSENT = "absent"
-_OURS = ("dvc.", "git.", "stage.")  # tags that nobody else may add
+_OURS = ("dvc.", "git.", "machine.", "stage.")  # tags that nobody else may add
 
 
 def seal_check(client: MlflowClient, lineage: Lineage, project: Project, lock_commit: str | None) -> Check:

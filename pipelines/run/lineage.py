@@ -58,7 +58,7 @@ def record_cached(root: Path, token: str, addresses: Sequence[str]) -> list[Path
         outs = {f"dvc.out.{path}": md5 for path, md5 in output_hashes(root, facts).items()}
         tags = facts.tags | execution.git_tags | outs | {"stage.state": CACHED}
         journal = Journal.create(root, facts.name, execution.id, tags=tags, params=facts.params)
-        journal.end("FINISHED")
+        journal.end("FINISHED", computed=False)
         written.append(journal.path)
     return written
 

@@ -19,7 +19,7 @@ from torch import nn
 from qvgen.checkpoint.loadable import check_sizes, first_line
 from qvgen.checkpoint.pipeline import load_transformer
 from qvgen.models.files import GENERATION, MANIFEST, SourceError, check_safetensors, read_json
-from qvgen.nn.packed_linear import packed_layers
+from qvgen.nn.packed_linear import PackedLinear, packed_layers
 from qvgen.packing.config import to_config
 from qvgen.packing.layout import EXACT_NAMES
 from qvgen.quant.scheme import EXTRAS, QuantScheme
@@ -117,10 +117,12 @@ def _write_transformer(transformer: Any, scheme: QuantScheme, names: list[str], 
     config["quantization_config"] = to_config(resolved, len(names))
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    packed = {f"{layer}.{tensor}" for layer in names for tensor in EXACT_NAMES}
+    modules = dict(transformer.named_modules(remove_duplicate=False))  # a layer in two places is stored under both names
     state = {}
     for name, tensor in transformer.state_dict().items():
-        cast = tensor.is_floating_point() and name not in packed
+        owner, _, leaf = name.rpartition(".")
+        exact = leaf in EXACT_NAMES and isinstance(modules[owner], PackedLinear)
+        cast = tensor.is_floating_point() and not exact
         state[name] = tensor.detach().to("cpu", dtype if cast else None).contiguous()
     stem, suffix = SAFETENSORS_WEIGHTS_NAME.split(".")
     split = split_torch_state_dict_into_shards(

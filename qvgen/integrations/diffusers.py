@@ -26,11 +26,13 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from qvgen.integrations.fused import fuse_
+from qvgen.integrations.projections import refuse_fusing_
 from qvgen.nn.packed_linear import PackedLinear, packed_layers
 from qvgen.nn.targets import match_linears, replace_module
 from qvgen.nn.timestep import track_timestep
 from qvgen.packing.config import METHOD, from_config
 from qvgen.packing.layout import EXACT_NAMES
+from qvgen.tensors import own_memory
 
 
 class QVGenMethod(str, Enum):  # noqa: UP042  diffusers formats the member: str and Enum, as its own
@@ -75,6 +77,11 @@ class QVGenQuantizer(DiffusersQuantizer):
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         self._loaded_keys = loaded_keys
         return loaded_keys
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        return own_memory(state_dict), {}  # a layer that stands in two places is stored under both names
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         scheme, expected = self.quantization_config.scheme, self.quantization_config.num_targets
@@ -141,6 +148,7 @@ class QVGenQuantizer(DiffusersQuantizer):
         for name, layer in packed_layers(model):
             layer.validate(name)
         fuse_(model)
+        refuse_fusing_(model)
         # diffusers refuses model.to(dtype) for quantized models; packed layers keep their grid by themselves.
         model.is_quantized = False  # type: ignore[assignment]
         return model

@@ -220,6 +220,14 @@ class PackedLinear(nn.Module):
             self._buffers[layout.PACKED] = self._stored_words()
             self._prepared = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # For pickle, torch.save and copies: words as stored. What a backend prepared lies aligned for it in this process, and
+        # another machine may not have that backend.
+        state = self.__dict__.copy()
+        if self._prepared is not None:
+            state |= {"_buffers": {**self._buffers, layout.PACKED: self._stored_words()}, "_prepared": None}
+        return state
+
     @torch.compiler.assume_constant_result
     def _ensure_prepared(self) -> None:
         # The decorator: torch.compile runs this while it traces instead of tracing it, so that a model compiled before its
@@ -282,7 +290,7 @@ class PackedLinear(nn.Module):
 
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
-    """Names and packed layers of a model, in its order."""
+    """Names and packed layers of a model, in its order; one that stands in several places once, by the first name."""
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
             yield name, module

@@ -28,8 +28,9 @@ def prepare_(
     """Replace the targeted linear layers by QATLinear and return their names.
 
     `grids` holds the calibrated quantizers per layer; without it every layer gets its whole min/max range. Where the scheme
-    scales or rotates inputs, or has a low-rank branch, the layer's weight becomes what these leave of it. Raises ValueError
-    if a pattern matches nothing, or a layer has no calibrated grid or that of another scheme.
+    scales or rotates inputs, or has a low-rank branch, the layer's weight becomes what these leave of it. A layer that stands
+    in several places becomes one QATLinear in all of them. Raises ValueError if a pattern matches nothing, or a layer has no
+    calibrated grid or that of another scheme.
     """
     names = match_linears(model, scheme.targets, scheme.ignore, default_targets)
     if grids is not None and (missing := [n for n in names if n not in grids]):
@@ -55,7 +56,7 @@ def prepare_(
 
 
 def qat_layers(model: nn.Module) -> Iterator[tuple[str, QATLinear]]:
-    """Names and layers that `prepare_` made."""
+    """Names and layers that `prepare_` made; one that stands in several places once, by the first name."""
     for name, module in model.named_modules():
         if isinstance(module, QATLinear):
             yield name, module

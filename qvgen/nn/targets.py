@@ -19,31 +19,37 @@ def match_linears(
 
     A pattern is a class name ("Linear", subclasses included), a full name, or "re:" and a regular expression matched from
     the start of the full name; one that reaches linear layers only among other modules selects those. Empty `targets`
-    means `default_targets`, and every linear layer if that is empty too. Raises ValueError for a pattern that matches no
-    linear layer, for an invalid regular expression or one that takes seconds, and when nothing is left.
+    means `default_targets`, and every linear layer if that is empty too. A layer that stands in several places is one: any of
+    its names selects or ignores it, and the first one is returned. Raises ValueError for a pattern that matches no linear
+    layer, for an invalid regular expression or one that takes seconds, and when nothing is left.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    modules = model.named_modules(remove_duplicate=False)
+    linears = {name: module for name, module in modules if isinstance(module, nn.Linear)}
     if not linears:
         raise ValueError(f"{type(model).__name__} has no linear layers to quantize")
-    selected: set[str] = set()
+    selected: set[nn.Linear] = set()
     for pattern in targets or default_targets or ("Linear",):
-        selected |= _matches(pattern, "targets", linears)
+        selected |= {linears[name] for name in _matches(pattern, "targets", linears)}
     for pattern in ignore:
-        selected -= _matches(pattern, "ignore", linears)
+        selected -= {linears[name] for name in _matches(pattern, "ignore", linears)}
     if not selected:
         raise ValueError(
             f"nothing left to quantize: ignore {list(ignore)} removes every layer that targets "
             f"{list(targets or default_targets)} selects; narrow ignore"
         )
-    return [name for name in linears if name in selected]
+    first = {module: name for name, module in reversed(linears.items())}
+    return [name for name, module in linears.items() if module in selected and first[module] == name]
 
 
 def replace_module(model: nn.Module, fqn: str, new: nn.Module) -> None:
-    """Put `new` where the submodule `fqn` is. Raises AttributeError if there is no such submodule."""
+    """Put `new` wherever the submodule `fqn` is: all its places share it. Raises AttributeError if there is none."""
     if not fqn:
         raise ValueError("the model itself cannot be replaced; name one of its submodules")
-    model.get_submodule(fqn)  # set_submodule would add a new name silently
-    model.set_submodule(fqn, new)
+    old = model.get_submodule(fqn)
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)
 
 
 def _matches(pattern: str, where: str, linears: dict[str, nn.Linear]) -> set[str]:

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from stages.record.system import computed_on
+
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 FOLDER = Path(".qvgen") / "journal"
 LAST = ("end", "closed")  # events after which nothing comes: of a stage's journal, of an execution's
@@ -77,7 +79,10 @@ class Journal:
             self._waiting += lines
         return not self._waiting
 
-    def end(self, status: Status) -> None:
+    def end(self, status: Status, computed: bool = True) -> None:
+        """`computed`: by this process, whose threads and processor are recorded then."""
+        if computed and status == "FINISHED":
+            self.write("tags", tags=computed_on())
         self.write("end", status=status)
 
     def wait_for(self, entry: str, timeout: float = FINISH_SECONDS) -> Any:

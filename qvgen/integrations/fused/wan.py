@@ -11,8 +11,8 @@ Attention is replaced through diffusers' own processors, so that a processor or 
 
 from __future__ import annotations
 
-import types
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -31,7 +31,8 @@ def fuse_wan_(model: nn.Module) -> int:
     """Let every Wan block of `model` that has packed layers run fused, in place. Returns how many do."""
     blocks = [block for block in model.modules() if type(block) is WanTransformerBlock and _has_packed_layers(block)]
     for block in blocks:
-        block.forward = types.MethodType(_block_forward, block)
+        # Not a bound method: pickle would look for the function's name in the block.
+        cast(Any, block).forward = partial(_block_forward, block)
         for attn in (block.attn1, block.attn2):
             if type(attn.processor) is WanAttnProcessor and attn.add_k_proj is None:
                 attn.set_processor(cast(Any, PackedWanAttnProcessor()))  # declared as a union of diffusers' own

@@ -1,0 +1,123 @@
+"""Packed transformers that go through pickle, torch.save or a copy, as spawned workers and Ray send them."""
+
+import copy
+import io
+import multiprocessing
+import pickle
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qvgen.checkpoint.packed import export_pipeline, load_packed_transformer
+from qvgen.checkpoint.pipeline import load_transformer
+from qvgen.models.registry import load_family
+from qvgen.models.tiny import tiny_pipeline
+from qvgen.nn.packed_linear import PackedLinear, packed_layers
+from qvgen.nn.swap import convert_, prepare_
+from qvgen.quant.scheme import QuantScheme
+
+pytestmark = pytest.mark.integration
+
+SCHEME = QuantScheme(timestep_groups=4)
+SECONDS = 120  # a new interpreter imports torch and diffusers
+
+
+@pytest.fixture(scope="module", params=["wan", "cogvideox"])
+def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A loaded packed transformer, its family, and what it predicts."""
+    root: Path = tmp_path_factory.mktemp("copies")
+    source = tiny_pipeline(request.param, root / "source")
+    family, model = load_family(source), load_transformer(source)
+    prepare_(model, SCHEME, default_targets=family.default_targets)
+    convert_(model)
+    export_pipeline(source, model, SCHEME, root / "packed", torch.float32)
+    loaded = load_packed_transformer(root / "packed")
+    return loaded, family, predict(family, loaded)
+
+
+@torch.no_grad()
+def predict(family: Any, model: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 3, 4, 4, 4) if family.name == "cogvideox" else (2, 4, 3, 4, 4)
+    latents, text = torch.randn(shape, generator=generator), torch.randn(2, 8, 16, generator=generator)
+    return family.predict(model, latents, torch.tensor([30.0, 900.0]), text)
+
+
+def saved_and_loaded(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": saved_and_loaded,
+    "deepcopy": copy.deepcopy,
+    "twice": lambda model: pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(model)))),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_is_whole_and_its_own(packed: Any, how: str) -> None:
+    model, family, expected = packed
+    twin = COPIES[how](model)
+    layers, copies = dict(packed_layers(model)), dict(packed_layers(twin))
+    assert all(layer._prepared is not None for layer in layers.values())  # a backend has them
+    assert copies.keys() == layers.keys()
+    assert all(torch.equal(copies[name].weight_packed, layer.weight_packed) for name, layer in layers.items())
+    assert not any(copies[name] is layer for name, layer in layers.items())
+    for layer in layers.values():  # a copy that called blocks of the original would notice
+        layer.weight_scale.mul_(2)
+    try:
+        torch.testing.assert_close(predict(family, twin), expected, rtol=1e-5, atol=1e-5)  # other addresses, other roundings
+    finally:
+        for layer in layers.values():
+            layer.weight_scale.div_(2)
+    assert torch.equal(predict(family, model), expected)
+
+
+def test_a_spawned_worker_computes_the_same(packed: Any) -> None:
+    model, family, expected = packed
+    if family.name != "wan":
+        pytest.skip("a new interpreter takes seconds; Wan's blocks are the ones that are fused")
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=worker, args=(there, pickle.dumps((model, family))), daemon=True)
+    process.start()
+    try:
+        assert here.poll(SECONDS), "the worker does not answer"
+        result = here.recv()
+    finally:
+        process.kill()
+        process.join()
+    assert not isinstance(result, str), result
+    torch.testing.assert_close(torch.from_numpy(result), expected, rtol=1e-5, atol=1e-5)
+
+
+def worker(results: Connection, sent: bytes) -> None:
+    try:
+        model, family = pickle.loads(sent)
+        results.send(predict(family, model).numpy())
+    except Exception as error:
+        results.send(f"{type(error).__name__}: {error}")
+
+
+def test_a_copied_layer_belongs_to_no_backend(packed: Any) -> None:
+    _, layer = next(packed_layers(packed[0]))
+    twin = copy.deepcopy(layer)
+    assert isinstance(twin, PackedLinear) and layer.backend is not None and twin.backend is None
+    assert twin.state_dict().keys() == layer.state_dict().keys()
+
+
+def test_fusing_projections_is_refused_in_words(packed: Any) -> None:
+    model, family, expected = packed
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn1: the projections are packed and cannot be joined; leave out"):
+        model.fuse_qkv_projections()
+    assert torch.equal(predict(family, model), expected)
+    with pytest.raises(ValueError, match="cannot be joined"):
+        pickle.loads(pickle.dumps(model)).fuse_qkv_projections()
