@@ -82,10 +82,10 @@ def test_replace_module() -> None:
 def test_a_pattern_without_end_is_stopped(pattern: str) -> None:
     model = nn.Module()
     model.add_module("block" * 12, nn.Linear(2, 2))
-    began = time.monotonic()
+    began = time.process_time()  # what the limit counts: on busy cores 2 s take longer
     with pytest.raises(ValueError, match=r"targets: matching .* takes more than 2 s"):
         match_linears(model, [pattern])
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
 
 
 def test_a_pattern_is_short_and_not_nested_without_end() -> None:
