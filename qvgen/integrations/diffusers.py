@@ -23,6 +23,7 @@ import torch
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from diffusers.utils import is_peft_available
 from torch import nn
 
 from qvgen.integrations.fused import fuse_
@@ -167,6 +168,10 @@ def register() -> None:
             )
     for table, ours in tables:
         table[METHOD] = ours
+    if is_peft_available():  # diffusers has imported it then
+        from qvgen.integrations import lora
+
+        lora.register()
 
 
 def _some(names: list[str]) -> str:

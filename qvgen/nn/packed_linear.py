@@ -242,6 +242,12 @@ class PackedLinear(nn.Module):
         """Name of the kernel backend; None before it was chosen."""
         return None if self._prepared is None else self._prepared.backend
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dequantized weight in the dtype of the bias, made anew each time: other libraries ask a linear layer's weight
+        for its shape, dtype and device. Writing to it changes nothing."""
+        return self.dequantize().to(torch.float32 if self.bias is None else self.bias.dtype)
+
     def dequantize(self) -> torch.Tensor:
         """The weight (N, K) float32, equal bit for bit to the fake-quantized weight of training."""
         args = self.scheme.weights
