@@ -57,11 +57,6 @@ class Prepare(_Section):
     held_out_clips: int = Field(ge=1, le=LARGEST)
     batch_size: int = Field(ge=1, le=LARGEST)
     shard_size: int = Field(ge=1, le=LARGEST, description="clips per safetensors shard")
-    fps: int | Literal["model", "native"] = Field(
-        default="model",
-        description="for source 'videos': frames per second that they are resampled to; model: those of the model; "
-        "native: every frame as it comes",
-    )
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -25,14 +25,12 @@ def run(stage: Stage) -> None:
     from qvgen.models.family import ClipSize
     from qvgen.models.registry import load_family
     from qvgen.models.size import check_size
-    from qvgen.sampling.settings import read_settings
 
     settings = stage.params.prepare
     source = stage.root / "artifacts/model"
     check_size(source, ClipSize(settings.frames, settings.height, settings.width, settings.max_sequence_length))
     family, pipeline = load_family(source), load_pipeline(source)
-    fps = read_settings(source).fps if settings.fps == "model" else settings.fps
-    captions, parts = digit_clips(stage.params) if settings.source == "digits" else video_clips(stage.params, fps)
+    captions, parts = digit_clips(stage.params) if settings.source == "digits" else video_clips(stage.params)
     sizes = {
         "train": settings.train_clips,
         "calibration": settings.calibration_clips,
@@ -72,9 +70,8 @@ def digit_clips(params: Params) -> tuple[list[str], dict[str, Batches]]:
     }
 
 
-def video_clips(params: Params, fps: int | str) -> tuple[list[str], dict[str, Batches]]:
-    """Clips of a folder of videos at `fps` frames per second, or at their own ("native"), split at random: no video is in two
-    parts."""
+def video_clips(params: Params) -> tuple[list[str], dict[str, Batches]]:
+    """Clips of a folder of videos, split at random: no video is in two parts."""
     import torch
 
     from qvgen.data.videos import read_captions, read_clip
@@ -95,7 +92,7 @@ def video_clips(params: Params, fps: int | str) -> tuple[list[str], dict[str, Ba
         for some in index.split(settings.batch_size):
             chosen = [rows[i] for i in some]
             yield (
-                torch.stack([read_clip(path, size, None if isinstance(fps, str) else fps) for path, _ in chosen]),
+                torch.stack([read_clip(path, size) for path, _ in chosen]),
                 torch.tensor([number[c] for _, c in chosen]),
             )
 

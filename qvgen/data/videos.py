@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import av
 import torch
 import torch.nn.functional as F
 
-from qvgen.data.frames import resampled, upright
 from qvgen.models.family import ClipSize
 
 LONGEST_NAME = 255  # bytes of a part of a path
@@ -72,29 +70,22 @@ def _read_table(path: Path) -> Iterator[tuple[int, list[str]]]:
             raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
 
 
-def read_clip(path: str | Path, size: ClipSize, fps: int | None = None) -> torch.Tensor:
-    """The first `size.frames` frames as (3, t, h, w) float32 in [-1, 1], upright, resized to cover and cropped at the
-    centre.
+def read_clip(path: str | Path, size: ClipSize) -> torch.Tensor:
+    """The first `size.frames` frames as (3, t, h, w) float32 in [-1, 1], resized to cover and cropped at the centre.
 
-    With `fps` they are those on the screen at 0, 1 / fps, 2 / fps, ... seconds, by the file's own times, which may be uneven;
-    else every frame. Raises ValueError if the file has no video, is too short, has too few different frames, or frames too
-    large.
+    Raises ValueError if the file has no video, too few frames, or frames too large.
     """
     frames: list[torch.Tensor] = []
     try:
         with av.open(str(path), metadata_errors="replace") as container:
-            stream = container.streams.video[0]
-            coded = stream.codec_context
+            coded = container.streams.video[0].codec_context
             if coded is None:
                 raise ValueError(f"{path} cannot be read as a video: no decoder for its format")
             _check_pixels(path, "a frame", coded.height, coded.width)  # before the decoder takes memory for one
-            decoded, count = container.decode(video=0), size.frames
-            chosen = islice(decoded, count) if fps is None else resampled(path, decoded, fps, count, stream.average_rate)
-            last: tuple[Any, torch.Tensor] | None = None
-            for frame in chosen:
-                if last is None or frame is not last[0]:
-                    last = frame, _cover(path, frame, size)
-                frames.append(last[1])
+            for frame in container.decode(video=0):
+                frames.append(_cover(path, frame, size))
+                if len(frames) == size.frames:
+                    break
     except (av.FFmpegError, IndexError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a video: {error}") from None
     if len(frames) < size.frames:
@@ -105,11 +96,9 @@ def read_clip(path: str | Path, size: ClipSize, fps: int | None = None) -> torch
 def _cover(path: str | Path, frame: Any, size: ClipSize) -> torch.Tensor:
     """One decoded frame as (1, 3, h, w), resized at once: a clip in its own resolution may take gigabytes."""
     _check_pixels(path, "a frame", frame.height, frame.width)
-    pixels = upright(frame)
-    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2).float() / 127.5 - 1
-    height, width = pixels.shape[:2]
-    scale = max(size.height / height, size.width / width)
-    cover = [max(size.height, round(height * scale)), max(size.width, round(width * scale))]
+    image = torch.from_numpy(frame.to_ndarray(format="rgb24"))[None].permute(0, 3, 1, 2).float() / 127.5 - 1
+    scale = max(size.height / frame.height, size.width / frame.width)
+    cover = [max(size.height, round(frame.height * scale)), max(size.width, round(frame.width * scale))]
     _check_pixels(path, f"a frame that covers {size.width} x {size.height}", *cover)
     image = F.interpolate(image, size=cover, mode="bilinear", antialias=True, align_corners=False).clamp(-1, 1)
     top, left = (cover[0] - size.height) // 2, (cover[1] - size.width) // 2

@@ -70,11 +70,6 @@ class Family(Protocol):
     published: ClassVar[tuple[str, Mapping[str, Any]]]  # a published model: its name in metrics, its transformer's config
 
     @classmethod
-    def sampling_of(cls, index: Mapping[str, Any]) -> SamplingSettings:
-        """Settings for a folder with this model_index.json and no generation.json."""
-        return cls.sampling
-
-    @classmethod
     def from_scheduler(cls, config: Mapping[str, Any]) -> Self:
         """The adapter for a pipeline with this scheduler, whose options were checked against `scheduler_options`."""
         ...

@@ -46,7 +46,6 @@ class WanFamily(Family):
     pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline",)
     default_targets: ClassVar[tuple[str, ...]] = (r"re:blocks\..*",)
     sampling: ClassVar[SamplingSettings] = SamplingSettings(81, 480, 832, 512, 50, 5.0, fps=16)
-    sampling_5b: ClassVar[SamplingSettings] = SamplingSettings(121, 704, 1280, 512, 50, 5.0, fps=24)
     guidance_can_stop: ClassVar[bool] = True
     # Flow matching on the straight path, its levels shifted by one number.
     scheduler_options: ClassVar[Mapping[str, tuple[Any, ...]]] = {
@@ -67,11 +66,6 @@ class WanFamily(Family):
 
     def __init__(self, shift: float = 1.0) -> None:
         self.shift = shift
-
-    @classmethod
-    def sampling_of(cls, index: Mapping[str, Any]) -> SamplingSettings:
-        """Wan 2.2 5B, alone, has a timestep for each token; it makes longer clips at more frames per second."""
-        return cls.sampling_5b if index.get("expand_timesteps") else cls.sampling
 
     @classmethod
     def from_scheduler(cls, config: Mapping[str, Any]) -> Self:

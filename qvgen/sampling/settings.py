@@ -29,8 +29,7 @@ def read_settings(model: str | Path, overrides: Mapping[str, Any] = MappingProxy
     model = Path(model)
     if not model.is_dir():
         raise ValueError(f"model folder {str(model)!r} does not exist")
-    family = family_class(read_pipeline(model).pipeline_class)
-    values = vars(family.sampling_of(read_json(model / "model_index.json"))) | _own(model)
+    values = vars(family_class(read_pipeline(model).pipeline_class).sampling) | _own(model)
     values |= {name: value for name, value in overrides.items() if value is not None}
     for name, kind in _TYPES.items():
         value = values[name]
