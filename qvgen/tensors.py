@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,7 +13,8 @@ def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata
     """Write `tensors` to `path`, as safetensors' own `save_file` does, and give the file the mode that the umask says.
 
     `save_file` leaves it readable for its owner alone (0600), because it renames a temporary file: colleagues and servers
-    could not read a packed model.
+    could not read a packed model. It also writes several metadata entries in an order that changes from process to process;
+    here they are sorted.
     """
     from safetensors.torch import save_file
 
@@ -21,4 +23,18 @@ def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata
     mode = path.stat().st_mode & 0o777
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, path, metadata=None if metadata is None else dict(metadata))
+    if metadata is not None and len(metadata) > 1:
+        _sort_metadata(path)
     path.chmod(mode)
+
+
+def _sort_metadata(path: Path) -> None:
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        again = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(again) > length:
+            raise ValueError(f"{path}: its header cannot be written in {length} bytes")
+        file.seek(8)
+        file.write(again.ljust(length))
