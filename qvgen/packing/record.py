@@ -159,7 +159,7 @@ def _recorded(path: Path, header: dict[str, Any]) -> dict[str, Any] | None:
 
 def _hash_tensor(tensor: torch.Tensor) -> str:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return _hash(_DTYPES[tensor.dtype], list(tensor.shape), memoryview(flat.numpy()))
+    return _hash(_DTYPES[tensor.dtype], list(tensor.shape), flat.numpy().data)
 
 
 def _hash(dtype: str, shape: list[int], content: memoryview) -> str:

@@ -219,7 +219,7 @@ def test_exported_shards_are_verified(whole: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_metadata_are_written_in_one_order(tmp_path: Path) -> None:
-    metadata = dict.fromkeys(("z", "format", "qvgen", "a"), 'a "quoted" \\ é')
+    metadata: dict[str, str] = dict.fromkeys(("z", "format", "qvgen", "a"), 'a "quoted" \\ é')
     tensors = {"x": torch.arange(5), "y": torch.ones(3, 2, dtype=torch.bfloat16)}
     for number in range(8):
         save_tensors(tmp_path / str(number), tensors, metadata)
