@@ -41,3 +41,17 @@ def import_model(
     bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
     count = import_public_qvgen(base, checkpoint, out, revision=revision, clips=clips, steps=steps, dtype=dtype, **bits)
     print(f"{out}: {count} packed layers, W{weight_bits}A{activation_bits}")
+
+
+@models.command()
+def verify(folder: Annotated[Path, typer.Argument(help="A packed pipeline, such as artifacts/packed")]) -> None:
+    """Whether a packed folder is whole: every tensor and config.json as they were written, all layers consistent."""
+    from qvgen.checkpoint.packed import verify_folder
+    from qvgen.packing.record import is_asked_for
+    from qvgen.packing.record import verify as verify_files
+
+    layers = verify_folder(folder)
+    asked = is_asked_for()
+    count = verify_files(sorted((folder / "transformer").glob("*.safetensors"))) if asked else 0
+    known = f"{count} tensors and config.json as they were written" if count else "its files record no hashes to compare"
+    print(f"{folder}: {layers} packed layers, {known if asked else 'hashes not compared: QVGEN_VERIFY=0'}")

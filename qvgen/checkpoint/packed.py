@@ -22,6 +22,7 @@ from qvgen.models.files import GENERATION, MANIFEST, SourceError, check_safetens
 from qvgen.nn.packed_linear import PackedLinear, packed_layers
 from qvgen.packing.config import to_config
 from qvgen.packing.layout import EXACT_NAMES
+from qvgen.packing.record import record
 from qvgen.quant.scheme import EXTRAS, QuantScheme
 from qvgen.tensors import save_tensors
 
@@ -129,7 +130,8 @@ def _write_transformer(transformer: Any, scheme: QuantScheme, names: list[str], 
         state, max_shard_size=_MAX_SHARD_SIZE, filename_pattern=stem + "{suffix}." + suffix
     )
     for filename, tensors in split.filename_to_tensors.items():
-        save_tensors(folder / filename, {name: state[name] for name in tensors}, metadata={"format": "pt"})
+        shard = {name: state[name] for name in tensors}
+        save_tensors(folder / filename, shard, metadata={"format": "pt", **record(shard, config)})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
