@@ -14,8 +14,8 @@ def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata
 
     `save_file` leaves it readable for its owner alone (0600), because it renames a temporary file: colleagues and servers
     could not read a packed model. A tensor that several names have, as those of a layer in two places, is stored for each of
-    them, which `save_file` refuses. It also writes several metadata entries in an order that changes from process to process; here
-    they are sorted.
+    them, which `save_file` refuses. It also writes several metadata entries in an order that changes from process to process;
+    here they are sorted.
     """
     from safetensors.torch import save_file
 
