@@ -121,6 +121,9 @@ class Benchmark(_Section):
 
 class Register(_Section):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="registered model in MLflow")
+    upload: Literal["auto", "copy", "link"] = Field(
+        default="auto", description="copy: the packed files go to MLflow; link: they stay in DVC; auto: copy up to 2 GB"
+    )
 
 
 class FlowSettings(_Section):

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pipelines.audit.lineage import Lineage, Step
 from pipelines.audit.project import WORKTREE, Project
-from stages.record.registry import IDENTITY
+from stages.record.model.version import IDENTITY
 from stages.record.runs import DATA
 from stages.record.sender import LONGEST_PARAM, _name
 from stages.register import MEASURED, PACKED

@@ -51,6 +51,11 @@ class Journal:
     def id(self) -> str:
         return self.path.stem
 
+    def start_tags(self) -> dict[str, str]:
+        """The tags that the run began with; {} if they found no room."""
+        events = read_events(self.path)[0] if self.path.exists() else []
+        return dict(events[0].get("tags", {})) if events else {}
+
     def write(self, event: str, **fields: Any) -> None:
         """Append one line, unless the run has ended. A full disk never stops the stage: it is said once, and what found no
         room is written as soon as there is some."""

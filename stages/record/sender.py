@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from stages.record.connection import connect, locked, public_uri, tracking_uri
 from stages.record.journal import LAST, Journal, read_events, read_receipt, write_receipt
-from stages.record.registry import register_version
+from stages.record.model.upload import SLOWEST
+from stages.record.model.version import register_version
 from stages.record.runs import CACHED, find_producer, log_datasets, log_texts_once
 from stages.record.secrets import without_secrets
 
@@ -43,6 +44,12 @@ def _name(key: str) -> str:
 
 def _batched(entries: list[Any], size: int) -> Iterator[list[Any]]:
     return (entries[i : i + size] for i in range(0, len(entries), size))
+
+
+def _seconds(event: dict[str, Any]) -> float:
+    """That a server may take for an entry, in all."""
+    files = event.get("files", {}) if event["event"] == "register" and event.get("upload") == "copy" else {}
+    return FILES_SECONDS if event["event"] == "artifact" else ENTRY_SECONDS + sum(f["bytes"] for f in files.values()) / SLOWEST
 
 
 class Sender:
@@ -76,7 +83,7 @@ class Sender:
             events = list(itertools.takewhile(lambda event: event["event"] == "metrics", self.unsent)) or self.unsent[:1]
             kind = events[0]["event"]
             try:
-                with self._deadline(FILES_SECONDS if kind == "artifact" else ENTRY_SECONDS):
+                with self._deadline(_seconds(events[0])):
                     self._send_metrics(events) if kind == "metrics" else self._send_one(events[0])
             except Exception as error:
                 if isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE" and self._run:
@@ -126,8 +133,7 @@ class Sender:
                 client.set_terminated(run, event["status"], event["time"])
                 self._close_parent(event)
             case "register":
-                with locked(self.home):
-                    version = register_version(client, self._experiment, run, event)
+                version = register_version(client, self._experiment, run, event, lambda: locked(self.home))
                 found = {"name": version.name, "version": int(version.version), "run_id": version.run_id}
                 self._note(registered=found)
 

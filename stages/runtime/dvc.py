@@ -91,6 +91,24 @@ def stage_address(stage: Any) -> str:
     return stage.name if stage.path_in_repo == "dvc.yaml" else f"{stage.path_in_repo}:{stage.name}"
 
 
+@dataclass(frozen=True)
+class Stores:
+    """Where DVC keeps bytes by their md5: the folder of this checkout's cache, and the address of the default remote."""
+
+    cache: str
+    remote: str | None
+
+
+def read_stores(root: Path) -> Stores:
+    """Of the project `root`, as DVC is configured here."""
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        name = repo.config["core"].get("remote")
+        url = repo.config["remote"].get(name, {}).get("url") if name else None
+        return Stores(str(repo.cache.local.path), str(url) if url else None)
+
+
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, Any] = {}

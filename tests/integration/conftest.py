@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from pipelines.run.prefect_home import answers
+from tests.support import services
 from tests.support.toy_project import wait_until
 
 
@@ -40,3 +41,12 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[st
         finally:
             os.killpg(process.pid, signal.SIGTERM)
             process.wait(60)
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a real `mlflow server` that keeps files itself, as a team's does. Each test registers names of its own."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    store = f"sqlite:///{folder / 'mlflow.db'}"
+    with services.mlflow(folder, store, str(folder / "files"), {}) as address:
+        yield address

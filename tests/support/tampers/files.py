@@ -13,6 +13,18 @@ _REPLACED = "`git replace` changes what this clone shows; the audit asks for the
 _WEIGHTS = "transformer/weights.safetensors"
 
 
+_FORGET_UPLOAD = "DELETE FROM model_version_tags WHERE key = 'qvgen.upload'"
+
+
+def _swapped(p: Spoiled) -> None:
+    """Two files of the uploaded model under each other's name."""
+    found: list[bytes] = []
+    for name in (_WEIGHTS, "transformer/config.json"):
+        p.uploaded(name, lambda content: (found.append(content), content)[1])
+    p.uploaded(_WEIGHTS, lambda _: found[1])
+    p.uploaded("transformer/config.json", lambda _: found[0])
+
+
 def _without_line(p: Spoiled, kind: str, *, amend: bool) -> None:
     file = p.root / _SEAL
     lines = file.read_text().splitlines(keepends=True)
@@ -90,5 +102,11 @@ BYTES = {
     "weights here gone": Tamper("workspace", lambda p: p.packed(_WEIGHTS, lambda _: None)),
     "a file here more": Tamper("workspace", lambda p: p.packed("transformer/adapter.safetensors", lambda _: b"x")),
     "config here": Tamper("workspace", lambda p: p.packed("transformer/config.json", lambda content: content + b" ")),
+    "uploaded weights": Tamper("uploaded", lambda p: p.uploaded(_WEIGHTS, lambda content: content[:-1] + b"!")),
+    "uploaded config": Tamper("uploaded", lambda p: p.uploaded("transformer/config.json", lambda content: content + b" ")),
+    "uploaded weights gone": Tamper("uploaded", lambda p: p.uploaded(_WEIGHTS, lambda _: None)),
+    "uploaded files swapped": Tamper("uploaded", _swapped),
+    "an uploaded file more": Tamper("uploaded", lambda p: p.uploaded("transformer/adapter.safetensors", lambda _: b"x")),
+    "no word of the upload": Tamper("seal", lambda p: p.sql(_FORGET_UPLOAD)),
     "the code here": Tamper("", lambda p: p.edit("stages/pack.py", "import hashlib", "import os, hashlib"), "not committed"),
 }

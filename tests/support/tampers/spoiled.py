@@ -75,6 +75,16 @@ class Spoiled:
         for file in files:
             file.unlink() if text is None else file.write_text(text)
 
+    def uploaded(self, name: str, change: Callable[[bytes], bytes | None]) -> None:
+        """Change a file of the packed model in MLflow, and not the blob of DVC's cache that it may be a link to."""
+        location = self.ask("SELECT artifact_location FROM logged_models").removeprefix("file://")
+        path = Path(location) / "artifacts/packed" / name
+        assert path.is_relative_to(self.root)
+        content = change(path.read_bytes() if path.exists() else b"")
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+
     def edit(self, path: str, old: str, new: str) -> None:
         file = self.root / path
         text = file.read_text()

@@ -1,0 +1,1 @@
+"""A packed model in MLflow: its version in the registry (version), and its files there (upload)."""

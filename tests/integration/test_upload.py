@@ -1,0 +1,129 @@
+"""The files of a packed model in MLflow: through a real server, cut short and gone on with, and on one disk stored once."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from qvgen.hub.artifacts import FOLDER, fetch_file, list_files, local_folder
+from stages.record.model.version import UPLOAD, register_version
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+CONTENT = {"model_index.json": b"{}", "transformer/config.json": b'{"a": 1}', "transformer/weights.safetensors": b"w" * 5000}
+
+
+def make_wish(folder: Path, name: str, *, upload: str = "copy", cached: bool = True) -> dict[str, Any]:
+    """What stage register asks for, of a packed folder with CONTENT; in DVC's cache, too, unless not `cached`."""
+    packed, cache = folder / "packed", folder / "cache"
+    files = {}
+    for path, content in CONTENT.items():
+        md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        files[path] = {"sha256": hashlib.sha256(content).hexdigest(), "md5": md5, "bytes": len(content)}
+        (packed / path).parent.mkdir(parents=True, exist_ok=True)
+        (packed / path).write_bytes(content)
+        if cached:
+            (cache / md5[:2]).mkdir(parents=True)
+            (cache / md5[:2] / md5[2:]).write_bytes(content)
+            (cache / md5[:2] / md5[2:]).chmod(0o444)
+    return {
+        "name": name,
+        "alias": "challenger",
+        "identity": name,
+        "tags": {f"sha256.{path}": record["sha256"] for path, record in files.items()} | {UPLOAD: upload},
+        "params": {"quantization": "W4A4"},
+        "metrics": {"psnr_db": 30.0},
+        "upload": upload,
+        "files": files,
+        "folder": str(packed),
+        "cache": str(cache),
+        "description": f"`qvgen pull models:/{name}/{{version}} --out DIR`",
+    }
+
+
+def register(client: MlflowClient, wish: dict[str, Any]) -> Any:
+    """By a run of the experiment "upload", the same one for the same name, as a journal that is sent again."""
+    experiment = client.get_experiment_by_name("upload")
+    id = experiment.experiment_id if experiment else client.create_experiment("upload")
+    runs = client.search_runs([id], f"tags.wish = '{wish['name']}'")
+    run = runs[0] if runs else client.create_run(id, tags={"wish": wish["name"]})
+    return register_version(client, id, run.info.run_id, wish, contextlib.nullcontext)
+
+
+def content_of(client: MlflowClient, version: Any, to: Path) -> dict[str, bytes]:
+    location = client.get_logged_model(version.source.removeprefix("models:/")).artifact_location
+    path = fetch_file(client, location, FOLDER, to)
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def test_through_a_server(mlflow_server: str, tmp_path: Path) -> None:
+    client, wish = MlflowClient(mlflow_server), make_wish(tmp_path, "through-a-server")
+    (tmp_path / "packed/transformer/weights.safetensors").write_bytes(b"of a later run")
+    version = register(client, wish)
+    assert content_of(client, version, tmp_path) == CONTENT, "by its hash, from DVC's cache"
+    model = client.get_logged_model(version.source.removeprefix("models:/"))
+    assert str(model.status) == "READY" and model.tags[UPLOAD] == "copy"
+    assert client.get_model_version(wish["name"], "1").description == "`qvgen pull models:/through-a-server/1 --out DIR`"
+    assert register(client, wish).version == version.version, "the same bytes are one version"
+
+
+def test_an_upload_goes_on_where_it_was_cut_short(mlflow_server: str, tmp_path: Path) -> None:
+    """A version is there only when all its files are; what had arrived is not sent again."""
+    client, wish = MlflowClient(mlflow_server), make_wish(tmp_path, "cut-short", cached=False)
+    weights = tmp_path / "packed/transformer/weights.safetensors"
+    weights.write_bytes(b"x" * 5000)
+    with pytest.raises(FileNotFoundError, match=r"transformer/weights\.safetensors with sha256 .* has replaced it"):
+        register(client, wish)
+    assert client.search_model_versions("name = 'cut-short'") == []
+    (draft,) = client.search_logged_models([client.get_experiment_by_name("upload").experiment_id], "name = 'cut-short'")
+    assert {name for name, _ in list_files(client, draft.model_id)} == {f"{FOLDER}/{name}" for name in list(CONTENT)[:2]}
+    weights.write_bytes(CONTENT["transformer/weights.safetensors"])
+    sent: list[str] = []
+    send = client.log_model_artifact
+    client.log_model_artifact = lambda id, path, folder=None: (
+        sent.append(f"{folder}/{Path(path).name}"),
+        send(id, path, folder),
+    )
+    version = register(client, wish)
+    assert sent == [f"{FOLDER}/transformer/weights.safetensors"]
+    assert version.source == f"models:/{draft.model_id}" and content_of(client, version, tmp_path) == CONTENT
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
+    """Of an embedded database, with its files beside it."""
+    folder = tmp_path_factory.mktemp("local")
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    client.create_experiment("upload", artifact_location=(folder / "mlruns").as_uri())
+    return client
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_on_one_disk_a_file_is_stored_once(local: MlflowClient, tmp_path: Path, cached: bool) -> None:
+    """A link to DVC's blob, or a clone on a file system that makes them; a file that somebody may write is copied."""
+    wish = make_wish(tmp_path, f"one-disk-{cached}", cached=cached)
+    version = register(local, wish)
+    assert content_of(local, version, tmp_path / "copy") == CONTENT
+    place = local_folder(local.get_logged_model(version.source.removeprefix("models:/")).artifact_location)
+    assert place is not None
+    stored = place / FOLDER / "transformer/weights.safetensors"
+    md5 = wish["files"]["transformer/weights.safetensors"]["md5"]
+    blob = tmp_path / "cache" / md5[:2] / md5[2:] if cached else tmp_path / "packed/transformer/weights.safetensors"
+    if stored.stat().st_nlink == 1:  # btrfs, xfs: cloned
+        stored.write_bytes(b"edited")
+        assert blob.read_bytes() == CONTENT["transformer/weights.safetensors"]
+    else:
+        assert cached and stored.samefile(blob)
+
+
+def test_a_link_stays_where_it_is(local: MlflowClient, tmp_path: Path) -> None:
+    wish = make_wish(tmp_path, "linked", upload="link")
+    version = register(local, wish)
+    model = local.get_logged_model(version.source.removeprefix("models:/"))
+    assert [name for name, _ in list_files(local, model.model_id)] == ["MLmodel"]
+    assert local.get_model_version("linked", "1").tags[UPLOAD] == "link"
