@@ -1,4 +1,5 @@
-"""The `qvgen` command of an installed library: it hands over to pipelines/cli of the project at hand.
+"""The `qvgen` command of an installed library: it hands over to pipelines/cli of the project at hand, and where there is none
+has the commands of qvgen/cli.
 
 Only the library is installed, because packages named `pipelines` and `stages` belong to a project and not into everybody's
 site-packages. The command is found at run time and not imported: the library must not depend on what is built on it.
@@ -16,17 +17,29 @@ PIPELINES = Path("pipelines") / "cli" / "everyday.py"
 
 def main() -> None:
     """Run the command of the checkout that is installed (`pip install -e .`), else of the project that the current folder lies
-    in. Exit code 1, with one line, where there is neither."""
+    in. Where there is neither: the commands that need no project, and for any other one line and exit code 1."""
     if not _is_importable():
         project = _project(Path.cwd())
         if project is None:
-            print(
-                "qvgen: no project here (dvc.yaml and pipelines/, in this folder or above): call it in a checkout of QVGen",
-                file=sys.stderr,
-            )
-            sys.exit(1)
+            _anywhere()
+            return
         sys.path.insert(0, str(project))
     import_module("pipelines.cli").main()
+
+
+def _anywhere() -> None:
+    from qvgen.cli.app import anywhere, main
+
+    known = [str(command.name or getattr(command.callback, "__name__", "")) for command in anywhere.registered_commands]
+    wanted = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
+    if wanted is not None and wanted not in known:
+        print(
+            "qvgen: no project here (dvc.yaml and pipelines/, in this folder or above): call it in a checkout of QVGen; "
+            f"without one there are {', '.join(known)}",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+    main()
 
 
 def _is_importable() -> bool:

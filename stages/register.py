@@ -104,8 +104,8 @@ def _how_to_get(stage: Stage, stores: Stores, upload: str, total: int) -> str:
     commit = stage.journal.start_tags().get("git.commit", "COMMIT")
     where = f"the DVC remote {without_secrets(stores.remote)}" if stores.remote else "DVC's cache where it was made"
     return (
-        f"The {total / 1e6:.1f} MB of the packed model are not in MLflow (register.upload: link) but in {where}: {pull}, or in "
-        f"a clone `git checkout {commit} && dvc pull {PACKED}`."
+        f"The {total / 1e6:.1f} MB of the packed model are not in MLflow (register.upload: link) but in {where}: {pull}, or "
+        f"in a clone `git checkout {commit} && dvc pull {PACKED}`."
     )
 
 

@@ -64,7 +64,7 @@ class Blobs:
         folder's list is nowhere, ValueError if it is damaged, RemoteError if the remote cannot be asked."""
         if not md5.endswith(".dir"):
             return {"": md5}
-        with self._open(md5) as file:
+        with self.open(md5) as file:
             if file is None:
                 raise FileNotFoundError(md5)
             content = file.read()
@@ -87,7 +87,7 @@ class Blobs:
 
     def sha256(self, md5: str) -> str | None:
         """sha256 of the bytes stored under a DVC hash; None if they are nowhere. Raises RemoteError."""
-        with self._open(md5) as file:
+        with self.open(md5) as file:
             if file is None:
                 return None
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -101,7 +101,7 @@ class Blobs:
         return False
 
     @contextmanager
-    def _open(self, md5: str) -> Iterator[BufferedIOBase | None]:
+    def open(self, md5: str) -> Iterator[BufferedIOBase | None]:
         path = Path(self.cache.oid_to_path(md5))
         if path.is_file():
             with path.open("rb") as file:

@@ -11,7 +11,9 @@ import typer
 
 from pipelines.cli.models import models
 from pipelines.cli.operations import operations
+from pipelines.run import nearby
 from pipelines.run.checkout import check_git, project_root
+from qvgen.cli.app import anywhere
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,7 +26,9 @@ app = typer.Typer(
 
 @app.command()
 def generate(
-    model: Annotated[Path, typer.Option(help="Folder of a diffusers pipeline, packed or not: artifacts/packed")],
+    model: Annotated[
+        str, typer.Option(help="artifacts/packed or another pipeline folder, models:/qvgen@champion, or ORG/NAME@COMMIT")
+    ],
     out: Annotated[Path, typer.Option(help="File to write: .mp4, .gif, or .png (frames in a row); with --prompts, a folder")],
     prompt: Annotated[str | None, typer.Option(help="What the video shows")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line: writes OUT/{prompt}-{0..}.mp4")] = None,
@@ -65,17 +69,20 @@ def generate(
     given = {name: value for name, value in folder.items() if value is not None}
     if (prompt is None) == (prompts is None):
         raise ValueError("give either --prompt, for one video, or --prompts, for a folder of them")
+    from qvgen.hub.resolve import model_folder
+
+    folder_of_model = model_folder(model)
     if prompts is not None:
         from pipelines.commands.generate.folder import generate_folder
 
-        done = generate_folder(model, prompts, out, seed, **given, **overrides)
+        done = generate_folder(folder_of_model, prompts, out, seed, **given, **overrides)
         print(f"{out}: {done.made} videos made, {done.kept} were there")
         return
     if given:
         raise ValueError(f"{', '.join('--' + name.replace('_', '-') for name in given)}: only with --prompts")
     from pipelines.commands.generate.video import generate as run
 
-    run(model, str(prompt), seed, out, **overrides)
+    run(folder_of_model, str(prompt), seed, out, **overrides)
     print(out)
 
 
@@ -202,6 +209,8 @@ def proxies(
 
 app.add_typer(models)  # no names: their commands stand beside the others
 app.add_typer(operations)
+app.registered_commands += anywhere.registered_commands  # which take models from DVC's stores, too, where there are some
+nearby.offer()
 
 
 def main() -> None:

@@ -5,44 +5,27 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qvgen.hub.tracking import DEFAULTS, LOOPBACK, spare_loopback
 from stages.record.secrets import without_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+__all__ = ["EXPERIMENT", "KIND", "LOOPBACK", "connect", "locked", "public_uri", "spare_loopback", "tracking_uri"]
+
 EXPERIMENT = "qvgen"
 # The page that MLflow opens an experiment on: runs, metrics and models, instead of evaluations of language models.
 KIND = ("mlflow.experimentKind", "custom_model_development")
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-# MLflow's own defaults wait 248 s for a server that is down. Telemetry stays off.
-_DEFAULTS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "DO_NOT_TRACK": "1",
-}
 
 
 def tracking_uri(home: Path) -> str:
     """MLFLOW_TRACKING_URI, else the embedded database of this checkout."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home.resolve() / 'mlflow.db'}"
-
-
-def spare_loopback(variables: MutableMapping[str, str]) -> None:
-    """No client that reads `variables` asks a proxy for this machine's own servers: `http_proxy` is often set without
-    `no_proxy`, and a proxy elsewhere cannot reach them."""
-    for name in ("no_proxy", "NO_PROXY"):
-        given = [host for host in variables.get(name, "").split(",") if host.strip()]
-        if "*" not in given:
-            variables[name] = ",".join([*given, *(host for host in LOOPBACK if host not in given)])
 
 
 def public_uri(uri: str, home: Path) -> str:
@@ -53,7 +36,7 @@ def public_uri(uri: str, home: Path) -> str:
 def connect(home: Path) -> tuple[MlflowClient, str]:
     """A client and the id of the experiment, both created on first use. Raises what MLflow raises."""
     spare_loopback(os.environ)
-    for name, value in _DEFAULTS.items():
+    for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -8,8 +8,11 @@ from __future__ import annotations
 import re
 from urllib.parse import urlsplit
 
+from qvgen.hub.address import without_secrets
+
+__all__ = ["GONE", "host_of", "redacted", "without_secrets"]
+
 GONE = "***"
-_ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]*://)(?P<rest>[^\s\"'<>`]+)")
 # A name that ends like this, and what is assigned to it: in YAML, JSON, TOML, .env and code.
 _ASSIGNED = re.compile(
     r"(?i)(?P<name>[\w.\-]*(?:password|passwd|passphrase|secret|token|api_?key|access_?key(?:_id)?|private_?key|credentials?|"
@@ -21,14 +24,6 @@ _KEY = re.compile(
     r"sk-[\w\-]{20,}|AIza[\w\-]{30,}|eyJ[\w\-]{10,}\.[\w\-]{10,}\.[\w\-]*)"
 )
 _PEM = re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----).*?(-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
-
-
-def without_secrets(text: str) -> str:
-    """`https://user:password@host` -> `https://host`, wherever it stands in the text.
-
-    A password may hold `/` and `@` although an address should escape them, so the login ends at the last `@`.
-    """
-    return _ADDRESS.sub(lambda found: found["scheme"] + found["rest"].rpartition("@")[2], text)
 
 
 def host_of(address: str) -> str:

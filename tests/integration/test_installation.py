@@ -59,9 +59,11 @@ def test_only_the_library_is_installed(wheel: Path) -> None:
 
 def test_outside_a_project_one_line_says_where_to_run_it(installed: Path, tmp_path: Path) -> None:
     (tmp_path / "dvc.yaml").write_text("stages: {}\n")  # a project of somebody else
-    done = qvgen(installed, tmp_path, "--help")
+    done = qvgen(installed, tmp_path, "status")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("qvgen: no project here") and done.stderr.count("\n") == 1
+    done = qvgen(installed, tmp_path, "--help")
+    assert done.returncode == 0 and "pull" in done.stdout and "repro" not in done.stdout
 
 
 def test_inside_a_project_its_own_command_runs(installed: Path, tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -11,58 +9,22 @@ import pytest
 from mlflow import MlflowClient
 
 from qvgen.hub.artifacts import FOLDER, fetch_file, list_files, local_folder
-from stages.record.model.version import UPLOAD, register_version
+from stages.record.model.version import UPLOAD
+from tests.support.registered import make_wish, read_folder, register
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 CONTENT = {"model_index.json": b"{}", "transformer/config.json": b'{"a": 1}', "transformer/weights.safetensors": b"w" * 5000}
 
 
-def make_wish(folder: Path, name: str, *, upload: str = "copy", cached: bool = True) -> dict[str, Any]:
-    """What stage register asks for, of a packed folder with CONTENT; in DVC's cache, too, unless not `cached`."""
-    packed, cache = folder / "packed", folder / "cache"
-    files = {}
-    for path, content in CONTENT.items():
-        md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
-        files[path] = {"sha256": hashlib.sha256(content).hexdigest(), "md5": md5, "bytes": len(content)}
-        (packed / path).parent.mkdir(parents=True, exist_ok=True)
-        (packed / path).write_bytes(content)
-        if cached:
-            (cache / md5[:2]).mkdir(parents=True)
-            (cache / md5[:2] / md5[2:]).write_bytes(content)
-            (cache / md5[:2] / md5[2:]).chmod(0o444)
-    return {
-        "name": name,
-        "alias": "challenger",
-        "identity": name,
-        "tags": {f"sha256.{path}": record["sha256"] for path, record in files.items()} | {UPLOAD: upload},
-        "params": {"quantization": "W4A4"},
-        "metrics": {"psnr_db": 30.0},
-        "upload": upload,
-        "files": files,
-        "folder": str(packed),
-        "cache": str(cache),
-        "description": f"`qvgen pull models:/{name}/{{version}} --out DIR`",
-    }
-
-
-def register(client: MlflowClient, wish: dict[str, Any]) -> Any:
-    """By a run of the experiment "upload", the same one for the same name, as a journal that is sent again."""
-    experiment = client.get_experiment_by_name("upload")
-    id = experiment.experiment_id if experiment else client.create_experiment("upload")
-    runs = client.search_runs([id], f"tags.wish = '{wish['name']}'")
-    run = runs[0] if runs else client.create_run(id, tags={"wish": wish["name"]})
-    return register_version(client, id, run.info.run_id, wish, contextlib.nullcontext)
-
-
 def content_of(client: MlflowClient, version: Any, to: Path) -> dict[str, bytes]:
     location = client.get_logged_model(version.source.removeprefix("models:/")).artifact_location
     path = fetch_file(client, location, FOLDER, to)
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    return read_folder(path)
 
 
 def test_through_a_server(mlflow_server: str, tmp_path: Path) -> None:
-    client, wish = MlflowClient(mlflow_server), make_wish(tmp_path, "through-a-server")
+    client, wish = MlflowClient(mlflow_server), make_wish(tmp_path, "through-a-server", CONTENT)
     (tmp_path / "packed/transformer/weights.safetensors").write_bytes(b"of a later run")
     version = register(client, wish)
     assert content_of(client, version, tmp_path) == CONTENT, "by its hash, from DVC's cache"
@@ -74,7 +36,7 @@ def test_through_a_server(mlflow_server: str, tmp_path: Path) -> None:
 
 def test_an_upload_goes_on_where_it_was_cut_short(mlflow_server: str, tmp_path: Path) -> None:
     """A version is there only when all its files are; what had arrived is not sent again."""
-    client, wish = MlflowClient(mlflow_server), make_wish(tmp_path, "cut-short", cached=False)
+    client, wish = MlflowClient(mlflow_server), make_wish(tmp_path, "cut-short", CONTENT, cached=False)
     weights = tmp_path / "packed/transformer/weights.safetensors"
     weights.write_bytes(b"x" * 5000)
     with pytest.raises(FileNotFoundError, match=r"transformer/weights\.safetensors with sha256 .* has replaced it"):
@@ -106,14 +68,14 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
 @pytest.mark.parametrize("cached", [True, False])
 def test_on_one_disk_a_file_is_stored_once(local: MlflowClient, tmp_path: Path, cached: bool) -> None:
     """A link to DVC's blob, or a clone on a file system that makes them; a file that somebody may write is copied."""
-    wish = make_wish(tmp_path, f"one-disk-{cached}", cached=cached)
+    wish = make_wish(tmp_path, f"one-disk-{cached}", CONTENT, cached=cached)
     version = register(local, wish)
     assert content_of(local, version, tmp_path / "copy") == CONTENT
     place = local_folder(local.get_logged_model(version.source.removeprefix("models:/")).artifact_location)
     assert place is not None
     stored = place / FOLDER / "transformer/weights.safetensors"
     md5 = wish["files"]["transformer/weights.safetensors"]["md5"]
-    blob = tmp_path / "cache" / md5[:2] / md5[2:] if cached else tmp_path / "packed/transformer/weights.safetensors"
+    blob = tmp_path / "files/md5" / md5[:2] / md5[2:] if cached else tmp_path / "packed/transformer/weights.safetensors"
     if stored.stat().st_nlink == 1:  # btrfs, xfs: cloned
         stored.write_bytes(b"edited")
         assert blob.read_bytes() == CONTENT["transformer/weights.safetensors"]
@@ -122,7 +84,7 @@ def test_on_one_disk_a_file_is_stored_once(local: MlflowClient, tmp_path: Path, 
 
 
 def test_a_link_stays_where_it_is(local: MlflowClient, tmp_path: Path) -> None:
-    wish = make_wish(tmp_path, "linked", upload="link")
+    wish = make_wish(tmp_path, "linked", CONTENT, upload="link")
     version = register(local, wish)
     model = local.get_logged_model(version.source.removeprefix("models:/"))
     assert [name for name, _ in list_files(local, model.model_id)] == ["MLmodel"]

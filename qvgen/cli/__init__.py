@@ -1,0 +1,1 @@
+"""Commands that need no project: `qvgen` has them wherever it is installed. Those of a project are in pipelines/cli."""

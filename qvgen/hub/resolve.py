@@ -1,0 +1,115 @@
+"""From the name of a model to a folder with its files, checked by hash.
+
+    folder = model_folder("models:/qvgen@champion")     # or models:/qvgen/3, or ORG/NAME@COMMIT, or a folder
+
+A version of MLflow's registry is taken from the nearest place that has its bytes: the packed folder of the project at hand,
+the user's cache, DVC's cache and remote of the project (`nearby`), the DVC remote that the version names, MLflow itself.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO
+
+from qvgen.hub.places import Artifacts, DvcRemote, Place
+from qvgen.hub.reference import Reference, is_registered, parse_hub_id, parse_reference
+from qvgen.hub.store import copy_checked, faults_of, keep, recall, remember
+from qvgen.hub.tracking import Registered, UnreachableError, find_tracking, open_client, read_version
+
+PACKED = Path("artifacts/packed")  # in a project
+nearby: list[Callable[[], Sequence[Place]]] = []  # more places, of a program that knows some: `qvgen` in a project knows DVC
+
+
+def model_folder(text: str | Path) -> Path:
+    """The folder of a model that is named by its folder, as a version of the registry, or as a hub id with its commit. Any
+    other text is taken for a folder, which may not exist.
+
+    Raises ValueError for a reference that is malformed or not registered, and for files that no place has, naming each.
+    """
+    if isinstance(text, Path) or Path(text).is_dir():
+        return Path(text)
+    if is_registered(text):
+        return fetch(find(parse_reference(text)))
+    if (hub := parse_hub_id(text)) is not None:
+        from qvgen.models.source import resolve_source
+
+        return resolve_source(hub.repository, hub.commit)
+    return Path(text)
+
+
+def find(reference: Reference) -> Registered:
+    """What the registry says of a version; if it does not answer, what it said when it was last asked, with a warning."""
+    uri = find_tracking()
+    try:
+        model = read_version(open_client(uri), reference)
+    except UnreachableError as error:
+        known = recall(uri, reference)
+        if known is None:
+            raise ValueError(f"{error}, and {reference} was never used here: it is not in the cache") from error
+        print(f"warning: {error}; {reference} is version {known.version}, as it last said", file=sys.stderr)
+        return known
+    remember(uri, reference, model)
+    return model
+
+
+def fetch(model: Registered) -> Path:
+    """A folder with the files of a version, each hashed now. Raises ValueError that names every place that was tried."""
+    reasons: dict[str, str] = {}
+    if (project := project_at(Path.cwd())) is not None:
+        packed = project / PACKED
+        faults = faults_of(packed, model.files) if packed.is_dir() else ["it does not exist"]
+        if not faults:
+            return packed
+        reasons[str(packed)] = faults[0]
+    tried: list[Place] = []
+
+    def one(path: str, out: IO[bytes]) -> None:
+        if not tried:  # only a model that is not in the cache needs any
+            tried.extend(place for places in nearby for place in places())
+            tried.extend([DvcRemote(), Artifacts(open_client(find_tracking()))])
+        for place in tried:
+            try:
+                with place.open(model, path) as source:
+                    copy_checked(source, out, model.files[path])
+                return
+            except Exception as error:  # each place has a library with errors of its own
+                first, *_ = str(error).strip().splitlines() or [type(error).__name__]
+                reasons[place.name] = f"{path}: {first[:200]}"
+        raise ValueError(
+            f"the files of {model} are nowhere to be had:\n"
+            + "\n".join(f"  {place}: {why}" for place, why in reasons.items())
+            + (f"\nIt was made at git commit {model.commit}: a clone of it can `dvc pull` them" if model.commit else "")
+        )
+
+    return keep(model.files, one)
+
+
+def project_at(here: Path) -> Path | None:
+    """The project that a folder lies in: the nearest one above with dvc.yaml and params.yaml."""
+    folders = (here, *here.parents)
+    return next((f for f in folders if (f / "dvc.yaml").is_file() and (f / "params.yaml").is_file()), None)
+
+
+def pull(text: str, out: Path) -> Path:
+    """Copy a model to a new folder `out`, whole or not at all, for programs that know nothing of registries.
+
+    Raises ValueError if `out` is there already and holds anything else.
+    """
+    source = model_folder(text)
+    if not source.is_dir():
+        raise ValueError(f"model {text!r:.200} does not exist: give models:/NAME@ALIAS, ORG/NAME@COMMIT or a folder")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ValueError(f"{out} is there already: choose a new folder, or remove it")
+    draft = out.with_name(f".{out.name}.part")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        shutil.copytree(source, draft)
+        if out.is_dir():
+            out.rmdir()
+        draft.rename(out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return out
