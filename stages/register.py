@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from stages.record.journal import FINISH_SECONDS, read_receipt
+from stages.record.model.flavour import flavour_of
 from stages.record.model.upload import SLOWEST
-from stages.record.model.version import UPLOAD
+from stages.record.model.version import FLAVOUR, UPLOAD
 from stages.record.secrets import without_secrets
 from stages.runtime.dvc import Stores, fingerprint, read_stores
 from stages.runtime.run import Stage, stage_main
@@ -23,6 +24,7 @@ from stages.runtime.run import Stage, stage_main
 PACKED = "artifacts/packed"
 MEASURED = ("metrics/evaluate.json", "metrics/benchmark.json")
 ALIAS = "challenger"
+PROMPTS = {"digits": "a red digit three moving up and left", "videos": "a cat walks through grass"}  # by prepare.source
 LARGEST_COPY = 2_000_000_000  # bytes of a packed folder that `upload: auto` still copies
 
 
@@ -59,6 +61,12 @@ def describe(stage: Stage) -> dict[str, Any]:
         upload = "copy" if total <= LARGEST_COPY else "link"
     tags = {f"sha256.{name}": record["sha256"] for name, record in files.items()}
     tags |= {"dvc.path": PACKED, "dvc.md5": stage.facts.deps[PACKED], "dvc.stage": stage.facts.address, UPLOAD: upload}
+    flavour: dict[str, str] = {}
+    if upload == "copy" and (folder / "model_index.json").is_file():
+        prompt = PROMPTS[stage.params.prepare.source]
+        hashes = {name: record["sha256"] for name, record in files.items()}
+        flavour = flavour_of(folder, stage.params.register_.name, hashes, stage.root, prompt)
+        tags |= {f"{FLAVOUR}{name}": hashlib.sha256(text.encode()).hexdigest() for name, text in flavour.items()}
     if stores.remote:
         tags["dvc.remote"] = without_secrets(stores.remote)
     identity = fingerprint([stage.facts.deps[path] for path in (PACKED, *MEASURED)])
@@ -78,6 +86,7 @@ def describe(stage: Stage) -> dict[str, Any]:
         "upload": upload,
         "bytes": total,
         "files": files,
+        "texts": flavour,
         "folder": str(folder),
         "cache": stores.cache,
         "description": _how_to_get(stage, stores, upload, total),

@@ -28,7 +28,7 @@ from pipelines.audit.seal import promotion_check, seal_check
 from pipelines.audit.uploaded import uploaded_check
 from pipelines.champion.promote import CHAMPION
 from pipelines.champion.registry import find_model, find_version, open_registry
-from stages.record.promotions import promotions
+from qvgen.hub.promotions import promotions
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from pipelines.audit.checks import COMMIT, Check, verdict
 from pipelines.audit.lineage import Lineage, Step
 from pipelines.audit.project import WORKTREE, Project
-from stages.record.promotions import Promotion
+from qvgen.hub.promotions import Promotion
+from qvgen.hub.rollback import ROLLED_BACK
 from stages.record.seal import FILE, chain_faults, curve_hash, read_lines, text_hash, value_of
 from stages.record.sender import LONGEST_PARAM
 
@@ -67,7 +68,9 @@ def promotion_check(project: Project, model: str, alias: str, record: Promotion,
                         "promotion", "PASS", f"reason, author and the gate's {len(record.gate or {})} values as sealed"
                     )
                 return Check("promotion", "TODO", f"the move to version {record.version} is not committed yet; {COMMIT}")
-    detail = f"the move to version {record.version} is not sealed in {FILE}; `qvgen promote` seals it, then commit the file"
+    how = f"`qvgen rollback --to {record.version} --reason TEXT` seals it" if ROLLED_BACK in (record.gate or {}) else ""
+    how = how or "`qvgen promote` seals it"
+    detail = f"the move to version {record.version} is not sealed in {FILE}; {how}, then commit the file"
     return Check("promotion", "FAIL", detail)
 
 

@@ -1,4 +1,5 @@
-"""The check of `qvgen audit` on what MLflow has of a packed model: each file, hashed again, is the registered one."""
+"""The check of `qvgen audit` on what MLflow has of a packed model: each file, hashed again, is the registered one, and so
+are the files by which MLflow loads it: they name the code that runs then."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from pipelines.audit.blobs import file_hash
 from pipelines.audit.checks import SHA256, Check, verdict
 from pipelines.audit.lineage import Lineage
 from qvgen.hub.artifacts import FOLDER, fetch_file, list_files, local_folder
-from stages.record.model.version import UPLOAD
+from stages.record.model.version import FLAVOUR, UPLOAD
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,6 +31,7 @@ def uploaded_check(client: MlflowClient, lineage: Lineage) -> Check:
     if model is None:
         return Check(NAME, "FAIL", "the logged model that had the files is deleted; see logged model")
     wanted = {f"{FOLDER}/{key.removeprefix(SHA256)}": value for key, value in tags.items() if key.startswith(SHA256)}
+    wanted |= {key.removeprefix(FLAVOUR): value for key, value in tags.items() if key.startswith(FLAVOUR)}
     try:
         found = _hashes(client, model.model_id, model.artifact_location)
     except (MlflowException, OSError) as error:
@@ -46,13 +48,13 @@ def uploaded_check(client: MlflowClient, lineage: Lineage) -> Check:
 
 
 def _hashes(client: MlflowClient, model_id: str, location: str) -> dict[str, str]:
-    """Path -> sha256 of the files below FOLDER, where they lie, else downloaded one at a time."""
+    """Path -> sha256 of every file of the model, where they lie, else downloaded one at a time."""
     place = local_folder(location)
     if place is not None and place.is_dir():
-        files = [path for path in sorted((place / FOLDER).rglob("*")) if path.is_file()]
+        files = [path for path in sorted(place.rglob("*")) if path.is_file()]
         return {path.relative_to(place).as_posix(): file_hash(path, "sha256") for path in files}
     found: dict[str, str] = {}
-    for name, _ in list_files(client, model_id, FOLDER):
+    for name, _ in list_files(client, model_id):
         with tempfile.TemporaryDirectory() as folder:
             found[name] = file_hash(fetch_file(client, location, name, Path(folder)), "sha256")
     return found

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.champion.gate import Rule, evaluate_gate
 from pipelines.champion.registry import NotRegisteredError, find_version, metrics_of, open_registry
+from qvgen.hub.promotions import OvertakenError, alias_version, move_alias, promotions
 from qvgen.params import Params, load_params
-from stages.record.promotions import OvertakenError, alias_version, move_alias, promotions
 from stages.record.seal import seal_promotion
 
 if TYPE_CHECKING:
@@ -72,9 +72,26 @@ def promote(
             with suppress(OvertakenError):  # there is another champion to beat
                 outcome = _decide(client, params, wanted, force, reason)
                 if outcome.ok:
+                    warn_if_absent(client, home, wanted)
                     seal_promotion(home, name, CHAMPION, asdict(promotions(client, name, CHAMPION)[-1]))
                 return outcome
     raise ValueError(f"other hosts move {CHAMPION} of {name} all the time; see who does, and try again")
+
+
+def warn_if_absent(client: MlflowClient, home: Path, wanted: ModelVersion) -> None:
+    """Say on stderr if nobody can get the files of a version any more: what cannot be had serves nobody."""
+    from pipelines.run.nearby import DvcStores
+    from qvgen.hub.reference import Reference
+    from qvgen.hub.resolve import absent
+    from qvgen.hub.tracking import read_version
+
+    try:
+        model = read_version(client, Reference(wanted.name, version=int(wanted.version)))
+        why = absent(model, client.tracking_uri, [DvcStores(home)])
+    except ValueError as error:
+        why = str(error)
+    if why is not None:
+        print(f"warning: the files of {wanted.name} version {wanted.version} are nowhere to be had ({why})", file=sys.stderr)
 
 
 def _decide(client: MlflowClient, params: Params, wanted: ModelVersion, force: bool, reason: str | None) -> Outcome:

@@ -30,12 +30,13 @@ def generate(
     inference_steps: int,
     guidance_scale: float,
     guidance_stop: float = 1.0,
+    negative_prompt: str = "",
 ) -> torch.Tensor:
     """Latents (n, ...) sampled by a diffusers pipeline; those of all families take the same arguments.
 
     Each clip has its own seed, so it does not depend on the batch it is generated in (up to floating-point reductions).
-    Guidance is off from cleanness (1 - t / 1000) `guidance_stop` on. Raises ValueError for a stop below 1 with a family whose
-    pipeline fixes guidance before its first step.
+    Guidance leads away from `negative_prompt`, and is off from cleanness (1 - t / 1000) `guidance_stop` on. Raises ValueError
+    for a stop below 1 with a family whose pipeline fixes guidance before its first step.
     """
     arguments: dict[str, Any] = {}
     if guidance_stop < 1:
@@ -47,8 +48,8 @@ def generate(
     dtype = pipeline.transformer.dtype
     arguments["prompt_embeds"] = family.encode_text(pipeline, prompts, size.max_sequence_length).to(dtype)
     if guidance_scale > 1:
-        empty = family.encode_text(pipeline, [""] * len(prompts), size.max_sequence_length)
-        arguments["negative_prompt_embeds"] = empty.to(dtype)
+        negative = family.encode_text(pipeline, [negative_prompt] * len(prompts), size.max_sequence_length)
+        arguments["negative_prompt_embeds"] = negative.to(dtype)
     return pipeline(
         height=size.height,
         width=size.width,
@@ -89,6 +90,7 @@ def sample(
     guidance_scale: float,
     batch_size: int,
     guidance_stop: float = 1.0,
+    negative_prompt: str = "",
     on_batch: OnBatch = silent,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sampled latents (n, ...) and their clips (n, 3, t, h, w) in [-1, 1], float32, one per prompt.
@@ -109,6 +111,7 @@ def sample(
             inference_steps=inference_steps,
             guidance_scale=guidance_scale,
             guidance_stop=guidance_stop,
+            negative_prompt=negative_prompt,
         )
         latents.append(sampled.float())
         clips.append(family.decode_latents(pipeline, sampled, size.frames).float())

@@ -14,9 +14,9 @@ import pytest
 
 import pipelines.champion.promote as promoting
 from pipelines.champion.gate import Rule
+from qvgen.hub.promotions import PREFIX, OvertakenError, Promotion, alias_version, move_alias, promotions
 from qvgen.params import load_params
 from stages.record.connection import connect
-from stages.record.promotions import PREFIX, OvertakenError, Promotion, alias_version, move_alias, promotions
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 

@@ -40,6 +40,9 @@ def run(stage):
         save_file({"weight": weights}, folder / "transformer" / "weights.safetensors")
         config = {"quantization_config": to_config(stage.params.scheme, 1)}
         (folder / "transformer" / "config.json").write_text(json.dumps(config))
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
+        sampling = {"frames": 9, "height": 32, "width": 32, "inference_steps": 20, "guidance_scale": 3.0, "fps": 8}
+        (folder / "generation.json").write_text(json.dumps(sampling))
     for step in range(3):
         stage.log_metrics({"loss": 1 / (1 + step)}, step=step)
     stage.log_text("a table", "table.md")

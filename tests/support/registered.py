@@ -8,6 +8,7 @@ import json
 import os
 import select
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
 
-from stages.record.model.version import UPLOAD, register_version
+from stages.record.model.flavour import flavour_of
+from stages.record.model.version import FLAVOUR, UPLOAD, register_version
 
 
 def make_wish(
@@ -54,6 +56,15 @@ def make_wish(
     }
 
 
+def packed_wish(folder: Path, name: str, root: Path, **options: Any) -> dict[str, Any]:
+    """`make_wish` of a real packed pipeline, `folder`/packed, with what MLflow needs to load it. `root`: of the repository."""
+    wish = make_wish(folder, name, read_folder(folder / "packed"), **options)
+    hashes = {path: record["sha256"] for path, record in wish["files"].items()}
+    texts = flavour_of(folder / "packed", name, hashes, root, "a red digit three")
+    tags = {f"{FLAVOUR}{path}": hashlib.sha256(text.encode()).hexdigest() for path, text in texts.items()}
+    return wish | {"texts": texts, "tags": wish["tags"] | tags}
+
+
 def register(client: MlflowClient, wish: dict[str, Any]) -> Any:
     """The version, by a run of the experiment "upload", the same one for the same wish, as a journal that is sent again."""
     experiment = client.get_experiment_by_name("upload")
@@ -77,6 +88,9 @@ def _blob(cache: Path, md5: str, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
         path.chmod(0o444)
+
+
+ROOT = Path(__file__).parents[2]
 
 
 class Line:
@@ -108,6 +122,27 @@ class Line:
                     if not data:
                         return
                     other[ready].sendall(data)
+
+
+def outside(folder: Path, mlflow_server: str) -> dict[str, str]:
+    """Variables of a process that has this environment's packages and the library, and neither checkout, git nor DVC.
+
+    A fresh virtual environment would download gigabytes; instead the library is a copy, its imports and PATH are all there is
+    of this repository.
+    """
+    site = folder / "site"
+    if not site.exists():
+        site.mkdir()
+        (site / "qvgen").symlink_to(ROOT / "qvgen")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_", "QVGEN_", "PYTHON"))}
+    programs = folder / "bin"
+    programs.mkdir(exist_ok=True)
+    for name in ("python", "python3", "uvicorn"):
+        if not (programs / name).exists():
+            (programs / name).write_text(f'#!/bin/sh\nexec "{Path(sys.executable).parent / name}" "$@"\n')
+            (programs / name).chmod(0o755)
+    own = {"PYTHONPATH": str(site), "PATH": f"{programs}:/bin", "HOME": str(folder), "QVGEN_CACHE": str(folder / "cache")}
+    return kept | own | {"MLFLOW_TRACKING_URI": mlflow_server, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1"}
 
 
 @contextmanager

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from qvgen.models.family import SamplingSettings
 
 
-def generate(model: Path, prompt: str, seed: int, out: Path, **overrides: Any) -> SamplingSettings:
+def generate(model: Path, prompt: str, seed: int, out: Path, negative_prompt: str = "", **overrides: Any) -> SamplingSettings:
     """Sample one clip and write it to `out` (.mp4, .gif or .png). The same arguments give the same file.
 
     `overrides`: fields of SamplingSettings; None means the model's own. Raises ValueError or OSError with a
@@ -27,21 +27,11 @@ def generate(model: Path, prompt: str, seed: int, out: Path, **overrides: Any) -
 
     from qvgen.checkpoint.pipeline import load_pipeline
     from qvgen.models.registry import load_family
-    from qvgen.sampling.sample import sample
+    from qvgen.sampling.clip import sample_clip
     from qvgen.sampling.video import write_video
 
     family, pipeline = load_family(model), load_pipeline(model)
     pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), desc="denoising")
-    _latents, clips = sample(
-        pipeline,
-        family,
-        [prompt],
-        [seed],
-        settings.size,
-        inference_steps=settings.inference_steps,
-        guidance_scale=settings.guidance_scale,
-        guidance_stop=settings.guidance_stop,
-        batch_size=1,
-    )
-    write_video(out, clips[0], settings.fps)
+    clip = sample_clip(pipeline, family, settings, prompt, seed, negative_prompt)
+    write_video(out, clip, settings.fps)
     return settings

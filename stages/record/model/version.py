@@ -6,9 +6,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from qvgen.hub.promotions import move_alias
 from stages.record.journal import now
 from stages.record.model.upload import upload_files
-from stages.record.promotions import move_alias
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 IDENTITY = "qvgen.fingerprint"  # tag: hash of the packed bytes and their metrics
 UPLOAD = "qvgen.upload"  # tag: copy, the files are in MLflow; link, they are not
+FLAVOUR = "flavour."  # tags: sha256 of the files by which MLflow loads the model
 MODEL_TYPE = "qvgen-packed"
 
 

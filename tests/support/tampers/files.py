@@ -107,6 +107,8 @@ BYTES = {
     "uploaded weights gone": Tamper("uploaded", lambda p: p.uploaded(_WEIGHTS, lambda _: None)),
     "uploaded files swapped": Tamper("uploaded", _swapped),
     "an uploaded file more": Tamper("uploaded", lambda p: p.uploaded("transformer/adapter.safetensors", lambda _: b"x")),
+    "the code that MLflow loads": Tamper("uploaded", lambda p: p.uploaded("../../qvgen_model.py", lambda _: b"import os")),
+    "how MLflow loads it": Tamper("uploaded", lambda p: p.uploaded("../../MLmodel", lambda content: content + b" ")),
     "no word of the upload": Tamper("seal", lambda p: p.sql(_FORGET_UPLOAD)),
     "the code here": Tamper("", lambda p: p.edit("stages/pack.py", "import hashlib", "import os, hashlib"), "not committed"),
 }

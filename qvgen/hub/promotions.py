@@ -16,8 +16,6 @@ from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from stages.record.journal import now
-
 PREFIX = "promotion."
 LONGEST_REASON = 1000  # characters; MLflow refuses tags of more than 5000
 
@@ -72,8 +70,8 @@ def move_alias(
     gate: dict[str, Any] | None = None,
     seen: Sequence[Promotion] | None = None,
 ) -> bool:
-    """Record the move, then make it; returns whether there was anything to do. Callers hold the lock of
-    stages/record/connection.py, which other hosts do not share.
+    """Record the move, then make it; returns whether there was anything to do. Callers hold a lock,
+    in a project that of stages/record/connection.py, which other hosts do not share.
 
     `seen` are the moves that the caller decided upon. Raises OvertakenError if there are others by now (None: then the last
     one wins), and what MLflow raises.
@@ -86,7 +84,7 @@ def move_alias(
         recorded = bool(history) and history[-1].version == version
         if recorded and alias_version(client, name, alias) == version:
             return False
-        move = Promotion(version, now(), _user(), reason[:LONGEST_REASON], forced, gate)
+        move = Promotion(version, time.time_ns() // 1_000_000, _user(), reason[:LONGEST_REASON], forced, gate)
         if recorded or _record(client, name, alias, move, records.keys()):
             _settle(client, name, alias)
             return True

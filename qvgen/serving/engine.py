@@ -1,0 +1,89 @@
+"""A loaded model that makes one video after the other for any number of threads.
+
+On a CPU a video takes every core, a VAE keeps its own state while it decodes, and a second video at once would take as much
+memory again. So requests wait for their turn, and more than `waiting` at once are refused.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qvgen.serving.limits import Limits
+
+WAITING = int(os.environ.get("QVGEN_WAITING", "16"))  # requests that may wait for their turn
+
+
+class BusyError(RuntimeError):
+    """As many requests wait as may; the message names the limit."""
+
+
+class Turns:
+    """One at a time, and a bounded number that wait."""
+
+    def __init__(self, waiting: int) -> None:
+        self.limit = waiting
+        self._lock, self._count, self._turn = threading.Lock(), 0, threading.Lock()
+
+    @property
+    def queue(self) -> int:
+        """Requests inside: the one that runs and those that wait."""
+        return self._count
+
+    @contextmanager
+    def take(self) -> Any:
+        """Raises BusyError instead of waiting where `limit` wait already."""
+        with self._lock:
+            if self._count > self.limit:
+                raise BusyError(f"limit waiting = {self.limit} (QVGEN_WAITING): as many requests wait; try again later")
+            self._count += 1
+        try:
+            with self._turn:
+                yield
+        finally:
+            with self._lock:
+                self._count -= 1
+
+
+class Engine:
+    """The pipeline of a folder, its limits, and its turns."""
+
+    def __init__(self, folder: str | Path, limits: Limits | None = None, waiting: int = WAITING) -> None:
+        from qvgen.checkpoint.pipeline import load_pipeline
+        from qvgen.models.registry import load_family
+        from qvgen.sampling.settings import read_settings
+
+        self.folder, self.turns = Path(folder), Turns(waiting)
+        self.limits = limits or Limits.of(vars(read_settings(folder)))
+        self._family, self._pipeline = load_family(folder), load_pipeline(folder)
+
+    def make(self, prompt: str, seed: int = 0, negative_prompt: str = "", overrides: Mapping[str, Any] | None = None) -> bytes:
+        """An .mp4, the one that `qvgen generate` writes for the same arguments.
+
+        Raises ValueError for what cannot be sampled, LimitError, BusyError.
+        """
+        from qvgen.sampling.clip import own_scheduler, sample_clip
+        from qvgen.sampling.settings import check_seed, read_settings
+        from qvgen.sampling.video import write_video
+
+        if not prompt.strip():
+            raise ValueError("the prompt is empty: say what the video shows")
+        check_seed(seed)
+        given = {name: value for name, value in (overrides or {}).items() if value is not None}
+        wanted = vars(read_settings(self.folder)) | given
+        numbers = {name: wanted[name] for name in ("frames", "height", "width")}
+        for name, value in (numbers | {"inference_steps": wanted["inference_steps"]}).items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} = {value!r:.100} must be a whole number, at least 1")
+        self.limits.check(steps=wanted["inference_steps"], prompts=(prompt, negative_prompt), **numbers)
+        settings = read_settings(self.folder, given)
+        with self.turns.take(), tempfile.TemporaryDirectory() as folder:
+            clip = sample_clip(own_scheduler(self._pipeline), self._family, settings, prompt, seed, negative_prompt)
+            path = Path(folder) / "video.mp4"
+            write_video(path, clip, settings.fps)
+            return path.read_bytes()

@@ -1,0 +1,120 @@
+"""The model that `mlflow.pyfunc.load_model` gives: a table of prompts in, a table of videos out.
+
+MLflow keeps the few lines of `CODE` as the model's code, and runs them when it loads the model; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qvgen.hub.store import faults_of
+from qvgen.serving.limits import Limits
+
+CODE_FILE = "qvgen_model.py"
+CODE = '''"""What MLflow loads; the model itself is in `artifacts/packed`, and its code in the package qvgen."""
+
+from mlflow.models import set_model
+
+from qvgen.serving.pyfunc import make_model
+
+set_model(make_model())
+'''
+# Parameter of a request -> field of SamplingSettings.
+PARAMETERS = {
+    "steps": "inference_steps",
+    "guidance_scale": "guidance_scale",
+    "frames": "frames",
+    "height": "height",
+    "width": "width",
+    "fps": "fps",
+}
+OUTPUTS = ("base64", "path")
+
+
+def make_model() -> Any:
+    """A new `PythonModel`, which loads nothing before MLflow gives it a context."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
+    from mlflow.pyfunc import PythonModel, PythonModelContext
+
+    class QvgenModel(PythonModel):
+        """A packed pipeline. Errors are those of MLflow's server: 400 for bad input, 503 for too many requests."""
+
+        def load_context(self, context: PythonModelContext) -> None:
+            self._served = Served.of(Path(context.artifacts["packed"]), context.model_config or {})
+
+        def predict(self, context, model_input, params=None):  # hints would be taken for a schema, which is the signature's
+            from qvgen.serving.engine import BusyError
+
+            try:
+                return self._served.predict(model_input, params or {})
+            except ValueError as error:
+                raise MlflowException(str(error), INVALID_PARAMETER_VALUE) from None
+            except BusyError as error:
+                raise MlflowException(str(error), TEMPORARILY_UNAVAILABLE) from None
+
+    return QvgenModel()
+
+
+class Served:
+    """An engine, and tables around it."""
+
+    def __init__(self, engine: Any, name: str) -> None:
+        self.engine, self.name = engine, name
+
+    @classmethod
+    def of(cls, folder: Path, config: Mapping[str, Any]) -> Served:
+        """Raises ValueError if the folder's files are not those whose hashes `config` names."""
+        from qvgen.serving.engine import Engine
+
+        if faults := faults_of(folder, config.get("files") or {}):
+            raise ValueError(f"{folder} is not the registered model: {'; '.join(faults[:3])}; nothing is loaded")
+        limits = config.get("limits")
+        return cls(Engine(folder, Limits(**limits) if limits else None), str(config.get("name", "")))
+
+    def predict(self, table: Any, params: Mapping[str, Any]) -> Any:
+        """A pandas table with columns video (an .mp4 as base64, or its path on the server) and sha256, a row for each prompt.
+
+        Raises ValueError for bad input, BusyError.
+        """
+        import pandas
+
+        if "prompt" not in getattr(table, "columns", ()):
+            raise ValueError("the input has no column prompt")
+        if len(table) > self.engine.limits.videos:
+            raise ValueError(f"limit videos = {self.engine.limits.videos}: {len(table)} prompts in one request")
+        output = params.get("output", OUTPUTS[0])
+        if output not in OUTPUTS:
+            raise ValueError(f"output = {output!r:.100} must be one of {', '.join(OUTPUTS)}")
+        overrides = {field: params.get(name) for name, field in PARAMETERS.items()}
+        rows = []
+        for row in table.to_dict("records"):
+            seed = row.get("seed")
+            negative = row.get("negative_prompt")
+            video = self.engine.make(
+                str(row["prompt"]),
+                0 if seed is None or seed != seed else int(seed),  # a column that some rows lack holds NaN
+                negative if isinstance(negative, str) else "",
+                overrides,
+            )
+            digest = hashlib.sha256(video).hexdigest()
+            text = base64.b64encode(video).decode() if output == "base64" else str(_keep(video, digest))
+            rows.append({"video": text, "sha256": digest})
+        return pandas.DataFrame(rows)
+
+
+def _keep(video: bytes, digest: str) -> Path:
+    """In the server's own folder, under a name that no request chooses."""
+    folder = Path(os.environ.get("QVGEN_VIDEOS") or Path(tempfile.gettempdir()) / "qvgen-videos")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{digest}.mp4"
+    draft = path.with_name(f".{digest}.{os.getpid()}")
+    draft.write_bytes(video)
+    draft.replace(path)
+    return path
