@@ -28,9 +28,9 @@ def main() -> None:
 
 
 def _anywhere() -> None:
-    from qvgen.cli.app import anywhere, main
+    from qvgen.cli.app import anywhere, main, name_of
 
-    known = [str(command.name or getattr(command.callback, "__name__", "")) for command in anywhere.registered_commands]
+    known = [name_of(command) for command in anywhere.registered_commands]
     wanted = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
     if wanted is not None and wanted not in known:
         print(

@@ -18,7 +18,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "packed": "float32"}
 
 
 def run(stage: Stage) -> None:
-    from qvgen.evaluation.cost.hardware import describe, hardware
+    from qvgen.evaluation.cost.hardware import describe, hardware, kernel_name
     from qvgen.evaluation.cost.size import folder_bytes
     from qvgen.evaluation.cost.speed import interleaved, load_variant, peak_memory_mb, torch_threads
 
@@ -138,15 +138,6 @@ def clip_size(stage: Stage) -> Any:
 
     prepare = stage.params.prepare
     return ClipSize(prepare.frames, prepare.height, prepare.width, prepare.max_sequence_length)
-
-
-def kernel_name(transformer: Any) -> str:
-    """The backend that the packed layers ran in (several, joined by "+", where layers differ), with its instruction set."""
-    from qvgen.kernels.cpu import library
-    from qvgen.nn.packed_linear import packed_layers
-
-    names = sorted({str(layer.backend) for _, layer in packed_layers(transformer)})
-    return "+".join(f"cpu ({library.isa().decode()})" if name == "cpu" else name for name in names)
 
 
 def published_ratio(stage: Stage) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Stage evaluate: the packed model against the full-precision one, from the same noise.
 
 Reads artifacts/model, artifacts/packed and artifacts/data; writes metrics/evaluate.json, and in artifacts/evaluation a
-contact sheet, side-by-side videos and details.json (motion, flicker, velocity error per timestep).
+contact sheet, side-by-side videos, details.json (motion, flicker, velocity error per timestep) and canary/: videos of the
+packed model by which `qvgen canary` knows it.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ def run(stage: Stage) -> None:
     }
     with stage.outputs("artifacts/evaluation") as folder:
         (folder / "details.json").write_text(json.dumps(details, indent=2) + "\n")
+        (folder / "canary").mkdir()
+        write_canary(folders[1], folder / "canary", trial)
         write_pictures(folder, stage.params.evaluate.videos, trial.prompts, [o.clips for o in observations])
     with stage.outputs("metrics/evaluate.json") as path:
         path.write_text(json.dumps(metrics, indent=2) + "\n")
@@ -61,6 +64,18 @@ def run(stage: Stage) -> None:
     stage.log_metrics({f"{model}.{k}": v for model in ("full_precision", "packed") for k, v in details[model].items()})
     stage.log_artifact("artifacts/evaluation")
     stage.log_artifact("metrics/evaluate.json")
+
+
+def write_canary(packed: Path, out: Path, trial: Any) -> None:
+    """Videos of the packed model alone, evenly spread over the prompts, by which it is known where it serves."""
+    from qvgen.evaluation.quality.canary import VIDEOS, make_canary
+    from qvgen.sampling.settings import read_settings
+
+    count = min(VIDEOS, len(trial.prompts))
+    chosen = [i * len(trial.prompts) // count for i in range(count)]
+    overrides = {**vars(trial.size), "inference_steps": trial.inference_steps, "guidance_scale": trial.guidance_scale}
+    settings = read_settings(packed, overrides)
+    make_canary(packed, out, [trial.prompts[i] for i in chosen], [trial.seeds[i] for i in chosen], settings)
 
 
 def write_pictures(folder: Path, count: int, prompts: tuple[str, ...], clips: list) -> None:

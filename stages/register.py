@@ -1,8 +1,9 @@
 """Stage register: the packed model as a version in MLflow's model registry, under the alias "challenger".
 
-Reads artifacts/packed, metrics/evaluate.json and metrics/benchmark.json; writes metrics/register.json. The version carries the
-hash of every file, and up to 2 GB (`register.upload`) MLflow gets the files too; larger ones stay in DVC, and the version says
-how to get them. The same bytes with the same metrics are one version, however often this runs.
+Reads artifacts/packed, artifacts/evaluation/canary, metrics/evaluate.json and metrics/benchmark.json; writes
+metrics/register.json. The version carries the hash of every file, and up to 2 GB (`register.upload`) MLflow gets the files
+too; larger ones stay in DVC, and the version says how to get them. The same bytes with the same metrics are one version,
+however often this runs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from qvgen.hub.artifacts import CANARY_RECORD, CANARY_TAG
 from stages.record.journal import FINISH_SECONDS, read_receipt
 from stages.record.model.flavour import flavour_of
 from stages.record.model.upload import SLOWEST
@@ -23,6 +25,7 @@ from stages.runtime.run import Stage, stage_main
 
 PACKED = "artifacts/packed"
 MEASURED = ("metrics/evaluate.json", "metrics/benchmark.json")
+CANARY = "artifacts/evaluation/canary"
 ALIAS = "challenger"
 PROMPTS = {"digits": "a red digit three moving up and left", "videos": "a cat walks through grass"}  # by prepare.source
 LARGEST_COPY = 2_000_000_000  # bytes of a packed folder that `upload: auto` still copies
@@ -31,6 +34,8 @@ LARGEST_COPY = 2_000_000_000  # bytes of a packed folder that `upload: auto` sti
 def run(stage: Stage) -> None:
     wish = describe(stage)
     stage.log_metrics(wish["metrics"])
+    if (stage.root / CANARY).is_dir():
+        stage.log_artifact(CANARY)
     stage.journal.write("register", **wish)  # the sender does it, now or whenever tracking can be reached again
     patience = FINISH_SECONDS + (wish["bytes"] / SLOWEST if wish["upload"] == "copy" else 0)
     entry = stage.journal.wait_for("registered", patience) or {"name": wish["name"], "version": None, "run_id": None}
@@ -67,6 +72,8 @@ def describe(stage: Stage) -> dict[str, Any]:
         hashes = {name: record["sha256"] for name, record in files.items()}
         flavour = flavour_of(folder, stage.params.register_.name, hashes, stage.root, prompt)
         tags |= {f"{FLAVOUR}{name}": hashlib.sha256(text.encode()).hexdigest() for name, text in flavour.items()}
+    if (stage.root / CANARY / CANARY_RECORD).is_file():
+        tags[CANARY_TAG] = hashlib.sha256((stage.root / CANARY / CANARY_RECORD).read_bytes()).hexdigest()
     if stores.remote:
         tags["dvc.remote"] = without_secrets(stores.remote)
     identity = fingerprint([stage.facts.deps[path] for path in (PACKED, *MEASURED)])

@@ -25,7 +25,7 @@ from pipelines.audit.machine import machine_check
 from pipelines.audit.project import Project, current_hash
 from pipelines.audit.rebuild import commands, rebuild
 from pipelines.audit.seal import promotion_check, seal_check
-from pipelines.audit.uploaded import uploaded_check
+from pipelines.audit.uploaded import canary_check, uploaded_check
 from pipelines.champion.promote import CHAMPION
 from pipelines.champion.registry import find_model, find_version, open_registry
 from qvgen.hub.promotions import promotions
@@ -105,7 +105,7 @@ def audit(home: Path, reference: str, *, rebuild_too: bool = False) -> Report:
         checks += registry_checks(lineage)
         if lineage.source is None:
             return Report(title, checks, [])
-        checks.append(uploaded_check(client, lineage))
+        checks += [uploaded_check(client, lineage), canary_check(lineage)]
         checks += git_checks(lineage, project)
         check, lock_commit = lock_check(lineage, project)
         checks += [check, seal_check(client, lineage, project, lock_commit)]

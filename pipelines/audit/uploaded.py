@@ -3,6 +3,7 @@ are the files by which MLflow loads it: they name the code that runs then."""
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from pipelines.audit.blobs import file_hash
 from pipelines.audit.checks import SHA256, Check, verdict
 from pipelines.audit.lineage import Lineage
-from qvgen.hub.artifacts import FOLDER, fetch_file, list_files, local_folder
+from qvgen.hub.artifacts import CANARY_RESULT, FOLDER, fetch_file, list_files, local_folder
 from stages.record.model.version import FLAVOUR, UPLOAD
 
 if TYPE_CHECKING:
@@ -58,3 +59,20 @@ def _hashes(client: MlflowClient, model_id: str, location: str) -> dict[str, str
         with tempfile.TemporaryDirectory() as folder:
             found[name] = file_hash(fetch_file(client, location, name, Path(folder)), "sha256")
     return found
+
+
+def canary_check(lineage: Lineage) -> Check:
+    """What hosts that serve the version found when they made its registered videos again."""
+    faults, said = [], []
+    for key, value in sorted(lineage.version.tags.items()):
+        if key.startswith(CANARY_RESULT):
+            host = key.removeprefix(CANARY_RESULT)
+            try:
+                result = json.loads(value)
+                line = f"{host} {result['time']} {result['says']}"
+                good = result["ok"] is True
+            except (ValueError, KeyError, TypeError):
+                line, good = f"{host}: {value!r:.100} is no result", False
+            (said if good else faults).append(line)
+    told = "; ".join(said) or "nobody has asked yet: `qvgen canary` where it serves"
+    return verdict("canary", faults, told, "do not serve it there: compare hardware and packages")

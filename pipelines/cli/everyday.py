@@ -13,7 +13,7 @@ from pipelines.cli.models import models
 from pipelines.cli.operations import operations
 from pipelines.run import nearby
 from pipelines.run.checkout import check_git, project_root
-from qvgen.cli.app import anywhere
+from qvgen.cli.app import anywhere, name_of
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -32,6 +32,7 @@ def generate(
     out: Annotated[Path, typer.Option(help="File to write: .mp4, .gif, or .png (frames in a row); with --prompts, a folder")],
     prompt: Annotated[str | None, typer.Option(help="What the video shows")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line: writes OUT/{prompt}-{0..}.mp4")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="With --prompt: what guidance leads away from")] = None,
     seed: Annotated[int, typer.Option(help="Of the noise; the same seed gives the same video")] = 0,
     steps: Annotated[int | None, typer.Option(help="Denoising steps")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1 turns guidance off")] = None,
@@ -72,6 +73,8 @@ def generate(
     from qvgen.hub.resolve import model_folder
 
     folder_of_model = model_folder(model)
+    if prompts is not None and negative_prompt is not None:
+        raise ValueError("--negative-prompt: only with --prompt")
     if prompts is not None:
         from pipelines.commands.generate.folder import generate_folder
 
@@ -82,7 +85,7 @@ def generate(
         raise ValueError(f"{', '.join('--' + name.replace('_', '-') for name in given)}: only with --prompts")
     from pipelines.commands.generate.video import generate as run
 
-    run(folder_of_model, str(prompt), seed, out, **overrides)
+    run(folder_of_model, str(prompt), seed, out, negative_prompt or "", **overrides)
     print(out)
 
 
@@ -209,7 +212,8 @@ def proxies(
 
 app.add_typer(models)  # no names: their commands stand beside the others
 app.add_typer(operations)
-app.registered_commands += anywhere.registered_commands  # which take models from DVC's stores, too, where there are some
+IN_A_PROJECT = {"rollback"}  # which have more to do in a project, and are in operations.py
+app.registered_commands += [command for command in anywhere.registered_commands if name_of(command) not in IN_A_PROJECT]
 nearby.offer()
 
 

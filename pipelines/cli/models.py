@@ -44,12 +44,16 @@ def import_model(
 
 
 @models.command()
-def verify(folder: Annotated[Path, typer.Argument(help="A packed pipeline, such as artifacts/packed")]) -> None:
+def verify(
+    model: Annotated[str, typer.Argument(help="A packed pipeline: artifacts/packed, or models:/qvgen@champion")],
+) -> None:
     """Whether a packed folder is whole: every tensor and config.json as they were written, all layers consistent."""
     from qvgen.checkpoint.packed import verify_folder
+    from qvgen.hub.resolve import model_folder
     from qvgen.packing.record import is_asked_for
     from qvgen.packing.record import verify as verify_files
 
+    folder = model_folder(model)
     layers = verify_folder(folder)
     asked = is_asked_for()
     count = verify_files(sorted((folder / "transformer").glob("*.safetensors"))) if asked else 0

@@ -135,6 +135,35 @@ def promote(
 
 
 @operations.command()
+def rollback(
+    reason: Annotated[str, typer.Option(help="Recorded in the registry, and sealed")],
+    name: Annotated[str | None, typer.Argument(help="Registered model [default: register.name of params.yaml]")] = None,
+    to: Annotated[int | None, typer.Option(min=1, help="A former champion [default: the one before]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The same, for programs")] = False,
+) -> None:
+    """Make a former champion champion again. Servers that follow the alias take it up."""
+    from pipelines.champion.rollback import rollback as run
+    from qvgen.cli.app import show_rollback
+    from qvgen.params import load_params
+
+    root = project_root()
+    show_rollback(run(root, load_params(root / "params.yaml"), name, to, reason), as_json)
+
+
+@operations.command()
+def gc(
+    all_commits: Annotated[bool, typer.Option("--all-commits", help="Keep what any commit names")] = False,
+    run: Annotated[bool, typer.Option("--run", help="If nothing is lost, also run `dvc gc`")] = False,
+) -> None:
+    """What `dvc gc` (of all branches and tags, or of all commits) and MLflow's gc would delete that a registered version still
+    needs. Exit code 1: something, and nothing is deleted."""
+    from pipelines.champion.kept import check_gc
+
+    if check_gc(project_root(), all_commits=all_commits, run=run):
+        raise typer.Exit(1)
+
+
+@operations.command()
 def audit(
     model: Annotated[str | None, typer.Argument(help="NAME@ALIAS or NAME/VERSION, such as qvgen@champion")] = None,
     data: Annotated[str | None, typer.Option("--uses", help="Path or DVC hash: list the versions that used it")] = None,

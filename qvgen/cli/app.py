@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +16,11 @@ anywhere = typer.Typer(
     pretty_exceptions_enable=False,
     help="Models of MLflow's registry, outside of a project; inside of one there is more.",
 )
+
+
+def name_of(command: Any) -> str:
+    """Of one of the registered commands."""
+    return str(command.name or command.callback.__name__)
 
 
 @anywhere.callback()
@@ -32,6 +37,50 @@ def pull(
     from qvgen.hub.resolve import pull as run
 
     print(run(model, out))
+
+
+@anywhere.command()
+def rollback(
+    reason: Annotated[str, typer.Option(help="Recorded in the registry")],
+    name: Annotated[str, typer.Argument(help="Registered model")] = "qvgen",
+    to: Annotated[int | None, typer.Option(min=1, help="A former champion [default: the one before]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The same, for programs")] = False,
+) -> None:
+    """Make a former champion champion again. Servers that follow the alias take it up."""
+    from qvgen.hub.rollback import rollback as run
+
+    show_rollback(run(name, to, reason=reason), as_json)
+
+
+@anywhere.command()
+def canary(
+    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION")],
+    as_json: Annotated[bool, typer.Option("--json", help="The same, for programs")] = False,
+) -> None:
+    """Make a version's registered videos again on this host, compare, and log the result to the version. Exit code 1: they are
+    not as registered."""
+    from qvgen.serving.canary import canary as run
+
+    done = run(model)
+    if as_json:
+        import json
+        from dataclasses import asdict
+
+        print(json.dumps(asdict(done.outcome) | {"model": done.model, "host": done.host, "time": done.time}))
+    else:
+        print(f"{done.model} on {done.host}: {done.outcome}")
+    if not done.outcome.ok:
+        raise typer.Exit(1)
+
+
+def show_rollback(done: Any, as_json: bool) -> None:
+    if as_json:
+        import json
+        from dataclasses import asdict
+
+        print(json.dumps(asdict(done), indent=2))
+    else:
+        print(done.message)
 
 
 def main() -> None:

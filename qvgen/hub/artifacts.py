@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 FOLDER = "artifacts/packed"  # of the packed folder among the files of the model
+CANARY = "canary"  # folder among the registering run's artifacts: videos that the model is known by
+CANARY_RECORD = "canary.json"  # in it
+CANARY_TAG = "qvgen.canary"  # of the version: sha256 of the record
+CANARY_RESULT = "canary."  # tags of the version, then a host: what came of `qvgen canary` there last, as JSON
 
 
 def local_folder(location: str) -> Path | None:

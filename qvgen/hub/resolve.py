@@ -55,8 +55,9 @@ def find(reference: Reference) -> Registered:
     return model
 
 
-def fetch(model: Registered) -> Path:
-    """A folder with the files of a version, each hashed now. Raises ValueError that names every place that was tried."""
+def fetch(model: Registered, uri: str | None = None) -> Path:
+    """A folder with the files of a version, each hashed now. `uri`: of MLflow, else where it is found. Raises ValueError that
+    names every place that was tried."""
     reasons: dict[str, str] = {}
     if (project := project_at(Path.cwd())) is not None:
         packed = project / PACKED
@@ -68,8 +69,7 @@ def fetch(model: Registered) -> Path:
 
     def one(path: str, out: IO[bytes]) -> None:
         if not tried:  # only a model that is not in the cache needs any
-            tried.extend(place for places in nearby for place in places())
-            tried.extend([DvcRemote(), Artifacts(open_client(find_tracking()))])
+            tried.extend(_places(uri))
         for place in tried:
             try:
                 with place.open(model, path) as source:
@@ -85,6 +85,28 @@ def fetch(model: Registered) -> Path:
         )
 
     return keep(model.files, one)
+
+
+def absent(model: Registered, uri: str | None = None, more: Sequence[Place] = ()) -> str | None:
+    """None if a place other than the caches of users lists every file of a version; else which place lacks what. Bytes are
+    not read: `fetch` does that."""
+    reasons = []
+    for place in [*more, *_places(uri)]:
+        try:
+            gone = [path for path in model.files if not place.has(model, path)]
+        except Exception as error:  # each place has a library with errors of its own
+            first, *_ = str(error).strip().splitlines() or [type(error).__name__]
+            reasons.append(f"{place.name}: {first[:200]}")
+            continue
+        if not gone:
+            return None
+        reasons.append(f"{place.name}: it lacks {gone[0]}" + (f" and {len(gone) - 1} more" if len(gone) > 1 else ""))
+    return "; ".join(reasons)
+
+
+def _places(uri: str | None) -> list[Place]:
+    known = [place for places in nearby for place in places()]
+    return [*known, DvcRemote(), Artifacts(open_client(uri or find_tracking()))]
 
 
 def project_at(here: Path) -> Path | None:

@@ -44,6 +44,7 @@ class Registered:
     version: int
     files: dict[str, str]
     location: str  # of the logged model's files in MLflow
+    model_id: str  # of the logged model
     uploaded: bool  # whether they hold the packed folder
     md5: str | None = None  # DVC's hash of the folder
     remote: str | None = None  # address of the DVC remote
@@ -126,6 +127,7 @@ def read_version(client: MlflowClient, reference: Reference) -> Registered:
         version=int(found.version),
         files=files,
         location=model.artifact_location,
+        model_id=model.model_id,
         uploaded=found.tags.get("qvgen.upload") == "copy",
         md5=found.tags.get("dvc.md5"),
         remote=found.tags.get("dvc.remote"),

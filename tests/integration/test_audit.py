@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 from pipelines.audit.blobs import open_blobs
 from pipelines.audit.project import current_hash
 from pipelines.audit.report import audit, find_uses
+from pipelines.champion.kept import check_gc
 from pipelines.champion.promote import promote, promote_after_run
+from qvgen.hub.promotions import Promotion, alias_version, promotions
 from qvgen.params import load_params
 from stages.record.connection import connect
-from stages.record.promotions import Promotion, alias_version, promotions
 from tests.support import audited_project as toy
 from tests.support.audited_project import copy, failed
 
@@ -177,7 +178,7 @@ def test_what_was_not_committed_yet(project: Path) -> None:
     assert states == dict.fromkeys(("dvc.lock", "metrics", "seal", "promotion"), "TODO"), str(report)
     assert report.exit_code == 2 and not report.ok
     last = str(report).splitlines()[len(report.checks) + 1]
-    assert last.startswith("qvgen version 1: nothing fails, but 4 of 22 checks wait for the results to be committed: `git add")
+    assert last.startswith("qvgen version 1: nothing fails, but 4 of 23 checks wait for the results to be committed: `git add")
     code, output = toy.run(project, "bash", "-euc", last.split("`")[1])
     assert code == 0, output
     assert audit(project, "qvgen@champion").exit_code == 0
@@ -245,6 +246,50 @@ def test_a_crash_between_record_and_alias_is_repaired(project: Path) -> None:
     assert "has no alias champion" in failed(project)["alias"]
     assert promote_after_run(project) == "qvgen version 1 is champion again, as recorded"
     assert failed(project) == {} and len(promotions(client, "qvgen", "champion")) == 1
+
+
+def test_a_rollback_is_sealed_and_audited(worse: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    project = copy(worse, tmp_path / "project")
+    monkeypatch.chdir(project)
+    from pipelines.cli.everyday import app
+
+    params = load_params(project / "params.yaml")
+    assert promote(project, params, force=True, reason="a demonstration").moved
+    back = CliRunner().invoke(app, ["rollback", "--reason", "it is worse"])
+    assert back.exit_code == 0 and "qvgen version 1 is champion again, instead of version 2" in back.output, back.output
+    report = audit(project, "qvgen@champion")
+    assert {check.name: check.state for check in report.checks if not check.ok} == {"promotion": "TODO"}, str(report)
+    toy.git(project, "commit", "-qm", "rollback", "metrics/seal.jsonl")
+    assert "alias" not in failed(project) and "promotion" not in failed(project)
+    toy.git(project, "reset", "-q", "--hard", "HEAD~1")  # as if it was made where there is no project
+    assert "`qvgen rollback --to 1 --reason TEXT` seals it" in failed(project)["promotion"]
+    assert CliRunner().invoke(app, ["rollback", "--to", "1", "--reason", "as recorded"]).exit_code == 0
+    assert {check.state for check in audit(project, "qvgen@champion").checks if not check.ok} == {"TODO"}
+
+
+def test_garbage_collection_is_refused(project: Path, monkeypatch: Any, capsys: Any) -> None:
+    assert check_gc(project) == []
+    assert "delete nothing that a version needs" in capsys.readouterr().out
+    toy.git(project, "reset", "-q", "--hard", "HEAD~1")  # dvc.lock names the packed folder no more
+    (loss,) = check_gc(project, run=True)
+    assert str(loss).startswith(
+        "qvgen/1 (challenger, champion): dvc gc --all-branches --all-tags would delete artifacts/packed"
+    )
+    with open_blobs(project) as blobs:
+        assert blobs.cache.exists(loss.what.partition("(")[2].partition(")")[0]), "refused"
+    client, _ = connect(project)
+    client.delete_run(client.get_model_version("qvgen", "1").run_id)
+    assert [loss.command for loss in check_gc(project)] == ["dvc gc --all-branches --all-tags", "mlflow gc"]
+
+
+def test_promoting_what_nobody_can_get_warns(project: Path, capsys: Any) -> None:
+    params = load_params(project / "params.yaml")
+    assert promote(project, params).ok and "nowhere to be had" not in capsys.readouterr().err
+    shutil.rmtree(project / ".dvc/cache")
+    assert promote(project, params).ok and "nowhere to be had" not in capsys.readouterr().err, "MLflow has them"
+    shutil.rmtree(next((project / "mlruns/models").iterdir()))
+    assert promote(project, params).ok
+    assert "warning: the files of qvgen version 1 are nowhere to be had (" in capsys.readouterr().err
 
 
 def test_registering_records_the_challenger(worse: Path) -> None:

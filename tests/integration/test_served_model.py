@@ -8,7 +8,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -22,12 +21,11 @@ import yaml
 from mlflow import MlflowClient
 
 from tests.support.packed_model import make_packed
-from tests.support.registered import outside, packed_wish, register, using
+from tests.support.registered import outside, packed_wish, python_outside, register, using
 from tests.support.services import free_port, server
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
-ROOT = Path(__file__).parents[2]
 NAME = "served"
 PROMPT = "a red digit three"
 
@@ -37,7 +35,7 @@ def packed(mlflow_server: str, tmp_path_factory: pytest.TempPathFactory) -> Path
     """The packed folder, registered under NAME."""
     folder = tmp_path_factory.mktemp("packed")
     make_packed(folder)
-    register(MlflowClient(mlflow_server), packed_wish(folder, NAME, ROOT))
+    register(MlflowClient(mlflow_server), packed_wish(folder, NAME))
     return folder / "packed"
 
 
@@ -63,8 +61,8 @@ def test_what_mlflow_says_of_it(packed: Path, mlflow_server: str, tmp_path: Path
 def test_predict_gives_the_bytes_of_generate(packed: Path, mlflow_server: str, tmp_path: Path) -> None:
     """In another process, from an empty folder, without checkout, git and DVC."""
     code = f"""
-import json, sys, mlflow, pandas
-assert "torch" not in sys.modules
+import importlib.util, json, mlflow, pandas
+assert importlib.util.find_spec("pipelines") is None and importlib.util.find_spec("stages") is None
 model = mlflow.pyfunc.load_model("models:/{NAME}@challenger")
 table = pandas.DataFrame([{{"prompt": "{PROMPT}", "seed": 1}}, {{"prompt": "{PROMPT}", "seed": 2}}])
 first = model.predict(table)
@@ -75,7 +73,7 @@ open("out.json", "w").write(json.dumps([first["video"].tolist(), open(second["vi
     folder = tmp_path / "empty"
     folder.mkdir()
     variables = outside(tmp_path, mlflow_server) | {"QVGEN_VIDEOS": str(tmp_path / "videos")}
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=variables, capture_output=True, text=True)
+    done = subprocess.run([python_outside(tmp_path), "-c", code], cwd=folder, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (first, second), kept = json.loads((folder / "out.json").read_text())
     assert base64.b64decode(first) == generated(packed, tmp_path / "1.mp4")
@@ -89,9 +87,9 @@ def address(packed: Path, mlflow_server: str, tmp_path_factory: pytest.TempPathF
     """Of `mlflow models serve`, with room for five requests that wait."""
     folder = tmp_path_factory.mktemp("serve")
     port = free_port()
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", f"models:/{NAME}@challenger"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--env-manager", "local"]
     variables = outside(folder, mlflow_server) | {"QVGEN_WAITING": "5"}
+    command = [python_outside(folder), "-m", "mlflow", "models", "serve", "-m", f"models:/{NAME}@challenger"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--env-manager", "local"]
     found = f"http://127.0.0.1:{port}"
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name not in variables]:
@@ -163,9 +161,20 @@ def test_malformed_and_cancelled(address: str) -> None:
 
 def test_mlflow_models_predict(packed: Path, mlflow_server: str, tmp_path: Path) -> None:
     (tmp_path / "in.json").write_text(json.dumps({"dataframe_split": {"columns": ["prompt"], "data": [[PROMPT]]}}))
-    command = [sys.executable, "-m", "mlflow", "models", "predict", "-m", f"models:/{NAME}/1", "--env-manager", "local"]
+    variables = outside(tmp_path, mlflow_server)
+    command = [
+        python_outside(tmp_path),
+        "-m",
+        "mlflow",
+        "models",
+        "predict",
+        "-m",
+        f"models:/{NAME}/1",
+        "--env-manager",
+        "local",
+    ]
     command += ["-i", "in.json", "-o", "out.json", "-t", "json"]
-    done = subprocess.run(command, cwd=tmp_path, env=outside(tmp_path, mlflow_server), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (answer,) = json.loads((tmp_path / "out.json").read_text())["predictions"]
     assert base64.b64decode(answer["video"]) == generated(packed, tmp_path / "0.mp4", seed=0)

@@ -21,6 +21,8 @@ from mlflow import MlflowClient
 from stages.record.model.flavour import flavour_of
 from stages.record.model.version import FLAVOUR, UPLOAD, register_version
 
+ROOT = Path(__file__).parents[2]
+
 
 def make_wish(
     folder: Path, name: str, content: Mapping[str, bytes], *, upload: str = "copy", cached: bool = True, **tags: str
@@ -56,11 +58,11 @@ def make_wish(
     }
 
 
-def packed_wish(folder: Path, name: str, root: Path, **options: Any) -> dict[str, Any]:
-    """`make_wish` of a real packed pipeline, `folder`/packed, with what MLflow needs to load it. `root`: of the repository."""
+def packed_wish(folder: Path, name: str, **options: Any) -> dict[str, Any]:
+    """`make_wish` of a real packed pipeline, `folder`/packed, with what MLflow needs to load it."""
     wish = make_wish(folder, name, read_folder(folder / "packed"), **options)
     hashes = {path: record["sha256"] for path, record in wish["files"].items()}
-    texts = flavour_of(folder / "packed", name, hashes, root, "a red digit three")
+    texts = flavour_of(folder / "packed", name, hashes, ROOT, "a red digit three")
     tags = {f"{FLAVOUR}{path}": hashlib.sha256(text.encode()).hexdigest() for path, text in texts.items()}
     return wish | {"texts": texts, "tags": wish["tags"] | tags}
 
@@ -88,9 +90,6 @@ def _blob(cache: Path, md5: str, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
         path.chmod(0o444)
-
-
-ROOT = Path(__file__).parents[2]
 
 
 class Line:
@@ -127,22 +126,27 @@ class Line:
 def outside(folder: Path, mlflow_server: str) -> dict[str, str]:
     """Variables of a process that has this environment's packages and the library, and neither checkout, git nor DVC.
 
-    A fresh virtual environment would download gigabytes; instead the library is a copy, its imports and PATH are all there is
-    of this repository.
+    A fresh virtual environment would download gigabytes. Here `python` is this one without what site-packages adds to its
+    path (-S: an editable install adds the checkout); packages are found by PYTHONPATH, and PATH holds nothing else of it.
     """
-    site = folder / "site"
-    if not site.exists():
-        site.mkdir()
+    site, programs = folder / "site", folder / "bin"
+    for made in (site, programs):
+        made.mkdir(exist_ok=True)
+    if not (site / "qvgen").exists():
         (site / "qvgen").symlink_to(ROOT / "qvgen")
+    for name, more in (("python", ""), ("python3", ""), ("uvicorn", " -m uvicorn"), ("mlflow", " -m mlflow")):
+        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" -S{more} "$@"\n')
+        (programs / name).chmod(0o755)
+    packages = [path for path in sys.path if path.endswith("site-packages")]
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_", "QVGEN_", "PYTHON"))}
-    programs = folder / "bin"
-    programs.mkdir(exist_ok=True)
-    for name in ("python", "python3", "uvicorn"):
-        if not (programs / name).exists():
-            (programs / name).write_text(f'#!/bin/sh\nexec "{Path(sys.executable).parent / name}" "$@"\n')
-            (programs / name).chmod(0o755)
-    own = {"PYTHONPATH": str(site), "PATH": f"{programs}:/bin", "HOME": str(folder), "QVGEN_CACHE": str(folder / "cache")}
-    return kept | own | {"MLFLOW_TRACKING_URI": mlflow_server, "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1"}
+    own = {"PYTHONPATH": os.pathsep.join([str(site), *packages]), "PATH": f"{programs}:/bin:/usr/bin", "HOME": str(folder)}
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return kept | own | quiet | {"MLFLOW_TRACKING_URI": mlflow_server, "QVGEN_CACHE": str(folder / "cache")}
+
+
+def python_outside(folder: Path) -> str:
+    """The interpreter that goes with `outside`."""
+    return str(folder / "bin" / "python")
 
 
 @contextmanager

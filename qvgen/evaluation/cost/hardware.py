@@ -35,6 +35,15 @@ def describe(facts: dict[str, Any]) -> str:
     return f"{facts['cpu']}, {facts['logical_cores']} cores, {facts['threads']} threads, {isa}, torch {facts['torch']}"
 
 
+def kernel_name(transformer: Any) -> str:
+    """The backend that the packed layers ran in (several, joined by "+", where layers differ), with its instruction set."""
+    from qvgen.kernels.cpu import library
+    from qvgen.nn.packed_linear import packed_layers
+
+    names = sorted({str(layer.backend) for _, layer in packed_layers(transformer)})
+    return "+".join(f"cpu ({library.isa().decode()})" if name == "cpu" else name for name in names)
+
+
 def _cpu_model() -> str:
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 

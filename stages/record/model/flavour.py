@@ -32,7 +32,7 @@ def make_flavour(about: dict[str, Any]) -> dict[str, str]:
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
     settings = about["settings"]
-    inputs = [
+    inputs: list[Any] = [
         ColSpec("string", "prompt"),
         ColSpec("string", "negative_prompt", required=False),
         ColSpec("long", "seed", required=False),
