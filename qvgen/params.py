@@ -51,6 +51,9 @@ class Prepare(_Section):
     frames: int = Field(ge=1, le=LARGEST)
     height: int = Field(ge=16, le=LARGEST, multiple_of=16, description="pixels")
     width: int = Field(ge=16, le=LARGEST, multiple_of=16, description="pixels")
+    fps: Annotated[float, Field(gt=0, le=1000)] | Literal["native"] | None = Field(
+        default=None, description="of clips from videos; null: what the model was trained with; native: every frame"
+    )
     max_sequence_length: int = Field(ge=1, le=512, description="text tokens the model was trained with")
     train_clips: int = Field(ge=1, le=LARGEST)
     calibration_clips: int = Field(ge=1, le=LARGEST)

@@ -23,6 +23,7 @@ def run(stage: Stage) -> None:
     from qvgen.checkpoint.pipeline import load_pipeline
     from qvgen.data.latents import write_part, write_text
     from qvgen.models.family import ClipSize
+    from qvgen.models.rate import frame_rate
     from qvgen.models.registry import load_family
     from qvgen.models.size import check_size
 
@@ -30,7 +31,10 @@ def run(stage: Stage) -> None:
     source = stage.root / "artifacts/model"
     check_size(source, ClipSize(settings.frames, settings.height, settings.width, settings.max_sequence_length))
     family, pipeline = load_family(source), load_pipeline(source)
-    captions, parts = digit_clips(stage.params) if settings.source == "digits" else video_clips(stage.params)
+    fps = None
+    if settings.source == "videos" and settings.fps != "native":
+        fps = frame_rate(source) if settings.fps is None else settings.fps
+    captions, parts = digit_clips(stage.params) if settings.source == "digits" else video_clips(stage.params, fps)
     sizes = {
         "train": settings.train_clips,
         "calibration": settings.calibration_clips,
@@ -40,7 +44,8 @@ def run(stage: Stage) -> None:
         write_text(folder, pipeline, family, captions, settings.max_sequence_length, settings.batch_size)
         for part, batches in parts.items():
             write_part(folder / part, pipeline, family, batches, settings.shard_size, progress.update)
-    stage.log_metrics({f"clips.{part}": n for part, n in sizes.items()} | {"captions": len(captions)})
+    rate = {} if fps is None else {"fps": fps}
+    stage.log_metrics({f"clips.{part}": n for part, n in sizes.items()} | {"captions": len(captions)} | rate)
 
 
 def digit_clips(params: Params) -> tuple[list[str], dict[str, Batches]]:
@@ -70,8 +75,8 @@ def digit_clips(params: Params) -> tuple[list[str], dict[str, Batches]]:
     }
 
 
-def video_clips(params: Params) -> tuple[list[str], dict[str, Batches]]:
-    """Clips of a folder of videos, split at random: no video is in two parts."""
+def video_clips(params: Params, fps: float | None) -> tuple[list[str], dict[str, Batches]]:
+    """Clips of a folder of videos, split at random: no video is in two parts. `fps`: frames a second; None: every frame."""
     import torch
 
     from qvgen.data.videos import read_captions, read_clip
@@ -92,7 +97,7 @@ def video_clips(params: Params) -> tuple[list[str], dict[str, Batches]]:
         for some in index.split(settings.batch_size):
             chosen = [rows[i] for i in some]
             yield (
-                torch.stack([read_clip(path, size) for path, _ in chosen]),
+                torch.stack([read_clip(path, size, fps) for path, _ in chosen]),
                 torch.tensor([number[c] for _, c in chosen]),
             )
 

@@ -11,6 +11,7 @@ import av
 import torch
 import torch.nn.functional as F
 
+from qvgen.data.frames import TooFewFramesError, take, upright
 from qvgen.models.family import ClipSize
 
 LONGEST_NAME = 255  # bytes of a part of a path
@@ -70,35 +71,41 @@ def _read_table(path: Path) -> Iterator[tuple[int, list[str]]]:
             raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
 
 
-def read_clip(path: str | Path, size: ClipSize) -> torch.Tensor:
-    """The first `size.frames` frames as (3, t, h, w) float32 in [-1, 1], resized to cover and cropped at the centre.
+def read_clip(path: str | Path, size: ClipSize, fps: float | None = None) -> torch.Tensor:
+    """`size.frames` frames as (3, t, h, w) float32 in [-1, 1], upright, resized to cover and cropped at the centre: the first
+    ones, or with `fps` so many a second from the first on (data/frames.py).
 
-    Raises ValueError if the file has no video, too few frames, or frames too large.
+    Raises ValueError if the file has no video, too few frames, too slow or too large ones.
     """
     frames: list[torch.Tensor] = []
+    last = None
     try:
         with av.open(str(path), metadata_errors="replace") as container:
             coded = container.streams.video[0].codec_context
             if coded is None:
                 raise ValueError(f"{path} cannot be read as a video: no decoder for its format")
             _check_pixels(path, "a frame", coded.height, coded.width)  # before the decoder takes memory for one
-            for frame in container.decode(video=0):
-                frames.append(_cover(path, frame, size))
-                if len(frames) == size.frames:
-                    break
+            for frame in take(container.decode(video=0), size.frames, fps):
+                frames.append(frames[-1] if frame is last else _cover(path, frame, size))
+                last = frame
+    except TooFewFramesError as error:
+        raise ValueError(f"{path} {error}") from None
     except (av.FFmpegError, IndexError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a video: {error}") from None
-    if len(frames) < size.frames:
-        raise ValueError(f"{path} has {len(frames)} frames, {size.frames} are needed; remove it or lower prepare.frames")
     return torch.cat(frames).permute(1, 0, 2, 3).contiguous()
 
 
 def _cover(path: str | Path, frame: Any, size: ClipSize) -> torch.Tensor:
     """One decoded frame as (1, 3, h, w), resized at once: a clip in its own resolution may take gigabytes."""
     _check_pixels(path, "a frame", frame.height, frame.width)
-    image = torch.from_numpy(frame.to_ndarray(format="rgb24"))[None].permute(0, 3, 1, 2).float() / 127.5 - 1
-    scale = max(size.height / frame.height, size.width / frame.width)
-    cover = [max(size.height, round(frame.height * scale)), max(size.width, round(frame.width * scale))]
+    try:
+        pixels = upright(frame)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    height, width = pixels.shape[:2]
+    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2).float() / 127.5 - 1
+    scale = max(size.height / height, size.width / width)
+    cover = [max(size.height, round(height * scale)), max(size.width, round(width * scale))]
     _check_pixels(path, f"a frame that covers {size.width} x {size.height}", *cover)
     image = F.interpolate(image, size=cover, mode="bilinear", antialias=True, align_corners=False).clamp(-1, 1)
     top, left = (cover[0] - size.height) // 2, (cover[1] - size.width) // 2

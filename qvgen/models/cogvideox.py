@@ -82,6 +82,10 @@ class CogVideoXFamily(Family):
         pixels = 2**halvings * transformer_config.get("patch_size", 2)
         return ClipStep(frames, pixels, pixels)
 
+    @classmethod
+    def frame_rate(cls, transformer_config: Mapping[str, Any]) -> float:
+        return float(cls.sampling.fps) if transformer_config.get("patch_size_t") is None else 16.0  # CogVideoX 1.5
+
     @staticmethod
     def transformer(config: Mapping[str, Any]) -> nn.Module:
         from diffusers import CogVideoXTransformer3DModel

@@ -84,6 +84,11 @@ class Family(Protocol):
         """Which clips have latents that the transformer takes whole."""
         ...
 
+    @classmethod
+    def frame_rate(cls, transformer_config: Mapping[str, Any]) -> float:
+        """Frames a second of the videos that such a transformer was trained with."""
+        return float(cls.sampling.fps)
+
     @staticmethod
     def transformer(config: Mapping[str, Any]) -> nn.Module:
         """A transformer with random weights, on the device of `torch.device(...)` around the call."""

@@ -92,6 +92,10 @@ class WanFamily(Family):
         time, space = vae_config.get("scale_factor_temporal", 4), vae_config.get("scale_factor_spatial", 8)
         return ClipStep(time * patch[0], space * patch[1], space * patch[2])
 
+    @classmethod
+    def frame_rate(cls, transformer_config: Mapping[str, Any]) -> float:
+        return 24.0 if transformer_config.get("in_channels") == 48 else float(cls.sampling.fps)  # 48: TI2V 5B of Wan 2.2
+
     @staticmethod
     def transformer(config: Mapping[str, Any]) -> nn.Module:
         from diffusers import WanTransformer3DModel

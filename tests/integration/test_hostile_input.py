@@ -151,7 +151,7 @@ def test_captions_and_clips(tmp_path: Path) -> None:
         (tmp_path / "a.mp4").write_bytes(damage_bytes(whole, chance) if clip else whole)
         return "a.mp4" if clip else "captions.csv"
 
-    survive(lambda: [read_clip(path, SIZE) for path, _ in read_captions(tmp_path)], make, "captions")
+    survive(lambda: [read_clip(path, SIZE, fps) for fps in (None, 8) for path, _ in read_captions(tmp_path)], make, "captions")
 
 
 def folder_maker(source: Path, folder: Path) -> Callable[[random.Random], str]:

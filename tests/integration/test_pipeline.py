@@ -52,7 +52,7 @@ def make_project(folder: Path, family: str) -> Path:
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     clip = {k: getattr(TINY_CLIP, k) for k in ("frames", "height", "width", "max_sequence_length")}
     parts = {"train_clips": 4, "calibration_clips": 3, "held_out_clips": 2}
-    params["prepare"] |= {"source": "videos", "folder": "videos", **clip, **parts}
+    params["prepare"] |= {"source": "videos", "folder": "videos", "fps": 8, **clip, **parts}
     params["scheme"]["timestep_groups"] = 3
     params["qat"] |= {"steps": 150, "batch_size": 2, "checkpoint_every": 10}
     params["decay"] |= {"initial_rank": 4, "phase_steps": 30, "final_steps": 60}
