@@ -48,6 +48,7 @@ def verify(
     model: Annotated[str, typer.Argument(help="A packed pipeline: artifacts/packed, or models:/qvgen@champion")],
 ) -> None:
     """Whether a packed folder is whole: every tensor and config.json as they were written, all layers consistent."""
+    from qvgen.checkpoint.declared import weight_files
     from qvgen.checkpoint.packed import verify_folder
     from qvgen.hub.resolve import model_folder
     from qvgen.packing.record import is_asked_for
@@ -56,6 +57,6 @@ def verify(
     folder = model_folder(model)
     layers = verify_folder(folder)
     asked = is_asked_for()
-    count = verify_files(sorted((folder / "transformer").glob("*.safetensors"))) if asked else 0
+    count = verify_files(weight_files(folder / "transformer")) if asked else 0
     known = f"{count} tensors and config.json as they were written" if count else "its files record no hashes to compare"
     print(f"{folder}: {layers} packed layers, {known if asked else 'hashes not compared: QVGEN_VERIFY=0'}")

@@ -16,7 +16,7 @@ from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import ModelCard, ModelCardData, split_torch_state_dict_into_shards
 from torch import nn
 
-from qvgen.checkpoint.loadable import check_sizes, first_line
+from qvgen.checkpoint.declared import first_line
 from qvgen.checkpoint.pipeline import load_transformer
 from qvgen.models.files import GENERATION, MANIFEST, SourceError, check_safetensors, read_json
 from qvgen.nn.packed_linear import PackedLinear, packed_layers
@@ -73,14 +73,13 @@ def load_packed_transformer(folder: str | Path, dtype: torch.dtype | None = None
     folder that is not a packed pipeline and for damaged, missing or inconsistent tensors, naming them.
     """
     transformer = Path(folder) / _TRANSFORMER
-    config = _check_config(transformer)
+    _check_config(transformer)
     _check_files(transformer)
-    check_sizes(transformer, config)
     try:
         return load_transformer(folder, dtype)
     except (ValueError, MemoryError, KeyboardInterrupt):
         raise
-    except Exception as error:  # diffusers raises all kinds for a config.json that describes no model
+    except Exception as error:  # diffusers raises all kinds for files that are not what config.json says
         raise ValueError(f"{transformer / 'config.json'} does not describe what is beside it ({first_line(error)})") from None
 
 
@@ -137,7 +136,7 @@ def _write_transformer(transformer: Any, scheme: QuantScheme, names: list[str], 
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _check_config(folder: Path) -> dict[str, Any]:
+def _check_config(folder: Path) -> None:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder.parent} is not a packed pipeline: it has no {_TRANSFORMER}/config.json")
@@ -145,7 +144,6 @@ def _check_config(folder: Path) -> dict[str, Any]:
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "qvgen":
         raise ValueError(f"{folder.parent} is not packed: {path.name} of its transformer has no qvgen quantization_config")
-    return config
 
 
 def _check_files(folder: Path) -> None:

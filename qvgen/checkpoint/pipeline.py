@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import qvgen.integrations.diffusers  # noqa: F401  (lets diffusers load packed transformers)
+from qvgen.checkpoint.declared import check_packed
 from qvgen.models.files import read_json
 
 
@@ -20,12 +21,14 @@ def load_pipeline(folder: str | Path, dtype: torch.dtype | dict[str, torch.dtype
     """The diffusers pipeline of a folder, on the CPU in evaluation mode.
 
     `dtype`: of the parameters, packed layers excepted, or one per component ("default": of the rest); None: float32, a text
-    encoder as it is stored.
+    encoder as it is stored. Raises ValueError if config.json of a packed transformer does not describe what is beside it.
     """
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
+    if (Path(folder) / "transformer" / "config.json").is_file():
+        check_packed(Path(folder) / "transformer")
     diffusers_logging.disable_progress_bar()  # bars for files that load in milliseconds
     transformers_logging.disable_progress_bar()
     pipeline = DiffusionPipeline.from_pretrained(Path(folder), dtype=dtype, local_files_only=True, use_safetensors=True)
@@ -38,11 +41,9 @@ def load_transformer(folder: str | Path, dtype: torch.dtype | None = None) -> An
 
     `dtype`: of the parameters, packed layers excepted; None: float32. diffusers keeps some small ones in float32 anyway.
     """
-    return (
-        transformer_class(folder)
-        .from_pretrained(Path(folder) / "transformer", dtype=dtype, local_files_only=True, use_safetensors=True)
-        .eval()
-    )
+    found = transformer_class(folder)
+    check_packed(Path(folder) / "transformer")
+    return found.from_pretrained(Path(folder) / "transformer", dtype=dtype, local_files_only=True, use_safetensors=True).eval()
 
 
 def transformer_class(folder: str | Path) -> Any:

@@ -196,15 +196,8 @@ class PackedLinear(nn.Module):
 
         Raises RuntimeError if a backend asked for by name cannot run this layer.
         """
-        weight = PackedWeight(
-            self.weight_packed,
-            self.weight_scale,
-            self.weight_zero_point,
-            self.weight_row_sum,
-            self.in_features,
-            self.scheme.weights,
-            self.scheme.input_activations,
-        )
+        tensors = self.weight_packed, self.weight_scale, self.weight_zero_point, self.weight_row_sum
+        weight = PackedWeight(*tensors, self.in_features, self.scheme.weights, self.scheme.input_activations)
         self._prepared = choose(weight, preference).prepare(weight)
         self._buffers[layout.PACKED] = None
         return self._prepared
@@ -290,9 +283,13 @@ class PackedLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + layout.PACKED] = self.weight_packed
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self._store_words()
-        super()._load_from_state_dict(*args)
+        own = self.weight_packed, self.weight_row_sum
+        if fault := layout.fault_of_loading(state_dict, prefix, own, self.in_features, self.scheme.weights):
+            args[-1].append(fault)
+        else:
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:

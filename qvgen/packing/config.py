@@ -9,6 +9,7 @@ from qvgen.quant.scheme import QuantScheme
 FORMAT_VERSION = 1
 METHOD = "qvgen"  # diffusers finds the code that loads the folder by this name
 _GROUP = "group_0"
+_ENTRIES = {"quant_method", "format_version", "config_groups", "ignore"}  # diffusers adds none when it saves
 
 
 def to_config(scheme: QuantScheme, num_targets: int) -> dict[str, Any]:
@@ -31,17 +32,23 @@ def to_config(scheme: QuantScheme, num_targets: int) -> dict[str, Any]:
 
 
 def from_config(config: dict[str, Any]) -> tuple[QuantScheme, int]:
-    """Inverse of `to_config`: the scheme and the number of packed layers. Raises ValueError on another format."""
+    """Inverse of `to_config`: the scheme and the number of packed layers. Raises ValueError, naming the entry, for another
+    format, an unknown or missing entry, and a value of another type."""
     if config.get("quant_method") != METHOD:
-        raise ValueError(f"quant_method {config.get('quant_method')!r} is not a model packed by qvgen")
+        raise ValueError(f"quant_method {config.get('quant_method')!r:.100} is not a model packed by qvgen")
     version = config.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(f"packed format version {version!r}; this qvgen reads version {FORMAT_VERSION}")
-    groups = config.get("config_groups") or {}
-    if list(groups) != [_GROUP]:
-        raise ValueError(f"expected one config group named {_GROUP}, found {sorted(groups)}")
+    if type(version) is not int or version != FORMAT_VERSION:  # 1.0 and true are equal to 1
+        raise ValueError(f"packed format version {version!r:.100}; this qvgen reads version {FORMAT_VERSION}")
+    if unknown := sorted(config.keys() - _ENTRIES):
+        raise ValueError(f"unknown entries {unknown!s:.200} in quantization_config; allowed: {', '.join(sorted(_ENTRIES))}")
+    groups = config.get("config_groups")
+    if not isinstance(groups, dict) or list(groups) != [_GROUP] or not isinstance(groups[_GROUP], dict):
+        found = sorted(groups) if isinstance(groups, dict) else groups
+        raise ValueError(f"expected one config group named {_GROUP}, found {found!r:.200}")
     group = dict(groups[_GROUP])
     num_targets = group.pop("num_targets", None)
-    if not isinstance(num_targets, int):
-        raise ValueError(f"config_groups.{_GROUP}.num_targets must be a number of layers, found {num_targets!r}")
-    return QuantScheme(**group, ignore=tuple(config.get("ignore", ()))), num_targets
+    if type(num_targets) is not int:
+        raise ValueError(f"config_groups.{_GROUP}.num_targets must be a number of layers, found {num_targets!r:.100}")
+    if "ignore" in group:
+        raise ValueError(f"config_groups.{_GROUP}.ignore: ignore stands beside config_groups, not in a group")
+    return QuantScheme(**group, ignore=config.get("ignore", ())), num_targets

@@ -32,6 +32,8 @@ _UNPACKED = 2**20  # codes that a check unpacks at a time
 PACKED_NAMES = (PACKED, SCALE, ZERO_POINT, ROW_SUM, SHAPE, CLIP_LOWER, CLIP_UPPER)
 INPUT_SCALE, LOW_RANK_UP, LOW_RANK_DOWN = "input_scale", "low_rank_up", "low_rank_down"
 EXACT_NAMES = (*PACKED_NAMES, INPUT_SCALE)  # never cast
+LARGEST_VALUE = 2.0**64  # of a weight or an input scale: the square of a larger one is infinite in float32
+LARGEST_ZERO_POINT = 2.0**24  # beside a larger one float32 cannot tell codes apart; calibration gives at most max_code
 CAST_NAMES = (BIAS, LOW_RANK_UP, LOW_RANK_DOWN)  # in the model's dtype
 
 
@@ -140,14 +142,56 @@ def validate_layer(
             raise ValueError(
                 f"{layer}.{ZERO_POINT}: zero_point_domain integer means whole numbers in [0, {scheme.weights.max_code}]"
             )
+    _check_range(layer, tensors, scheme.weights)
+    if check_codes and not codes_add_up(tensors[PACKED], tensors[ROW_SUM], in_features, scheme.weights):
+        raise ValueError(f"{layer}.{PACKED}: the codes do not add up to {ROW_SUM}; the checkpoint is damaged, export it again")
+
+
+def _check_range(layer: str, tensors: Mapping[str, torch.Tensor], args: QuantArgs) -> None:
+    """Raise ValueError for finite values with which nothing can be computed."""
     for name in (CLIP_LOWER, CLIP_UPPER):
-        if name in tensors and not ((tensors[name] >= 0) & (tensors[name] <= 1)).all():
-            raise ValueError(f"{layer}.{name}: clips must lie in [0, 1]; the checkpoint is damaged, export it again")
-    if check_codes:
-        # Some rows at a time: unpacked, a large layer would need many times the memory of the packed one.
-        rows, groups = max(1, _UNPACKED // in_features), weight_groups(in_features, scheme.weights)
-        parts = zip(tensors[PACKED].split(rows), tensors[ROW_SUM].split(rows), strict=True)
-        if not all(torch.equal(row_sums(unpack(p, scheme.weights.num_bits, in_features), groups), sums) for p, sums in parts):
+        if name in tensors and not ((tensors[name] > 0) & (tensors[name] <= 1)).all():
+            raise ValueError(f"{layer}.{name}: clips must lie in (0, 1]; the checkpoint is damaged, export it again")
+    offset = torch.tensor(float(args.max_code))
+    if (zero_point := tensors.get(ZERO_POINT)) is not None:
+        if (largest := zero_point.abs().amax()) > LARGEST_ZERO_POINT:
             raise ValueError(
-                f"{layer}.{PACKED}: the codes do not add up to {ROW_SUM}; the checkpoint is damaged, export it again"
+                f"{layer}.{ZERO_POINT}: {float(largest):.3g} is beyond {LARGEST_ZERO_POINT:.0f}, where codes make no "
+                "difference; the checkpoint is damaged, export it again"
             )
+        offset = torch.maximum(zero_point.abs(), (args.max_code - zero_point).abs())
+    values = {SCALE: tensors[SCALE].double() * offset} | (
+        {INPUT_SCALE: tensors[INPUT_SCALE]} if INPUT_SCALE in tensors else {}
+    )
+    for name, value in values.items():
+        if (largest := value.amax()) > LARGEST_VALUE:
+            raise ValueError(
+                f"{layer}.{name}: makes values up to {float(largest):.3g}, beyond {LARGEST_VALUE:.3g}; the checkpoint is "
+                "damaged, export it again"
+            )
+
+
+def codes_add_up(packed: torch.Tensor, sums: torch.Tensor, in_features: int, args: QuantArgs) -> bool:
+    """Whether the codes of packed words (N, ...) have the sums (N, G)."""
+    # Some rows at a time: unpacked, a large layer would need many times the memory of the packed one.
+    rows, groups = max(1, _UNPACKED // in_features), weight_groups(in_features, args)
+    parts = zip(packed.split(rows), sums.split(rows), strict=True)
+    return all(torch.equal(row_sums(unpack(p, args.num_bits, in_features), groups), part) for p, part in parts)
+
+
+def fault_of_loading(
+    state: Mapping[str, torch.Tensor],
+    prefix: str,
+    own: tuple[torch.Tensor, torch.Tensor],
+    in_features: int,
+    args: QuantArgs,
+) -> str | None:
+    """Why loading `state` would leave a layer whose weight_packed and weight_row_sum are `own` with codes that do not add up;
+    None if it would not, or if the tensors are empty or of another shape or dtype, which loading itself refuses."""
+    words, sums = (state.get(prefix + name, tensor) for name, tensor in zip((PACKED, ROW_SUM), own, strict=True))
+    if words is own[0] and sums is own[1]:
+        return None
+    alike = (words.shape, sums.shape) == (own[0].shape, own[1].shape) and words.dtype == sums.dtype == torch.int32
+    if not alike or words.is_meta or sums.is_meta or codes_add_up(words, sums.to(words.device), in_features, args):
+        return None
+    return f"{prefix}{PACKED}: the codes do not add up to {ROW_SUM}; nothing was loaded into this layer"

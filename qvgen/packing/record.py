@@ -71,22 +71,36 @@ def verify(files: Iterable[str | Path]) -> int:
     Raises ValueError, naming tensor or field, for a tensor or field that differs or was added, and if some of the files
     record nothing. That a tensor is missing is for the loading to find.
     """
-    paths = [Path(file) for file in files]
-    headers = {path: _header(path) for path in paths}
+    headers = {path: _header(path) for path in map(Path, files)}
+    found = _checked_fields(headers)
+    for path, hashes in found.items():
+        _check_tensors(path, hashes, *headers[path])
+    return sum(len(headers[path][0]) for path in found)
+
+
+def verify_fields(files: Iterable[str | Path]) -> None:
+    """Compare only config.json beside the files with what they record; no tensor is read. Raises ValueError as `verify`."""
+    _checked_fields({path: _header(path) for path in map(Path, files)})
+
+
+def _checked_fields(headers: Mapping[Path, tuple[dict[str, Any], int]]) -> dict[Path, dict[str, str]]:
+    """The hashes that each file records, by tensor; none if no file records any. config.json was compared."""
+    paths = list(headers)
     found = {path: _recorded(path, header) for path, (header, _) in headers.items()}
     bare = [path.name for path, entry in found.items() if entry is None]
     if len(bare) == len(paths):
-        return 0
+        return {}
     if bare:
         raise ValueError(f"{paths[0].parent}: {bare[0]} records no hashes, files beside it do; the folder is a mixture")
-    configs = {}
+    configs: dict[Path, dict[str, Any]] = {}
+    hashes = {}
     for path, entry in found.items():
         assert entry is not None
-        if path.parent not in configs:  # folders of links (the hub's cache) have one for each file: resolve nothing
+        if path.parent not in configs:  # links (the hub's cache) have their config.json beside them: resolve nothing
             configs[path.parent] = model_fields(json.loads((path.parent / "config.json").read_text(encoding="utf-8")))
         _check_fields(path.parent / "config.json", entry["config"], configs[path.parent])
-        _check_tensors(path, entry["sha256"], *headers[path])
-    return sum(len(header) for header, _ in headers.values())
+        hashes[path] = entry["sha256"]
+    return hashes
 
 
 def _check_tensors(path: Path, recorded: dict[str, str], header: dict[str, Any], start: int) -> None:

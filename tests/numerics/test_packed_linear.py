@@ -252,3 +252,22 @@ def test_tells_what_it_is() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), layer)
     assert [name for name, _ in packed_layers(model)] == ["1"]
     assert "in_features=32, out_features=6, bias=True, W4A4, asymmetric, channel" in repr(model)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("name", ["weight_packed", "weight_row_sum"])
+def test_codes_that_do_not_add_up_are_not_loaded(name: str, prepared: bool) -> None:
+    """Both of another layer, one of them alone, and one flipped bit; what was there before stays."""
+    weight = QuantArgs(num_bits=4, strategy="group", group_size=8)
+    layers = [build(scheme_of(weight, 4, 4, symmetric=False), 5, 16, seed=seed)[0] for seed in (0, 1)]
+    before, other = ({key: tensor.clone() for key, tensor in layer.state_dict().items()} for layer in layers)
+    if prepared:
+        layers[0].prepare_backend()
+    flipped = other[name].clone()
+    flipped[2, 1] ^= 1
+    for state, strict in ((other | {name: flipped}, True), ({name: other[name]}, False), (other | {name: before[name]}, True)):
+        with pytest.raises(RuntimeError, match="weight_packed: the codes do not add up to weight_row_sum"):
+            layers[0].load_state_dict(state, strict=strict)
+        assert all(torch.equal(tensor, before[key]) for key, tensor in layers[0].state_dict().items())
+    layers[0].load_state_dict(other)
+    assert all(torch.equal(tensor, other[key]) for key, tensor in layers[0].state_dict().items())

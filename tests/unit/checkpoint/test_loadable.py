@@ -187,7 +187,7 @@ def test_nothing_is_allocated(source: Path, monkeypatch: pytest.MonkeyPatch) -> 
     from qvgen.checkpoint import loadable
 
     made: list[torch.nn.Module] = []
-    empty = loadable._empty_model
-    monkeypatch.setattr(loadable, "_empty_model", lambda *arguments: made.append(empty(*arguments)) or made[-1])
+    empty = loadable.empty_model
+    monkeypatch.setattr(loadable, "empty_model", lambda *arguments: made.append(empty(*arguments)) or made[-1])
     check_loadable(read_pipeline(source))
     assert len(made) == 3 and all(tensor.is_meta for model in made for tensor in model.parameters())

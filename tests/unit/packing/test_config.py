@@ -29,6 +29,15 @@ def test_config_json_round_trip(scheme: QuantScheme) -> None:
     [
         ({"format_version": FORMAT_VERSION + 1}, f"this qvgen reads version {FORMAT_VERSION}"),
         ({"format_version": None}, "packed format version None"),
+        ({"format_version": 1.0}, r"packed format version 1\.0"),
+        ({"format_version": True}, "packed format version True"),
+        ({"surprise": 1}, r"unknown entries \['surprise'\] in quantization_config; allowed: config_groups, format_version"),
+        ({"config_groups": None}, "one config group named group_0, found None"),
+        ({"config_groups": 5}, "found 5"),
+        ({"config_groups": {"group_0": []}}, "one config group named group_0"),
+        ({"ignore": 0.5}, "ignore"),
+        ({"ignore": [1]}, "ignore"),
+        ({"ignore": "proj_out"}, "ignore"),
         ({"config_groups": {}}, "one config group named group_0, found \\[\\]"),
         ({"config_groups": {"group_0": {}, "group_1": {}}}, "found \\['group_0', 'group_1'\\]"),
     ],
@@ -42,6 +51,21 @@ def test_an_unknown_key_in_config_json_is_refused() -> None:
     config = to_config(QuantScheme(), num_targets=1)
     config["config_groups"]["group_0"]["surprise"] = 1
     with pytest.raises(ValidationError, match="surprise"):
+        from_config(config)
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1", None])
+def test_a_number_of_layers_is_an_integer(value: Any) -> None:
+    config = to_config(QuantScheme(), num_targets=1)
+    config["config_groups"]["group_0"]["num_targets"] = value
+    with pytest.raises(ValueError, match="num_targets must be a number of layers, found"):
+        from_config(config)
+
+
+def test_ignore_stands_beside_the_groups() -> None:
+    config = to_config(QuantScheme(), num_targets=1)
+    config["config_groups"]["group_0"]["ignore"] = []
+    with pytest.raises(ValueError, match="ignore stands beside config_groups"):
         from_config(config)
 
 

@@ -76,7 +76,12 @@ def changed(name: str, value: torch.Tensor | None, scheme: QuantScheme = SCHEMES
         ("weight_packed", torch.zeros(N, 4, dtype=torch.int32), r"blocks.0.q.weight_packed: the codes do not add up"),
         ("weight_row_sum", torch.zeros(N, 1, dtype=torch.int32), r"do not add up to weight_row_sum"),
         ("weight_shape", torch.tensor([N, K + 1]), r"blocks.0.q.weight_shape: expected \[6, 32\], found \[6, 33\]"),
-        ("input_clip_upper", torch.full((3,), 1.5), r"blocks.0.q.input_clip_upper: clips must lie in \[0, 1\]"),
+        ("input_clip_upper", torch.full((3,), 1.5), r"blocks.0.q.input_clip_upper: clips must lie in \(0, 1\]"),
+        ("input_clip_lower", torch.tensor([1.0, 0.0, 1.0]), r"blocks.0.q.input_clip_lower: clips must lie in \(0, 1\]"),
+        ("weight_zero_point", torch.full((N, 1), 1e30), r"blocks.0.q.weight_zero_point: 1e\+30 is beyond 16777216"),
+        ("weight_zero_point", torch.full((N, 1), -1e8), r"blocks.0.q.weight_zero_point: 1e\+08 is beyond 16777216"),
+        ("weight_scale", torch.full((N, 1), 1e35), r"blocks.0.q.weight_scale: makes values up to 1.4e\+36, beyond 1.84e\+19"),
+        ("weight_scale", torch.full((N, 1), 2e18), r"blocks.0.q.weight_scale: makes values up to 2.8e\+19"),
         ("input_clip_upper", torch.ones(4), r"blocks.0.q.input_clip_upper: expected \[3\]"),
         ("bias", torch.ones(N, dtype=torch.int32), r"blocks.0.q.bias: expected \[6\]"),
         ("bias", torch.full((N,), -torch.inf), r"blocks.0.q.bias: holds NaN or Inf"),
@@ -96,6 +101,7 @@ def test_names_what_is_wrong(name: str, value: torch.Tensor | None, said: str) -
         ("low_rank_up", torch.ones(N, 1, dtype=torch.int32), r"blocks.0.q.low_rank_up: expected \[6, 1\]"),
         ("low_rank_up", torch.full((N, 1), torch.nan), "blocks.0.q.low_rank_up: holds NaN or Inf"),
         ("input_scale", torch.ones(K).bfloat16(), r"blocks.0.q.input_scale: expected \[32\] torch.float32, found"),
+        ("input_scale", torch.full((K,), 1e35), r"blocks.0.q.input_scale: makes values up to 1e\+35"),
         ("input_scale", torch.zeros(K), "blocks.0.q.input_scale: scales must be positive"),
         ("input_scale", torch.full((K,), torch.inf), "blocks.0.q.input_scale: holds NaN or Inf"),
     ],
@@ -118,6 +124,15 @@ def test_factors_may_be_of_any_float_and_count_as_the_models_dtype() -> None:
         tensors[name] = tensors[name].float()
     validate(tensors, EXTRAS)
     assert packed_bytes(K, N, EXTRAS, True, dtype_bytes=4) == sum(t.nbytes for t in tensors.values())
+
+
+def test_values_that_training_can_reach_are_valid() -> None:
+    """The smallest scale that a quantizer is clamped to, zero points outside the codes, clips down to 1e-30."""
+    tensors = changed("weight_scale", torch.full((N, 1), torch.finfo(torch.float32).tiny))
+    tensors["weight_zero_point"] = torch.linspace(-200.0, 200.0, N)[:, None]
+    tensors["input_clip_lower"] = torch.tensor([1e-30, 0.95, 1.0])
+    validate(tensors, SCHEMES[0])
+    validate(changed("weight_scale", torch.full((N, 1), 65504.0)), SCHEMES[0])  # float16's largest
 
 
 def test_finds_one_flipped_bit() -> None:
