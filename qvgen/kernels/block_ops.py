@@ -38,7 +38,7 @@ _library = torch.library.Library("qvgen", "FRAGMENT")
 def _define(name: str, schema: str, check: Callable[..., None]) -> Callable[..., Tensor]:
     def implementation(*args: Any) -> Tensor:
         check(*args)
-        return registry.block_op(name, args)(*args)
+        return registry.block_op(name, args)(*args).contiguous()  # as the fake says: a compiled graph relies on strides
 
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, implementation, "CompositeExplicitAutograd")
