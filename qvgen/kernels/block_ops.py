@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from qvgen.kernels import registry
+from qvgen.kernels.checked import with_fake_input
 from qvgen.kernels.expressions import EXPRESSIONS
 
 OPS = registry.BLOCK_OPS
@@ -37,11 +38,12 @@ _library = torch.library.Library("qvgen", "FRAGMENT")
 def _define(name: str, schema: str, check: Callable[..., None]) -> Callable[..., Tensor]:
     def implementation(*args: Any) -> Tensor:
         check(*args)
-        return registry.block_op(name, args)(*args)
+        return registry.block_op(name, args)(*args).contiguous()  # as the fake says: a compiled graph relies on strides
 
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"qvgen::{name}", lambda x, *_: x.new_empty(x.shape), lib=_library)
+    fake = with_fake_input(lambda x, *_: x.new_empty(x.shape))
+    torch.library.register_fake(f"qvgen::{name}", fake, lib=_library)
     op, expression = getattr(torch.ops.qvgen, name).default, EXPRESSIONS[name]
 
     def call(*args: Any) -> Tensor:
@@ -55,6 +57,7 @@ def _define(name: str, schema: str, check: Callable[..., None]) -> Callable[...,
 
 def _check_layer_norm(x: Tensor, weight: Any, bias: Any, scale: Any, shift: Any, eps: float) -> None:
     _check_rows(x)
+    _check_place(x, weight=weight, bias=bias, scale=scale, shift=shift)
     _check_features(x, weight=weight, bias=bias)
     _check_modulation(x, scale=scale, shift=shift)
     if scale is not None and shift is not None and scale.shape != shift.shape:
@@ -63,6 +66,7 @@ def _check_layer_norm(x: Tensor, weight: Any, bias: Any, scale: Any, shift: Any,
 
 def _check_rms_norm(x: Tensor, weight: Any, cosine: Any, sine: Any, heads: int, eps: float) -> None:
     _check_rows(x)
+    _check_place(x, weight=weight, cosine=cosine, sine=sine)
     _check_features(x, weight=weight)
     if heads < 1 or x.shape[-1] % heads:
         raise ValueError(f"{x.shape[-1]} features are not {heads} heads of one size")
@@ -70,18 +74,24 @@ def _check_rms_norm(x: Tensor, weight: Any, cosine: Any, sine: Any, heads: int, 
         raise ValueError("cosine and sine belong together: give both or neither")
     expected = (1, x.shape[1], 1, x.shape[-1] // heads)
     for name, tensor in (("cosine", cosine), ("sine", sine)):
-        if tensor is not None and (tensor.shape != expected or expected[-1] % 2):
-            raise ValueError(f"{name} must be of shape {expected}, with an even last size, not {tuple(tensor.shape)}")
+        if tensor is not None and (tensor.shape != expected or expected[-1] % 2 or not tensor.dtype.is_floating_point):
+            found = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise ValueError(f"{name} must be floating point of shape {expected}, with an even last size, not {found}")
 
 
 def _check_add_gated(x: Tensor, y: Tensor, gate: Any) -> None:
     _check_rows(x)
-    if y.shape != x.shape or not y.dtype.is_floating_point:
-        raise ValueError(f"y must be floating point of shape {tuple(x.shape)}, not {y.dtype} {tuple(y.shape)}")
+    if y is None or y.shape != x.shape or not y.dtype.is_floating_point:
+        found = "missing" if y is None else f"{y.dtype} {tuple(y.shape)}"
+        raise ValueError(f"y must be floating point of shape {tuple(x.shape)}, not {found}")
+    _check_place(x, y=y, gate=gate)
     _check_modulation(x, gate=gate)
 
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q is None or k is None or v is None:
+        raise ValueError("attention needs q, k and v, and one is missing")
+    _check_place(q, q=q, k=k, v=v)
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or not q.dtype == k.dtype == v.dtype:
         shapes = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in (q, k, v))
         raise ValueError(f"q (n, s, heads, D), k and v (n, t, heads, D) must have one dtype, not {shapes}")
@@ -90,8 +100,17 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_rows(x: Tensor) -> None:
-    if x.ndim != 3 or not x.dtype.is_floating_point:
-        raise ValueError(f"x must be floating point of shape (n, s, d), not {x.dtype} {tuple(x.shape)}")
+    if x is None or x.ndim != 3 or not x.dtype.is_floating_point or x.shape[-1] == 0 or x.layout != torch.strided:
+        found = "missing" if x is None else f"{x.dtype} {tuple(x.shape)}"
+        raise ValueError(f"x must be dense, floating point and of shape (n, s, d), d > 0, not {found}")
+
+
+def _check_place(x: Tensor, **tensors: Tensor | None) -> None:
+    """Compiled code reads what is dense and in this machine's memory."""
+    device = x.device
+    for name, tensor in tensors.items():
+        if tensor is not None and (tensor.device != device or tensor.layout != torch.strided):
+            raise ValueError(f"{name} must be a dense tensor on {device}, not {tensor.layout} on {tensor.device}")
 
 
 def _check_features(x: Tensor, **parameters: Tensor | None) -> None:
@@ -103,8 +122,9 @@ def _check_features(x: Tensor, **parameters: Tensor | None) -> None:
 def _check_modulation(x: Tensor, **tensors: Tensor | None) -> None:
     n, s, d = x.shape
     for name, tensor in tensors.items():
-        if tensor is not None and tuple(tensor.shape) not in ((n, 1, d), (n, s, d)):
-            raise ValueError(f"{name} must be of shape {(n, 1, d)} or {(n, s, d)}, not {tuple(tensor.shape)}")
+        if tensor is not None and (tuple(tensor.shape) not in ((n, 1, d), (n, s, d)) or not tensor.dtype.is_floating_point):
+            found = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise ValueError(f"{name} must be floating point of shape {(n, 1, d)} or {(n, s, d)}, not {found}")
 
 
 layer_norm_modulate = _define(

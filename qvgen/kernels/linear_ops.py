@@ -19,8 +19,8 @@
 
 With several layers there are lists of weights, scales, ... and the other arguments are common to all. The clips come whole,
 with an index per sample, so that a fused kernel looks them up itself instead of being preceded by two gathers per layer.
-The ops themselves have no gradient: qvgen/kernels/gradient.py has it. Every call checks shapes and dtypes, because compiled
-backends read memory by them, and raises ValueError.
+The ops themselves have no gradient: qvgen/kernels/gradient.py has it. What they are given is checked, the tensors of a layer
+where they are not the same as before (checked.py), because compiled backends read memory by it: errors are ValueErrors.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from qvgen.kernels import registry
+from qvgen.kernels.checked import check_layer, shape_of, with_fake_input
 from qvgen.kernels.registry import Arguments, LayerTensors, PreparedWeight
 from qvgen.packing.bits import MAX_BITS, MIN_BITS, unpack
 from qvgen.quant.primitives import dequantize
@@ -57,7 +58,7 @@ _library = torch.library.Library("qvgen", "DEF")
 def _define(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"qvgen::{name}", fake, lib=_library)
+    torch.library.register_fake(f"qvgen::{name}", with_fake_input(fake), lib=_library)
     return getattr(torch.ops.qvgen, name).default
 
 
@@ -106,8 +107,11 @@ def _linear_out(
     layer = LayerTensors(weight, weight_scale, weight_zero_point, weight_row_sum, clip_lower, clip_upper, bias)
     arguments = Arguments(timestep_group, weight_bits, activation_bits, activation_symmetric, backend)
     _check(x, (layer,), arguments)
-    if out.shape != (expected := (*x.shape[:-1], len(weight_scale))) or not out.is_contiguous():
-        raise ValueError(f"out must be contiguous and of shape {expected}, not {tuple(out.shape)}")
+    expected = (*x.shape[:-1], weight_scale.shape[0])
+    if out is None or out.shape != expected or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous and of shape {expected}, not {None if out is None else shape_of(out)}")
+    if out.device != x.device:
+        raise ValueError(f"out must be on {x.device}, as the input, not on {out.device}")
     if out.dtype not in _OUT_DTYPES:
         raise ValueError(f"out must be float32 or bfloat16, not {out.dtype}; let the op make its output instead")
     registry.get(backend).linear(x, [layer], arguments, [out], gelu)
@@ -170,6 +174,12 @@ def _dequantized(
     weight_bits: int,
     backend: str,
 ) -> Tensor:
+    layer = LayerTensors(weight, weight_scale, weight_zero_point, weight_row_sum, None, None, None)
+    if weight is None:
+        raise ValueError("weight is missing")
+    check_layer(layer, weight.device, quantized=False)
+    if not MIN_BITS <= weight_bits <= MAX_BITS or in_features < 1:
+        raise ValueError(f"{in_features} inputs of {weight_bits} bits: there must be some, of {MIN_BITS} to {MAX_BITS} bits")
     prepared = PreparedWeight(backend, weight, weight_scale, weight_zero_point, weight_row_sum)
     codes = unpack(registry.get(backend).stored_words(prepared, in_features, weight_bits), weight_bits, in_features)
     zero_point = torch.full_like(weight_scale, 2 ** (weight_bits - 1)) if weight_zero_point is None else weight_zero_point
@@ -178,6 +188,8 @@ def _dequantized(
 
 
 def _layers(*tensors: _Maybe) -> list[LayerTensors]:
+    if len({len(of_layers) for of_layers in tensors}) != 1 or not tensors[0]:
+        raise ValueError(f"each list must have an entry for each layer, not {', '.join(str(len(t)) for t in tensors)}")
     return [LayerTensors(*layer) for layer in zip(*tensors, strict=True)]  # type: ignore[arg-type]
 
 
@@ -187,37 +199,22 @@ def _empty_output(x: Tensor, weight_scale: Tensor, dtype: torch.dtype | None) ->
 
 def _check(x: Tensor, layers: Sequence[LayerTensors], arguments: Arguments) -> None:
     group, bits = arguments.timestep_group, arguments.activation_bits
-    if x.dtype not in INPUT_DTYPES or x.ndim == 0:
-        raise ValueError(f"input must be float32, bfloat16 or float16 of at least one dimension, not {x.dtype} {_shape(x)}")
+    if x is None or x.dtype not in INPUT_DTYPES or x.ndim == 0 or x.layout != torch.strided:
+        found = "missing" if x is None else f"{x.dtype} {shape_of(x)}{'' if x.layout == torch.strided else f' {x.layout}'}"
+        raise ValueError(f"input must be float32, bfloat16 or float16 of at least one dimension, not {found}")
     if not MIN_BITS <= arguments.weight_bits <= MAX_BITS:
         raise ValueError(f"weight_bits must be {MIN_BITS} to {MAX_BITS}, not {arguments.weight_bits}")
     if bits is not None:
         if not MIN_BITS <= bits <= MAX_BITS:
             raise ValueError(f"activation_bits must be {MIN_BITS} to {MAX_BITS}, or None for floating point, not {bits}")
         samples = x.shape[0] if x.ndim > 1 else 1
-        if group is None or group.dtype != torch.int64 or group.ndim != 1:
-            raise ValueError("timestep_group must be int64 with one dimension where inputs are quantized")
-        if len(group) not in (1, samples):
-            raise ValueError(f"{len(group)} timestep groups were given for an input of {samples} samples")
-    for _, scale, zero_point, row_sum, lower, upper, bias in layers:
-        if scale.ndim != 2 or scale.dtype != torch.float32:
-            raise ValueError(f"weight_scale must be float32 of shape (N, G), not {scale.dtype} {_shape(scale)}")
-        if zero_point is not None and (zero_point.shape != scale.shape or zero_point.dtype != torch.float32):
-            raise ValueError(f"weight_zero_point must be float32 {_shape(scale)}, not {zero_point.dtype} {_shape(zero_point)}")
-        if row_sum.shape != scale.shape or row_sum.dtype != torch.int32:
-            raise ValueError(f"weight_row_sum must be int32 {_shape(scale)}, not {row_sum.dtype} {_shape(row_sum)}")
-        if bias is not None and (bias.ndim != 1 or len(bias) != len(scale) or not bias.dtype.is_floating_point):
-            raise ValueError(f"bias must be ({len(scale)},) of any float, not {bias.dtype} {_shape(bias)}")
-        if bits is not None:
-            if lower is None or upper is None:
-                raise ValueError("clip_lower and clip_upper are missing, and inputs are quantized")
-            if lower.ndim != 1 or lower.shape != upper.shape or not lower.dtype == upper.dtype == torch.float32:
-                shapes = f"{lower.dtype} {_shape(lower)} and {upper.dtype} {_shape(upper)}"
-                raise ValueError(f"clip_lower and clip_upper must be float32 (timestep groups,), not {shapes}")
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
+        if group is None or group.dtype != torch.int64 or group.ndim != 1 or group.device != x.device:
+            raise ValueError("timestep_group must be int64 with one dimension, where the input is, if inputs are quantized")
+        if group.shape[0] not in (1, samples):
+            raise ValueError(f"{group.shape[0]} timestep groups were given for an input of {samples} samples")
+    device, quantized = x.device, bits is not None
+    for layer in layers:
+        check_layer(layer, device, quantized)
 
 
 def _fake_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, *rest: Any) -> Tensor:

@@ -81,6 +81,8 @@ def _linear(x: torch.Tensor, layer: LayerTensors, arguments: Arguments) -> torch
         return F.linear(x, dense, None if layer.bias is None else layer.bias.to(x.dtype))
     group, weight_bits = arguments.timestep_group, arguments.weight_bits
     assert layer.clip_lower is not None and layer.clip_upper is not None and group is not None
+    if group.is_cpu and group.numel() and not 0 <= int(group.min()) <= int(group.max()) < layer.clip_lower.shape[0]:
+        raise RuntimeError(f"a timestep group has no clips: {group.tolist()} of {layer.clip_lower.shape[0]}")
     args = _token_args(arguments.activation_bits, arguments.activation_symmetric)
     per_sample = (-1, *[1] * (x.ndim - 1))
     x_fp32 = x.float().contiguous()

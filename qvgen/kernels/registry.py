@@ -179,12 +179,18 @@ def backends() -> list[Backend]:
 
 
 def get(name: str) -> Backend:
-    return _backends[name]
+    """Raises ValueError for a name that no backend has."""
+    backend = _backends.get(name)
+    if backend is None:
+        raise ValueError(f"kernel backend {name!r} is not one of {', '.join(_backends)}")
+    return backend
 
 
 def preference() -> KernelPreference:
     """What QVGEN_KERNELS asks for; auto if it is not set. Raises ValueError for an unknown name."""
-    value = os.environ.get(ENVIRONMENT) or KernelPreference.AUTO
+    value = os.environ.get(ENVIRONMENT)
+    if not value:
+        return KernelPreference.AUTO
     try:
         return KernelPreference(value)
     except ValueError:
@@ -226,7 +232,9 @@ def block_op(name: str, arguments: Sequence[Any]) -> Callable[..., torch.Tensor]
     wanted, device, reason = preference(), arguments[0].device.type, ""
     for backend in _backends.values():
         op = backend.block_ops.get(name)
-        if op is None or (wanted not in (KernelPreference.AUTO, backend.name) and backend.name != KernelPreference.REFERENCE):
+        if op is None:
+            continue
+        if wanted is not KernelPreference.AUTO and backend.name not in (wanted, KernelPreference.REFERENCE):
             continue
         if backend.devices and device not in backend.devices:
             continue

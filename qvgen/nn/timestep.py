@@ -58,9 +58,9 @@ def group_of(x: torch.Tensor, groups: int) -> torch.Tensor:
             "what runs layers again later, such as checkpointing, needs carry_timestep(function)"
         )
     group = call.group if call.groups == groups else timestep_group(call.timestep, groups, NUM_TRAIN_TIMESTEPS)
-    if len(group) not in (1, x.shape[0]):
-        raise RuntimeError(f"{len(group)} timesteps were given for an input of {x.shape[0]} samples")
-    return group.to(x.device)
+    if group.shape[0] not in (1, x.shape[0]):
+        raise RuntimeError(f"{group.shape[0]} timesteps were given for an input of {x.shape[0]} samples")
+    return group if group.device == x.device else group.to(x.device)
 
 
 def set_timestep(timestep: torch.Tensor | None) -> None:

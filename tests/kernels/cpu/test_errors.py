@@ -1,11 +1,15 @@
 """What the cpu backend cannot run gives an error that says why, and never a crash."""
 
+import copy
+import gc
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from qvgen.kernels import checked
 from qvgen.kernels.cpu.backend import CpuBackend
 from qvgen.kernels.linear_ops import quantized_linear
 from qvgen.kernels.registry import KernelPreference, choose
@@ -95,6 +99,56 @@ def test_a_tensor_that_does_not_fit(layer: PackedLinear, field: str, value: torc
     tensors = layer._tensors()._replace(**{field: value})
     with pytest.raises(ValueError, match=message):
         quantized_linear(X, *tensors, *layer._arguments(X), False, None)
+
+
+@pytest.mark.parametrize("field", ["weight", "weight_scale", "clip_lower", "bias", "timestep_group"])
+def test_a_tensor_on_another_device_or_sparse(layer: PackedLinear, field: str) -> None:
+    for change in (lambda t: torch.empty_like(t, device="meta"), lambda t: t.to_sparse()):
+        tensors, arguments = layer._tensors(), layer._arguments(X)
+        if field in tensors._fields:
+            tensors = tensors._replace(**{field: change(getattr(tensors, field).detach())})
+        else:
+            arguments = arguments._replace(timestep_group=change(arguments.timestep_group))
+        with pytest.raises((ValueError, RuntimeError)):  # torch itself refuses some mixtures of devices
+            quantized_linear(X, *tensors, *arguments, False, None)
+
+
+@pytest.mark.parametrize(
+    "new", [torch.ones(69), torch.ones(71), torch.ones(70, dtype=torch.int64), "its own, one less"], ids=str
+)
+def test_a_layer_that_was_right_is_looked_at_again_where_its_tensors_change(layer: PackedLinear, new: Any) -> None:
+    with torch.no_grad():
+        expected = layer(X)
+        assert torch.equal(layer(X), expected)
+        bias = layer.bias
+        assert bias is not None
+        right = bias.data
+        bias.data = right[:69] if isinstance(new, str) else new  # the same object, as casting a module leaves it
+        with pytest.raises(ValueError, match=r"bias must be \(70,\) of any float"):
+            layer(X)
+        bias.data = right
+        assert torch.equal(layer(X), expected)
+
+
+def test_a_bias_that_is_cast_and_cast_again(layer: PackedLinear) -> None:
+    """Its memory may come to lie where it was before, in another dtype."""
+    with torch.no_grad():
+        for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float32) * 5:
+            layer.to(dtype)
+            fresh = copy.deepcopy(layer)
+            fresh.prepare_backend(KernelPreference.CPU)
+            assert torch.equal(layer(X), fresh(X)), dtype
+
+
+def test_what_is_known_of_a_layer_goes_with_it() -> None:
+    made, _ = build(scheme_of(QuantArgs(), 4, 4, symmetric=False), 5, 32)
+    key = id(made.prepare_backend(KernelPreference.CPU).weight)
+    set_timestep(torch.tensor([0.0]))
+    made(X)
+    assert key in checked._known
+    del made
+    gc.collect()
+    assert key not in checked._known
 
 
 @pytest.mark.parametrize("bits", [0, 1, 9, 16])
