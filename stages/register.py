@@ -47,8 +47,8 @@ def run(stage: Stage) -> None:
 
 
 def describe(stage: Stage) -> dict[str, Any]:
-    """The entry for the registry: name, alias, identity, tags (hashes), parameters, metrics; and the files, with where they can
-    be had.
+    """The entry for the registry: name, alias, identity, tags (hashes), parameters, metrics; and the files, with where they
+    can be had.
 
     Raises ValueError if the packed transformer's config.json does not say how it is quantized.
     """

@@ -34,6 +34,7 @@ def registered(mlflow_server: str, tmp_path_factory: pytest.TempPathFactory) -> 
     known, record = folder / CANARY, folder / CANARY / CANARY_RECORD
     known.mkdir()
     make_canary(folder / "packed", known, ["a", "b"], [1, 2], read_settings(folder / "packed"))
+    model = packed_wish(folder, "canary")
     for number in (1, 3, 2, 4):
         content = json.loads(record.read_text())
         if number == 2:
@@ -43,9 +44,9 @@ def registered(mlflow_server: str, tmp_path_factory: pytest.TempPathFactory) -> 
         if number == 4:
             content["made_with"]["kernel"] = "another"
         record.write_text(json.dumps(content))
-        wish = packed_wish(folder, f"canary-{number}")
-        wish["tags"] |= {CANARY_TAG: "0" if number == 3 else hashlib.sha256(record.read_bytes()).hexdigest()}
-        client.log_artifacts(register(client, wish).run_id, str(known), CANARY)
+        sha256 = "0" if number == 3 else hashlib.sha256(record.read_bytes()).hexdigest()
+        wish = {"name": f"canary-{number}", "identity": f"canary-{number}", "tags": model["tags"] | {CANARY_TAG: sha256}}
+        client.log_artifacts(register(client, model | wish).run_id, str(known), CANARY)
     return client
 
 
