@@ -92,7 +92,7 @@ def audit(
     """
     name, alias, number = _parse(reference)
     project, checks = Project(home), []
-    with open_registry(home) as client:
+    with open_registry(home, reading=True) as client:
         model = find_model(client, name)
         if alias is not None:
             checks.append(_alias_check(client, model, alias))
@@ -130,7 +130,7 @@ def find_uses(home: Path, data: str) -> tuple[str, list[Use]]:
     md5 = data if _HASH.fullmatch(data) else current_hash(home, data)
     found: list[Use] = []
     runs: dict[str, Runs] = {}
-    with open_registry(home) as client:
+    with open_registry(home, reading=True) as client:
         for model in client.search_registered_models():
             for version in client.search_model_versions(f"name = '{model.name}'"):
                 if steps := uses(_lineage(client, version, runs), md5):

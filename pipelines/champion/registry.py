@@ -21,13 +21,13 @@ class NotRegisteredError(ValueError):
 
 
 @contextmanager
-def open_registry(home: Path) -> Iterator[MlflowClient]:
+def open_registry(home: Path, *, reading: bool = False) -> Iterator[MlflowClient]:
     """A client of the tracking server, or of the embedded database of `home`. What MLflow raises becomes a ValueError that
     shows no password."""
     from mlflow.exceptions import MlflowException
 
     try:
-        yield connect(home)[0]
+        yield connect(home, reading=reading)[0]
     except MlflowException as error:
         where = public_uri(tracking_uri(home), home)
         raise ValueError(
