@@ -89,3 +89,12 @@ def test_promote_writes_to_the_registry_only(read_only: Path, tmp_path: Path) ->
     code, output = run(read_only, "promote", MLFLOW_TRACKING_URI=store)
     assert code == 0 and "is champion already" in output and "Traceback" not in output, output
     assert "the promotion is not sealed in metrics/seal.jsonl" in output
+
+
+def test_mlflow_opens_the_experiment_as_model_training(champion: Path, tmp_path: Path) -> None:
+    root = toy.copy(champion, tmp_path / "project")
+    client, experiment = connect(root)
+    assert client.get_experiment(experiment).tags["mlflow.experimentKind"] == "custom_model_development"
+    client.delete_experiment_tag(experiment, "mlflow.experimentKind")  # as an earlier version left it
+    client, experiment = connect(root)
+    assert client.get_experiment(experiment).tags["mlflow.experimentKind"] == "custom_model_development"
