@@ -104,6 +104,7 @@ def skip_waiting_checks() -> None:
         FlowRunFilterState,
         FlowRunFilterStateType,
     )
+    from prefect.client.schemas.objects import StateType
     from prefect.runtime import deployment
     from prefect.states import Cancelled
     from prefect.types._datetime import now
@@ -111,7 +112,7 @@ def skip_waiting_checks() -> None:
     if not deployment.id:
         return
     only = DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id]))
-    scheduled = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=["SCHEDULED"])))
+    scheduled = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])))
     try:
         with get_client(sync_client=True) as client:
             for run in client.read_flow_runs(deployment_filter=only, flow_run_filter=scheduled):

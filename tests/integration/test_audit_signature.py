@@ -147,19 +147,19 @@ def forge(root: Path) -> None:
 def test_provenance_is_accepted_by_the_library_of_the_format(champion: Path, tmp_path: Path) -> None:
     """in-toto-attestation, by the makers of the format: a field that it does not know is an error."""
     from google.protobuf import json_format
-    from in_toto_attestation.predicates.provenance.v1 import provenance_pb2
-    from in_toto_attestation.v1 import statement_pb2
+    from in_toto_attestation.predicates.provenance.v1.provenance_pb2 import Provenance  # pyright: ignore[reportAttributeAccessIssue]
     from in_toto_attestation.v1.resource_descriptor import ResourceDescriptor
     from in_toto_attestation.v1.statement import Statement
+    from in_toto_attestation.v1.statement_pb2 import Statement as StatementMessage  # pyright: ignore[reportAttributeAccessIssue]
 
     file = tmp_path / "slsa.json"
     code, output = toy.run(champion, "qvgen", "audit", "qvgen@champion", "--slsa", str(file))
     assert code == 0, output
     content = json.loads(file.read_text())
-    statement = Statement.copy_from_pb(json_format.ParseDict(content, statement_pb2.Statement()))
+    statement = Statement.copy_from_pb(json_format.ParseDict(content, StatementMessage()))
     statement.validate()
     assert content["predicateType"] == "https://slsa.dev/provenance/v1"
-    provenance = json_format.ParseDict(content["predicate"], provenance_pb2.Provenance())
+    provenance = json_format.ParseDict(content["predicate"], Provenance())
     build, details = provenance.build_definition, provenance.run_details
     for descriptor in [*build.resolved_dependencies, *details.byproducts]:
         ResourceDescriptor.copy_from_pb(descriptor).validate()
