@@ -7,24 +7,20 @@ from __future__ import annotations
 
 import re
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.audit.blobs import open_blobs
-from pipelines.audit.checks import (
-    COMMIT,
-    Check,
-    git_checks,
-    lock_check,
-    registry_checks,
-)
+from pipelines.audit.checks import COMMIT, Check, git_checks, lock_check, registry_checks
 from pipelines.audit.data import data_checks, environment_check, workspace_check
 from pipelines.audit.lineage import Lineage, Runs, read_lineage, uses
 from pipelines.audit.machine import machine_check
 from pipelines.audit.project import Project, current_hash
 from pipelines.audit.rebuild import commands, rebuild
 from pipelines.audit.seal import promotion_check, seal_check
+from pipelines.audit.signature import signature_check
+from pipelines.audit.slsa import statement
 from pipelines.audit.uploaded import canary_check, uploaded_check
 from pipelines.champion.promote import CHAMPION
 from pipelines.champion.registry import find_model, find_version, open_registry
@@ -44,6 +40,7 @@ class Report:
     model: str
     checks: list[Check]
     rebuild: list[str]
+    provenance: dict[str, Any] | None = field(default=None, repr=False)  # of slsa.py, if it was asked for
 
     @property
     def ok(self) -> bool:
@@ -85,15 +82,18 @@ class Use:
     path: str
 
 
-def audit(home: Path, reference: str, *, rebuild_too: bool = False) -> Report:
-    """Every check on the version that `reference` (NAME@ALIAS or NAME/VERSION) names.
+def audit(
+    home: Path, reference: str, *, rebuild_too: bool = False, signers: Path | None = None, provenance: bool = False
+) -> Report:
+    """Every check on the version that `reference` (NAME@ALIAS or NAME/VERSION) names. `signers`: an allowed_signers file that
+    counts instead of the repository's. With `provenance` the report has a SLSA statement.
 
     Raises ValueError for another form of reference, for what the registry does not have, if MLflow does not answer, and for a
     dvc.yaml that DVC cannot read.
     """
     name, alias, number = _parse(reference)
     project, checks = Project(home), []
-    with open_registry(home) as client:
+    with open_registry(home, reading=True) as client:
         model = find_model(client, name)
         if alias is not None:
             checks.append(_alias_check(client, model, alias))
@@ -109,15 +109,19 @@ def audit(home: Path, reference: str, *, rebuild_too: bool = False) -> Report:
         checks += git_checks(lineage, project)
         check, lock_commit = lock_check(lineage, project)
         checks += [check, seal_check(client, lineage, project, lock_commit)]
+        promoted = None
         if alias == CHAMPION and (history := promotions(client, name, alias)):
             checks.append(promotion_check(project, name, alias, history[-1], lock_commit))
+            promoted = (f"{name}@{alias}", history[-1])
+        checks.append(signature_check(project, lineage, promoted, lock_commit, signers))
     with open_blobs(home) as blobs:
         checks += data_checks(lineage, project, blobs, lock_commit)
         checks += [environment_check(lineage, project, texts), machine_check(lineage)]
         checks.append(workspace_check(lineage, project, blobs))
         if rebuild_too:
             checks.append(rebuild(lineage, project, blobs))
-        return Report(title, checks, commands(lineage, project, blobs))
+        stated = statement(lineage, project) if provenance else None
+        return Report(title, checks, commands(lineage, project, blobs), stated)
 
 
 def find_uses(home: Path, data: str) -> tuple[str, list[Use]]:
@@ -128,7 +132,7 @@ def find_uses(home: Path, data: str) -> tuple[str, list[Use]]:
     md5 = data if _HASH.fullmatch(data) else current_hash(home, data)
     found: list[Use] = []
     runs: dict[str, Runs] = {}
-    with open_registry(home) as client:
+    with open_registry(home, reading=True) as client:
         for model in client.search_registered_models():
             for version in client.search_model_versions(f"name = '{model.name}'"):
                 if steps := uses(_lineage(client, version, runs), md5):

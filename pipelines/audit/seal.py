@@ -53,7 +53,8 @@ def seal_check(client: MlflowClient, lineage: Lineage, project: Project, lock_co
 def promotion_check(project: Project, model: str, alias: str, record: Promotion, lock_commit: str | None) -> Check:
     """The newest recorded move of an alias is as it was sealed: with the results, in HEAD, or not committed yet."""
     id = f"{model}@{alias} {record.time}"
-    for where in (*([lock_commit] if lock_commit else []), "HEAD", WORKTREE):
+    kept = [lock_commit, *project.later_commits(lock_commit, str(FILE))] if lock_commit else []
+    for where in (*kept, "HEAD", WORKTREE):  # retraining commits the seal of its promotion after the results
         for entry in read_lines(_text(project, where)):
             if entry.get("kind") != "promotion" or not str(entry.get("id")).startswith(f"{model}@{alias} "):
                 continue

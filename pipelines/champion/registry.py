@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,18 +18,50 @@ if TYPE_CHECKING:
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow says the latter for an alias
 
 
+SECONDS = 120.0  # that MLflow's server may take, in all ...
+READING_SECONDS = 900.0  # ... and for a whole audit, which reads every curve and every artifact
+
+
 class NotRegisteredError(ValueError):
     """The registry has no such model, version or alias."""
 
 
+class _TooLateError(BaseException):
+    """No Exception: MLflow's client would take it for an answer of the server, and ask again."""
+
+
 @contextmanager
-def open_registry(home: Path) -> Iterator[MlflowClient]:
+def _within(seconds: float) -> Iterator[None]:
+    """End the block after that time, in all: each read of a server that sends a byte a second is in time. Only the main thread
+    can be interrupted; others have a deadline of their own (promote_after_run)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def too_late(number: int, frame: object) -> None:
+        raise _TooLateError
+
+    before = signal.signal(signal.SIGALRM, too_late)
+    remaining, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, remaining)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def open_registry(home: Path, *, reading: bool = False) -> Iterator[MlflowClient]:
     """A client of the tracking server, or of the embedded database of `home`. What MLflow raises becomes a ValueError that
     shows no password."""
     from mlflow.exceptions import MlflowException
 
     try:
-        yield connect(home)[0]
+        with _within(READING_SECONDS if reading else SECONDS):
+            yield connect(home, reading=reading)[0]
+    except _TooLateError:
+        where = public_uri(tracking_uri(home), home)
+        raise ValueError(f"MLflow at {where} is too slow: not all was said in time; ask who runs the server") from None
     except MlflowException as error:
         where = public_uri(tracking_uri(home), home)
         raise ValueError(

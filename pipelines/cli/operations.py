@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -164,9 +166,32 @@ def gc(
 
 
 @operations.command()
+def sign(
+    key: Annotated[Path | None, typer.Option(help="SSH key [default: user.signingkey of git]")] = None,
+) -> None:
+    """Sign metrics/seal.jsonl, the record of all runs so far, with an SSH key. `qvgen audit` then checks it."""
+    from pipelines.audit.project import Project
+    from pipelines.audit.signature import SIGNERS
+    from pipelines.audit.signature import sign as run
+
+    root = project_root()
+    chosen = key or Path(Project(root).git("config", "--type=path", "user.signingkey") or "no key")
+    done = run(root, chosen.expanduser())
+    print(
+        f"{done.lines} lines of metrics/seal.jsonl are signed; `git add metrics/seal.jsonl && git commit -m Signed` keeps it"
+    )
+    if done.by is None:
+        print(f"warning: {SIGNERS} does not name this key, so no audit counts it; see docs/audit.md", file=sys.stderr)
+
+
+@operations.command()
 def audit(
     model: Annotated[str | None, typer.Argument(help="NAME@ALIAS or NAME/VERSION, such as qvgen@champion")] = None,
     data: Annotated[str | None, typer.Option("--uses", help="Path or DVC hash: list the versions that used it")] = None,
+    slsa: Annotated[Path | None, typer.Option(metavar="FILE", help="Write SLSA provenance, if no check fails")] = None,
+    signers: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keys that count, instead of allowed_signers in git")
+    ] = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Also make it again in a clone and compare: hours")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The same, for programs")] = False,
 ) -> None:
@@ -190,7 +215,15 @@ def audit(
             print(f"{use.model} ({', '.join(use.aliases) or 'no alias'}): {use.path}, read by {', '.join(use.stages)}")
         print(f"{md5}: {len(found)} model versions")
         return
-    report = run(root, str(model), rebuild_too=rebuild)
+    if signers is not None and not signers.is_file():
+        raise ValueError(f"--signers {signers}: there is no such file")
+    report = run(root, str(model), rebuild_too=rebuild, signers=signers, provenance=slsa is not None)
     print(json.dumps(report.as_dict(), indent=2) if as_json else report)
+    if slsa is not None and report.exit_code not in (0, 3):
+        print(f"{slsa} is not written: not every claim holds", file=sys.stderr)
+    elif slsa is not None:
+        draft = slsa.with_name(f"{slsa.name}.new")
+        draft.write_text(json.dumps(report.provenance, indent=2) + "\n")
+        draft.replace(slsa)
     if report.exit_code:
         raise typer.Exit(report.exit_code)

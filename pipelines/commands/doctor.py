@@ -47,7 +47,7 @@ def examine(root: Path) -> list[Finding]:
     """All checks; one that cannot be made is a failure of its own and does not stop the others."""
     found: list[Finding] = []
     checks: tuple[Callable[[Path], Iterator[Finding]], ...] = (
-        _python, _packages, _project, _telemetry, _tracking, _journals, _prefect, _locks, _exposed, _room, _kernels
+        _python, _packages, _project, _telemetry, _tracking, _journals, _prefect, _locks, _exposed, _room, _leftovers, _kernels
     )  # fmt: skip
     for check in checks:
         try:
@@ -260,6 +260,13 @@ def _room(root: Path) -> Iterator[Finding]:
     yield Finding("disk", verdict, f"{free:.1f} GiB free", "dvc gc --workspace, or a larger disk")
     memory = psutil.virtual_memory().available / GIB
     yield Finding("memory", "WARN" if memory < 2 else "PASS", f"{memory:.1f} GiB available", "close other programs")
+
+
+def _leftovers(root: Path) -> Iterator[Finding]:
+    found = sorted((root / "artifacts").rglob(".*.tmp"))
+    detail = f"{len(found)} files of a copy that was cut short, such as {found[0].relative_to(root)}" if found else "none"
+    remedy = "if nothing runs: find artifacts -name '.*.tmp' -delete"
+    yield Finding("leftovers", "WARN" if found else "PASS", detail, remedy)
 
 
 def _kernels(root: Path) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.run.dag import in_order, pipeline_stages, read_graph, stages_of, with_upstream
+from pipelines.run.dag import in_order, pipeline_stages, read_graph, reading, stages_of, with_upstream
 from stages import observe
 from stages.runtime.dvc import flatten, stage_address
 
@@ -38,7 +38,7 @@ def read_status(root: Path, targets: Sequence[str] = ()) -> list[StageStatus]:
 
     graph, facts = read_graph(root), observe.texts(root)
     chosen = with_upstream(graph, set(targets) or pipeline_stages(graph))
-    with Repo(str(root)) as repo, repo.lock:
+    with Repo(str(root)) as repo, reading(repo):
         stages = {stage_address(stage): stage for stage in stages_of(repo)}
         reasons = {name: tuple(_reasons(stages[name], facts)) for name in chosen}
     found: dict[str, StageStatus] = {}

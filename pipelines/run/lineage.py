@@ -6,6 +6,7 @@ pipeline: stages that were up to date and therefore never ran, and the results o
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,7 +26,9 @@ CLOSE_SECONDS = 120.0  # that the end of a run may wait for tracking, in all
 
 def sync(root: Path) -> Synced:
     """Record the stages that were up to date in the newest execution, and send every journal that is left over. It can be run
-    any number of times."""
+    any number of times. A checkout that cannot be written has nothing to record, and what it holds is named as left over."""
+    if not os.access(root, os.W_OK):
+        return Synced([], {path.stem: "this checkout cannot be written" for path in outbox.unsent_journals(root)})
     newest = max((root / FOLDER).glob(f"{PREFIX}*.jsonl"), key=lambda path: path.stat().st_mtime, default=None)
     if newest is not None and not is_running(root, newest.stem):
         known = recorded(root, newest.stem).keys()

@@ -52,7 +52,8 @@ def notify(flow: Any, flow_run: Any, state: State) -> None:
 @flow(name="qvgen-retrain", on_failure=[notify], on_crashed=[notify], log_prints=True)
 def retrain(root: str = ".", force: bool = False, push: bool = False) -> State:
     """Run the pipeline of the checkout `root` if data, code or parameters changed since dvc.lock (or with `force`), commit
-    dvc.lock and metrics to a branch retrain/<date>, and let the gate decide whether the new model becomes champion.
+    dvc.lock and metrics to a branch retrain/<date>, and let the gate decide whether the new model becomes champion. The seal
+    of that decision is a commit of its own on the branch, because it may be made only once the first one is kept.
 
     With `push`, for a checkout that does not outlive the run, data and branch go to their remotes first. A failure leaves
     champion and checkout as they were. State Unchanged: nothing had changed. Raises ValueError for another `root` than the
@@ -61,6 +62,7 @@ def retrain(root: str = ".", force: bool = False, push: bool = False) -> State:
     folder = project_root()
     if Path(root).resolve() != folder.resolve():
         raise ValueError(f"root = {root}: this process retrains {folder} only; leave root out, or serve the other checkout")
+    skip_waiting_checks()
     observe.write(folder)  # or a change of code would not be known yet
     plan = read_plan(folder)
     reasons = sorted(plan.changed - plan.always)
@@ -72,6 +74,7 @@ def retrain(root: str = ".", force: bool = False, push: bool = False) -> State:
     if push:
         publish(folder, kept.branch if kept else None)
     verdict = promote_after_run(folder)
+    kept = keep_promotion(folder, kept, push)
     report = [f"Changed: {', '.join(reasons) or 'nothing'}.", f"Kept: {kept or 'no difference to commit'}.", "", verdict]
     create_markdown_artifact("\n".join(report), key="retraining", description="What a retraining did, and the gate's verdict")
     ran = sum(row["state"] == "Completed" for row in rows)
@@ -89,6 +92,38 @@ class Committed:
         return f"{self.branch} ({self.commit[:10]})"
 
 
+def skip_waiting_checks() -> None:
+    """Cancel the scheduled runs of this deployment that came due while another run held the only slot: this one looks for
+    changes now, so they have nothing to find. Runs that somebody asked for go on waiting. Without a deployment it does
+    nothing, and a server that does not answer is no reason to stop."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import (
+        DeploymentFilter,
+        DeploymentFilterId,
+        FlowRunFilter,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+    )
+    from prefect.client.schemas.objects import StateType
+    from prefect.runtime import deployment
+    from prefect.states import Cancelled
+    from prefect.types._datetime import now
+
+    if not deployment.id:
+        return
+    only = DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id]))
+    scheduled = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])))
+    try:
+        with get_client(sync_client=True) as client:
+            for run in client.read_flow_runs(deployment_filter=only, flow_run_filter=scheduled):
+                due = run.expected_start_time is not None and run.expected_start_time <= now("UTC")
+                if due and run.auto_scheduled and str(run.id) != flow_run.id:
+                    reason = f"run {flow_run.name} looks for changes in its place"
+                    client.set_flow_run_state(run.id, Cancelled(name="Skipped", message=reason), force=True)
+    except Exception as error:
+        print(f"checks that wait are not skipped: {type(error).__name__}")
+
+
 def publish(root: Path, branch: str | None) -> None:
     """Push data, and what spares another checkout the computation, then the branch: no commit shall name data that nobody else
     has. Raises RuntimeError with what the command said."""
@@ -102,9 +137,29 @@ def publish(root: Path, branch: str | None) -> None:
             raise RuntimeError(f"{' '.join(command[-3:])} failed, so the new model is not promoted: {said[-1000:]}")
 
 
-def commit_results(root: Path, message: str) -> Committed | None:
-    """Commit what the pipeline wrote to a new branch retrain/<date>, on top of HEAD; None if it wrote nothing new or this is
-    no git repository.
+def keep_promotion(root: Path, kept: Committed | None, push: bool) -> Committed | None:
+    """Commit the seal of the promotion after the results, or alone if there were none; returns the newest commit. The model is
+    champion by then, so that a remote that refuses the branch is a warning."""
+    sealed = commit_results(root, "Seal of the promotion", kept)
+    if sealed is None:
+        return kept
+    if push:
+        done = subprocess.run(
+            ["git", "push", "--quiet", "origin", sealed.branch],
+            cwd=root,
+            env=environment(root),
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            said = without_secrets(done.stderr).strip()[-1000:]
+            get_run_logger().warning("the seal of the promotion is on %s here only: %s", sealed.branch, said)
+    return sealed
+
+
+def commit_results(root: Path, message: str, onto: Committed | None = None) -> Committed | None:
+    """Commit what the pipeline wrote to a new branch retrain/<date>, on top of HEAD, or to the branch of `onto`; None if there
+    is nothing new or this is no git repository.
 
     The checkout, its index and its branch stay as they are: the commit is made in an index of its own.
     """
@@ -116,7 +171,7 @@ def commit_results(root: Path, message: str) -> Committed | None:
             return done.stdout.strip()
 
         try:
-            head = git("rev-parse", "HEAD")
+            head = onto.commit if onto else git("rev-parse", "HEAD")
         except (OSError, subprocess.CalledProcessError):
             return None
         git("read-tree", head)
@@ -130,13 +185,17 @@ def commit_results(root: Path, message: str) -> Committed | None:
             git("config", "user.email")
             identity = []
         commit = git(*identity, "commit-tree", tree, "-p", head, "-m", message)
+        if onto:
+            git("update-ref", f"refs/heads/{onto.branch}", commit, head)
+            return Committed(onto.branch, commit)
         branch = BRANCH.format(date=f"{datetime.now(UTC):%Y-%m-%dT%H%M%S}")
         git("branch", branch, commit)
         return Committed(branch, commit)
 
 
 def serve(root: Path, cron: str, timezone: str) -> None:
-    """Wait for schedule and demand, until stopped. One retraining at a time: a run that would overlap is cancelled."""
+    """Wait for schedule and demand, until stopped. One retraining at a time: a run that would overlap waits, and of scheduled
+    checks that wait one takes the place of all (`skip_waiting_checks`)."""
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
     from prefect.schedules import Cron
 
@@ -144,7 +203,7 @@ def serve(root: Path, cron: str, timezone: str) -> None:
         name="retrain",
         schedule=Cron(cron, timezone=timezone),
         parameters={"root": str(root)},
-        global_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
+        global_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
         tags=["qvgen"],
         description=retrain.__doc__,
     )

@@ -46,7 +46,8 @@ def seal_promotion(root: Path, model: str, alias: str, record: Mapping[str, Any]
     try:
         add(root, [{"kind": "promotion", "id": f"{model}@{alias} {record['time']}", "record": dict(record)}])
     except OSError as error:
-        print(f"warning: the promotion is not sealed in {FILE} ({error})", file=sys.stderr)
+        remedy = "`qvgen promote` in a checkout that can be written does it"
+        print(f"warning: the promotion is not sealed in {FILE} ({error}); {remedy}", file=sys.stderr)
 
 
 def add(root: Path, entries: Iterable[dict[str, Any]]) -> None:

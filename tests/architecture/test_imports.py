@@ -48,7 +48,7 @@ def test_help_is_quick() -> None:
 
 
 def test_every_import_is_declared() -> None:
-    """`pip install qvgen[pipeline,lora]` brings all that the packages import, also where the import stands inside a function."""
+    """`pip install qvgen[pipeline,lora]` brings all that the packages import, also those inside functions."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     specs = [*project["dependencies"], *extras["serve"], *extras["pipeline"], *extras["lora"]]

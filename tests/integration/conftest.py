@@ -1,4 +1,4 @@
-"""A real Prefect server, as `qvgen ui` starts it, for the tests of flows and schedules."""
+"""A real Prefect server, as `qvgen ui` starts it, for the tests of flows and schedules; a project that passes the audit."""
 
 from __future__ import annotations
 
@@ -8,12 +8,21 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from pipelines.run.prefect_home import answers
-from tests.support import services
+from tests.support import audited_project, services
 from tests.support.toy_project import wait_until
+
+
+@pytest.fixture(scope="session")
+def champion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose model passes the audit. Tests copy it (audited_project.copy) before they change it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        return audited_project.make_with_champion(tmp_path_factory.mktemp("champion") / "project")
 
 
 @pytest.fixture(scope="session")

@@ -34,9 +34,9 @@ def _embedded_tracking() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def audited(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def audited(champion: Path) -> Path:
     """Tests copy it before they change it."""
-    return toy.make_with_champion(tmp_path_factory.mktemp("audited"))
+    return champion
 
 
 @pytest.fixture

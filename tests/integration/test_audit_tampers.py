@@ -28,10 +28,9 @@ def _embedded_tracking() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def audited(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = toy.make_with_champion(tmp_path_factory.mktemp("audited"))
-    assert states(root) == {}, "or no tamper would be noticed"
-    return root
+def audited(champion: Path) -> Path:
+    assert states(champion) == {}, "or no tamper would be noticed"
+    return champion
 
 
 def states(root: Path) -> dict[str, str]:

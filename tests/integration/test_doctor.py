@@ -203,3 +203,10 @@ def test_doctor_finds_what_is_wrong(project: Path, monkeypatch: pytest.MonkeyPat
     assert str(gone.pid) in after["dvc locks"].detail
     assert after["journals"].remedy == "qvgen lineage sync" and after["journals"].verdict == "WARN"
     assert "DO_NOT_TRACK" in after["telemetry"].detail
+
+
+def test_leftovers_of_a_copy_that_was_cut_short_are_named(project: Path) -> None:
+    (project / "artifacts" / "a").mkdir(parents=True)
+    (project / "artifacts" / "a" / ".value.x.tmp").touch()
+    (finding,) = doctor._leftovers(project)
+    assert finding.verdict == "WARN" and "artifacts/a/.value.x.tmp" in finding.detail and "-delete" in finding.remedy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import subprocess
 import threading
@@ -11,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.audit.report import audit
+from pipelines.champion import registry
+from pipelines.champion.promote import promote
+from qvgen.params import load_params
 from stages.record.journal import FINISH_SECONDS
 from tests.support import toy_project
 from tests.support.toy_project import processes_in, start, wait_until
@@ -75,3 +80,15 @@ def test_qvgen_repro_ends_too(tmp_path: Path, address: str, prefect_server: dict
         pytest.fail("hangs")
     assert process.returncode == 0, output
     assert "Traceback" not in output and "To track the changes with git" not in output, output
+
+
+def test_promote_and_audit_by_hand_end_too(tmp_path: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    shutil.copy(toy_project.ROOT / "params.yaml", tmp_path)
+    monkeypatch.setattr(registry, "SECONDS", 8.0)
+    monkeypatch.setattr(registry, "READING_SECONDS", 8.0)
+    for command in (lambda: promote(tmp_path, load_params(tmp_path / "params.yaml")), lambda: audit(tmp_path, "qvgen/1")):
+        began = time.monotonic()
+        with pytest.raises(ValueError, match=r"too slow|does not answer"):
+            command()
+        assert time.monotonic() - began < 30
