@@ -22,6 +22,7 @@ Batches = Iterator[tuple["torch.Tensor", "torch.Tensor"]]
 def run(stage: Stage) -> None:
     from qvgen.checkpoint.pipeline import load_pipeline
     from qvgen.data.latents import write_part, write_text
+    from qvgen.device import release_memory
     from qvgen.models.family import ClipSize
     from qvgen.models.registry import load_family
     from qvgen.models.size import check_size
@@ -29,7 +30,7 @@ def run(stage: Stage) -> None:
     settings = stage.params.prepare
     source = stage.root / "artifacts/model"
     check_size(source, ClipSize(settings.frames, settings.height, settings.width, settings.max_sequence_length))
-    family, pipeline = load_family(source), load_pipeline(source)
+    family, device = load_family(source), stage.device
     captions, parts = digit_clips(stage.params) if settings.source == "digits" else video_clips(stage.params)
     sizes = {
         "train": settings.train_clips,
@@ -37,7 +38,11 @@ def run(stage: Stage) -> None:
         "held_out": settings.held_out_clips,
     }
     with stage.outputs("artifacts/data") as folder, stage.progress(sum(sizes.values()), unit="clip") as progress:
+        pipeline = load_pipeline(source, device=device, parts=("text_encoder",))
         write_text(folder, pipeline, family, captions, settings.max_sequence_length, settings.batch_size)
+        del pipeline  # before the VAE is loaded
+        release_memory(device)
+        pipeline = load_pipeline(source, device=device, parts=("vae",))
         for part, batches in parts.items():
             write_part(folder / part, pipeline, family, batches, settings.shard_size, progress.update)
     stage.log_metrics({f"clips.{part}": n for part, n in sizes.items()} | {"captions": len(captions)})
