@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from qvgen.device import PATTERN as DEVICE
 from qvgen.gate import Gate
 from qvgen.methods.method import Method
 from qvgen.methods.registry import METHODS
@@ -89,6 +90,9 @@ class Qat(_Section):
     caption_dropout: float = Field(ge=0, lt=1)
     ema_decay: float | None = Field(default=None, gt=0, lt=1, description="null: no average of the weights")
     checkpoint_every: int = Field(ge=1, le=LARGEST, description="steps between resume checkpoints")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="bfloat16: autocast, and a teacher in bfloat16; weights and quantizers stay float32"
+    )
 
 
 class Decay(_Section):
@@ -140,6 +144,16 @@ class FlowSettings(_Section):
     retries: dict[str, int] = Field(default_factory=dict, description="how often a stage that fails is tried again")
 
 
+class Compute(_Section):
+    """Where and in which portions stages compute. No stage depends on it: results are the same up to rounding."""
+
+    device: str = Field(default="auto", pattern=DEVICE, description="auto, cpu, cuda, cuda:N or mps")
+    micro_batch: int | None = Field(
+        default=None, ge=1, le=LARGEST, description="clips that training runs at once; gradients add up to qat.batch_size"
+    )
+    checkpointing: bool = Field(default=False, description="blocks run again in the backward pass instead of being kept")
+
+
 class Params(_Section):
     seed: int = Field(ge=0, lt=2**63)
     method: Annotated[str, AfterValidator(_known_method)]
@@ -155,6 +169,7 @@ class Params(_Section):
     register_: Register = Field(alias="register")
     flow: FlowSettings
     gate: Gate
+    compute: Compute = Compute()
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -166,6 +181,11 @@ class Params(_Section):
         if self.evaluate.prompts < self.evaluate.videos:
             faults.append(
                 f"evaluate.videos = {self.evaluate.videos} but only evaluate.prompts = {self.evaluate.prompts} are generated"
+            )
+        if self.compute.micro_batch is not None and self.qat.batch_size % self.compute.micro_batch:
+            faults.append(
+                f"compute.micro_batch = {self.compute.micro_batch} does not divide qat.batch_size = {self.qat.batch_size}: "
+                "choose a divisor, or null"
             )
         for name, value in self.scheme.extras.items():
             if name not in self.chosen.extras:

@@ -55,7 +55,7 @@ def calibrate_(
     `with_plain` also searches as `mse` does, before anything is folded, unless the method's own grids are those.
     """
     method = params.chosen
-    with progress(len(data), "inputs", unit="clip") as bar:
+    with progress(_samples(data, params), "inputs", unit="clip") as bar:
         inputs = record_inputs(transformer, family, data, params, bar.update)
     with_plain = with_plain and not method.searches_plainly
     with progress(len(inputs) * (1 + with_plain), "layers", unit="layer") as bar:
@@ -74,23 +74,30 @@ def record_inputs(
     on_clips: Callable[[int], object] = lambda clips: None,
 ) -> Inputs:
     """Inputs of every layer that the scheme targets: the full-precision model runs over the calibration clips, sample i at a
-    random timestep of group i mod `timestep_groups`. `on_clips(n)` is called after every batch."""
+    random timestep of group i mod `timestep_groups`; where there are fewer clips than groups, each clip at several.
+    `on_clips(n)` is called after every batch."""
     scheme = params.effective_scheme
     groups = scheme.timestep_groups
     layers = match_linears(transformer, scheme.targets, scheme.ignore, family.default_targets)
     generator = torch.Generator().manual_seed(params.seed)
     recorder = InputRecorder(groups, params.calibrate.tokens_per_group, params.seed)
+    device = next(transformer.parameters()).device
     with recorder.attached({name: transformer.get_submodule(name) for name in layers}):
-        for index in torch.arange(len(data)).split(params.calibrate.batch_size):
-            clean, text = data.batch(index, 0.0, generator)
+        for index in torch.arange(_samples(data, params)).split(params.calibrate.batch_size):
+            clean, text = data.batch(index % len(data), 0.0, generator)
             within = torch.rand(len(index), generator=generator)
             # Whole timesteps: families with discrete noise levels have no others.
             timestep = torch.floor((index % groups + within) * NUM_TRAIN_TIMESTEPS / groups)
-            noisy = family.add_noise(clean, torch.randn(clean.shape, generator=generator), timestep)
+            noise = torch.randn(clean.shape, generator=generator)
             recorder.group = timestep_group(timestep, groups, NUM_TRAIN_TIMESTEPS)
-            family.predict(transformer, noisy, timestep, text)
+            clean, noise, timestep, text = (x.to(device) for x in (clean, noise, timestep, text))
+            family.predict(transformer, family.add_noise(clean, noise, timestep), timestep, text)
             on_clips(len(index))
     return {name: [recorder.inputs(name, group) for group in range(groups)] for name in layers}
+
+
+def _samples(data: LatentDataset, params: Params) -> int:
+    return max(len(data), params.effective_scheme.timestep_groups)
 
 
 def fold_inputs_(transformer: nn.Module, family: Family, inputs: Inputs, method: Method) -> dict[str, ChannelGrid]:
@@ -117,11 +124,12 @@ def fold_inputs_(transformer: nn.Module, family: Family, inputs: Inputs, method:
 def search_grids(
     transformer: nn.Module, inputs: Inputs, params: Params, method: str, on_layers: Callable[[int], object]
 ) -> dict[str, LayerGrid]:
-    """Grids of every recorded layer, by the search of `method`."""
+    """Grids of every recorded layer, on the CPU, by the search of `method`, which runs where the transformer is."""
     card, scheme, grids = METHODS[method], params.scheme_of(method), {}
     for name, rows in inputs.items():
         weight = transformer.get_parameter(f"{name}.weight")
-        grids[name] = card.search(weight, rows, scheme, params.calibrate)
+        rows = [x.to(weight.device) for x in rows]  # of one layer at a time
+        grids[name] = card.search(weight, rows, scheme, params.calibrate).to(torch.device("cpu"))
         on_layers(1)
     return grids
 

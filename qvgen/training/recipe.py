@@ -15,6 +15,7 @@ from torch import nn
 from qvgen.checkpoint.grids import load_folds, load_grids, save_folds, save_grids
 from qvgen.checkpoint.pipeline import load_transformer
 from qvgen.data.latents import LatentDataset
+from qvgen.device import resolve_device
 from qvgen.models.family import Family
 from qvgen.models.registry import load_family
 from qvgen.nn.swap import prepare_
@@ -40,7 +41,7 @@ class Sources:
 
 def calibrate(params: Params, sources: Sources) -> None:
     """Calibrate the full-precision model and write folds and grids, from which training starts."""
-    transformer, family = _load(sources)
+    transformer, family = _load(params, sources)
     save_calibration(sources.calibration, calibrate_(transformer, family, _clips(sources), params))
 
 
@@ -53,16 +54,22 @@ def save_calibration(folder: Path, calibration: Calibration) -> None:
         save_grids(folder / "mse.safetensors", calibration.plain)
 
 
-def build_trainer(params: Params, sources: Sources) -> Trainer:
-    """Trainer at step 0: the student as the method starts it, and the full-precision teacher."""
-    (teacher, family), (student, _) = _load(sources), _load(sources)
+def build_trainer(params: Params, sources: Sources, resumed: bool = False) -> Trainer:
+    """Trainer at step 0: the student as the method starts it, and the full-precision teacher.
+
+    `resumed`: a training state will be loaded into it, so that what costs time and is then overwritten is left out.
+    """
+    # In mixed precision the teacher is loaded in the dtype that it computes in: half the memory.
+    dtype = torch.bfloat16 if params.qat.precision == "bfloat16" else torch.float32
+    (teacher, family), (student, _) = _load(params, sources, dtype), _load(params, sources)
 
     def quantize_(model: nn.Module) -> None:
         apply_folds_(model, family, load_folds(sources.calibration / "folds.safetensors"))
         grids = load_grids(sources.calibration / "grids.safetensors")
         prepare_(model, params.effective_scheme, default_targets=family.default_targets, grids=grids)
 
-    params.chosen.prepare_(student, quantize_, params.decay, torch.Generator().manual_seed(params.seed))
+    start = params.decay.model_copy(update={"initialization": "zero"}) if resumed else params.decay  # of Φ
+    params.chosen.prepare_(student, quantize_, start, torch.Generator().manual_seed(params.seed))
     return Trainer(student, teacher, family, LatentDataset.open(sources.data / "train"), params)
 
 
@@ -78,8 +85,9 @@ def finish(trainer: Trainer, params: Params, sources: Sources) -> nn.Module:
     return student
 
 
-def _load(sources: Sources) -> tuple[nn.Module, Family]:
-    return load_transformer(sources.model).float(), load_family(sources.model)
+def _load(params: Params, sources: Sources, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Family]:
+    device = resolve_device(params.compute.device)
+    return load_transformer(sources.model, dtype, device), load_family(sources.model)
 
 
 def _clips(sources: Sources) -> LatentDataset:
