@@ -199,7 +199,11 @@ def _check(x: Tensor, layers: Sequence[LayerTensors], arguments: Arguments) -> N
             raise ValueError("timestep_group must be int64 with one dimension where inputs are quantized")
         if len(group) not in (1, samples):
             raise ValueError(f"{len(group)} timestep groups were given for an input of {samples} samples")
-    for _, scale, zero_point, row_sum, lower, upper, bias in layers:
+    for weight, scale, zero_point, row_sum, lower, upper, bias in layers:
+        for tensor in (weight, scale, zero_point, row_sum, lower, upper, bias):
+            if tensor is not None and tensor.device != x.device:
+                devices = f"the input is on {x.device} and the layer on {tensor.device}"
+                raise ValueError(f"{devices}: move one to the other's device, with .to({str(x.device)!r}) for the layer")
         if scale.ndim != 2 or scale.dtype != torch.float32:
             raise ValueError(f"weight_scale must be float32 of shape (N, G), not {scale.dtype} {_shape(scale)}")
         if zero_point is not None and (zero_point.shape != scale.shape or zero_point.dtype != torch.float32):
