@@ -40,7 +40,10 @@ def check_layer(layer: LayerTensors, device: torch.device, quantized: bool) -> N
         key = id(layer.weight)
         _known[key] = Known(layer, quantized, lambda _, key=key: _known.pop(key, None))
     elif layer.weight.device != device:
-        raise ValueError(f"input is on {device}, the layer on {layer.weight.device}")
+        raise ValueError(
+            f"the input is on {device} and the layer on {layer.weight.device}: move one to the other's device, with "
+            f".to({str(device)!r}) for the layer"
+        )
 
 
 def recall(layer: LayerTensors) -> Known | None:
