@@ -135,7 +135,7 @@ Header make_header(int64_t n, int64_t k, int64_t groups, int weight_bits) {
 }  // namespace
 
 const Header* find_header(const uint8_t* weight, int64_t bytes) {
-  if (bytes < int64_t(sizeof(Header))) return nullptr;
+  if (bytes < int64_t(sizeof(Header)) || reinterpret_cast<uintptr_t>(weight) % alignof(Header)) return nullptr;
   const Header& h = *reinterpret_cast<const Header*>(weight);
   constexpr int64_t MOST = INT32_MAX;  // so that no size below overflows
   const bool sound = !memcmp(h.magic, MAGIC, sizeof MAGIC) && h.weight_bits >= 2 && h.weight_bits <= 8 &&
