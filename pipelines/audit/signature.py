@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.record.promotions import Promotion
+from qvgen.hub.promotions import Promotion
 
 from pipelines.audit.checks import Check
 from pipelines.audit.lineage import Lineage
