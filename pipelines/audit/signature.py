@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.record.promotions import Promotion
-
 from pipelines.audit.checks import Check
 from pipelines.audit.lineage import Lineage
 from pipelines.audit.project import WORKTREE, Project
+from qvgen.hub.promotions import Promotion
 from stages.record.seal import FILE, FIRST, add, read_lines
 
 NAMESPACE = "qvgen-seal"  # a signature made for something else does not count

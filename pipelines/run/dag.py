@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -50,9 +52,15 @@ def read_plan(root: Path, targets: Iterable[str] = ()) -> Plan:
         return Plan({name: needs for name, needs in whole.items() if name in chosen}, changed, always)
 
 
-def reading(repo: Any) -> AbstractContextManager[Any]:
-    """DVC's lock; nothing where its folder cannot be written, since then nobody writes."""
-    return repo.lock if os.access(repo.tmp_dir, os.W_OK) else nullcontext()
+def reading(repo: Any) -> Any:
+    """DVC's lock. Where its folder cannot be written, and DVC insists on one, it is in a temporary folder."""
+    if not os.access(repo.tmp_dir, os.W_OK):
+        from dvc.lock import make_lock
+
+        repo.tmp_dir = tempfile.mkdtemp(prefix="qvgen-dvc-")
+        atexit.register(shutil.rmtree, repo.tmp_dir, ignore_errors=True)
+        repo.lock = make_lock(str(Path(repo.tmp_dir) / "lock"), tmp_dir=repo.tmp_dir)
+    return repo.lock
 
 
 def pipeline_stages(graph: Graph) -> set[str]:
