@@ -11,6 +11,8 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
+from stages.runtime.dvc import open_project
+
 
 class RemoteError(ValueError):
     """The remote cannot be asked, so nobody knows whether it has something."""
@@ -117,9 +119,8 @@ class Blobs:
 def open_blobs(root: Path) -> Iterator[Blobs]:
     """The stores that the checkout's DVC configuration names."""
     from dvc.config import NoRemoteError
-    from dvc.repo import Repo
 
-    with Repo(str(root)) as repo:
+    with open_project(root) as repo:
         remote = None
         with suppress(NoRemoteError):
             remote = Remote(repo.cloud.get_remote_odb())

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from stages.runtime.code import code_fingerprints
-from stages.runtime.dvc import flatten, stage_address
+from stages.runtime.dvc import flatten, open_project, stage_address
 from stages.runtime.source import is_code, summarize
 
 WORKTREE = ""  # in place of a commit: the files that are checked out
@@ -187,10 +187,8 @@ def current_hash(root: Path, path: str) -> str:
 
     Raises ValueError if no stage and no .dvc file names `path`.
     """
-    from dvc.repo import Repo
-
     wanted = str(Path(path)).removeprefix("./").rstrip("/")
-    with Repo(str(root)) as repo:
+    with open_project(root) as repo:
         named = [item for stage in repo.index.stages for item in [*stage.outs, *stage.deps] if _path(repo, item) == wanted]
         for item in named:
             if item.exists:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.run.dag import in_order, pipeline_stages, read_graph, reading, stages_of, with_upstream
+from pipelines.run.dag import in_order, pipeline_stages, read_graph, stages_of, with_upstream
 from stages import observe
-from stages.runtime.dvc import flatten, stage_address
+from stages.runtime.dvc import flatten, open_project, stage_address
 
 OBSERVE = "stages/dvc.yaml:observe"
 _WORDS = {"modified": "changed", "new": "is new", "deleted": "is missing", "not in cache": "is not in DVC's cache"}
@@ -34,11 +34,9 @@ class StageStatus:
 def read_status(root: Path, targets: Sequence[str] = ()) -> list[StageStatus]:
     """Every stage of the root's dvc.yaml, or `targets` and what they need, in the order they run. Raises ValueError for a
     stage that no dvc.yaml has."""
-    from dvc.repo import Repo
-
     graph, facts = read_graph(root), observe.texts(root)
     chosen = with_upstream(graph, set(targets) or pipeline_stages(graph))
-    with Repo(str(root)) as repo, reading(repo):
+    with open_project(root) as repo, repo.lock:
         stages = {stage_address(stage): stage for stage in stages_of(repo)}
         reasons = {name: tuple(_reasons(stages[name], facts)) for name in chosen}
     found: dict[str, StageStatus] = {}

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from stages.runtime.dvc import stage_address
+from stages.runtime.dvc import open_project, stage_address
 
 Graph = dict[str, set[str]]  # address of a stage -> addresses of the stages that it needs
 
@@ -32,35 +28,20 @@ def read_graph(root: Path) -> Graph:
 
     Raises DVC's own errors for a folder that is no project and for a faulty dvc.yaml.
     """
-    from dvc.repo import Repo
-
-    with Repo(str(root)) as repo:
+    with open_project(root) as repo:
         return _graph(repo)
 
 
 def read_plan(root: Path, targets: Iterable[str] = ()) -> Plan:
     """The stages of the root's dvc.yaml, or `targets`, with all that they need. Stages of other files, such as those of a
     comparison, are none of its business. Raises ValueError for a stage that no dvc.yaml has, and DVC's own errors."""
-    from dvc.repo import Repo
-
-    with Repo(str(root)) as repo, reading(repo):
+    with open_project(root) as repo, repo.lock:
         whole = _graph(repo)
         chosen = with_upstream(whole, set(targets) or pipeline_stages(whole))
         stages = {name: stage for stage in stages_of(repo) if (name := stage_address(stage)) in chosen}
         changed = frozenset(name for name, stage in stages.items() if stage.status(check_updates=False))
         always = frozenset(name for name in changed if stages[name].always_changed)
         return Plan({name: needs for name, needs in whole.items() if name in chosen}, changed, always)
-
-
-def reading(repo: Any) -> Any:
-    """DVC's lock. Where its folder cannot be written, and DVC insists on one, it is in a temporary folder."""
-    if not os.access(repo.tmp_dir, os.W_OK):
-        from dvc.lock import make_lock
-
-        repo.tmp_dir = tempfile.mkdtemp(prefix="qvgen-dvc-")
-        atexit.register(shutil.rmtree, repo.tmp_dir, ignore_errors=True)
-        repo.lock = make_lock(str(Path(repo.tmp_dir) / "lock"), tmp_dir=repo.tmp_dir)
-    return repo.lock
 
 
 def pipeline_stages(graph: Graph) -> set[str]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +104,7 @@ class Stores:
 
 def read_stores(root: Path) -> Stores:
     """Of the project `root`, as DVC is configured here."""
-    from dvc.repo import Repo
-
-    with Repo(str(root)) as repo:
+    with open_project(root) as repo:
         name = repo.config["core"].get("remote")
         url = repo.config["remote"].get(name, {}).get("url") if name else None
         return Stores(str(repo.cache.local.path), str(url) if url else None)
@@ -118,16 +119,48 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @contextmanager
+def open_project(root: Path) -> Iterator[Any]:
+    """DVC's Repo of a checkout. Of one that cannot be written, such as a colleague's or a mounted release, locks and temporary
+    files lie in a folder that is deleted afterwards, and what DVC remembers of files too where its own place for it,
+    /var/tmp/dvc, cannot be written either."""
+    from dvc.repo import Repo
+
+    if os.access(root / ".dvc", os.W_OK) and os.access(root, os.W_OK):
+        with Repo(str(root)) as repo:
+            yield repo
+        return
+    with tempfile.TemporaryDirectory(prefix="qvgen-dvc-") as folder:
+
+        class ReadOnly(Repo):
+            tmp_dir: Any = folder
+
+            @cached_property
+            def site_cache_dir(self) -> Any:
+                """Another user may have made the usual place."""
+                with suppress(OSError):
+                    usual = Path(Repo.site_cache_dir.__get__(self, type(self)))
+                    nearest = next(one for one in (usual, *usual.parents) if one.exists())
+                    if all(os.access(one, os.W_OK) for one in (nearest, *usual.rglob("*"))):
+                        return str(usual)
+                return folder
+
+            def _ignore(self) -> None:
+                """Nothing to add to .gitignore."""
+
+        with ReadOnly(str(root)) as repo:
+            yield repo
+
+
+@contextmanager
 def _opened(root: Path, address: str) -> Iterator[Any]:
     """DVC's stage of that address.
 
     Another stage that ends at this moment rewrites dvc.lock in place, so that half of it may be read: then it is read again.
     """
     from dvc.exceptions import DvcException
-    from dvc.repo import Repo  # 0.3 s
 
     for attempt in range(READ_ATTEMPTS):
-        with Repo(str(root)) as repo:
+        with open_project(root) as repo:
             try:
                 stage = _find(repo, address)
             except DvcException:
