@@ -178,7 +178,7 @@ def test_what_was_not_committed_yet(project: Path) -> None:
     assert states == dict.fromkeys(("dvc.lock", "metrics", "seal", "promotion"), "TODO"), str(report)
     assert report.exit_code == 2 and not report.ok
     last = str(report).splitlines()[len(report.checks) + 1]
-    assert last.startswith("qvgen version 1: nothing fails, but 4 of 23 checks wait for the results to be committed: `git add")
+    assert last.startswith("qvgen version 1: nothing fails, but 4 of 25 checks wait for the results to be committed: `git add")
     code, output = toy.run(project, "bash", "-euc", last.split("`")[1])
     assert code == 0, output
     assert audit(project, "qvgen@champion").exit_code == 0
