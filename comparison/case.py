@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +122,7 @@ def tuning_scores(trainer: Trainer, student: Any, sources: Sources, params: Para
     """How near the packed student comes to the teacher on calibration clips: {"tuning_velocity_mse", "tuning_psnr_db"}."""
     from qvgen.checkpoint.pipeline import load_pipeline
     from qvgen.data.latents import LatentDataset
+    from qvgen.device import resolve_device
     from qvgen.evaluation.quality.trial import Trial, compare, observe
     from qvgen.nn.swap import convert_
 
@@ -132,7 +134,8 @@ def tuning_scores(trainer: Trainer, student: Any, sources: Sources, params: Para
         latents=trial.latents[:TUNING_CLIPS],
         text=trial.text[:TUNING_CLIPS],
     )
-    reference, candidate = (load_pipeline(sources.model) for _ in range(2))
+    device = resolve_device(params.compute.device)
+    reference, candidate = (load_pipeline(sources.model, device=device) for _ in range(2))
     convert_(student)
     candidate.transformer = student
     seen = observe(candidate, trainer.family, trial, params.chosen.guidance_stop)
@@ -165,6 +168,7 @@ def packed_scores(stage: Stage, case: Case, student: Any, params: Params, source
     from qvgen.checkpoint.packed import export_pipeline
     from qvgen.checkpoint.pipeline import load_pipeline
     from qvgen.data.latents import LatentDataset
+    from qvgen.device import synchronize
     from qvgen.evaluation.cost.speed import interleaved
     from qvgen.evaluation.quality.similarity import psnr_db
     from qvgen.evaluation.quality.trial import Trial, compare, load_observation, observe, velocity_mse
@@ -179,15 +183,23 @@ def packed_scores(stage: Stage, case: Case, student: Any, params: Params, source
     trial = replace(trial, prompts=trial.prompts[:prompts], seeds=trial.seeds[:prompts])
     reference = load_observation(stage.root / REFERENCE / "reference.safetensors")
     reference = replace(reference, latents=reference.latents[:prompts], clips=reference.clips[:prompts])
-    family, pipeline = load_family(folder), load_pipeline(folder)
+    device = stage.device
+    family, pipeline = load_family(folder), load_pipeline(folder, device=device)
     started = time.perf_counter()
     with stage.progress(trial.predictions, unit="prediction") as progress:
         seen = observe(pipeline, family, trial, params.chosen.guidance_stop, on_batch=progress.update)
     seconds = time.perf_counter() - started
 
-    full, one = load_pipeline(sources.model), torch.tensor([500.0])
+    full, one = load_pipeline(sources.model, device=device), torch.tensor([500.0], device=device)
+    latents, text = trial.latents[:1].to(device), trial.text[:1].to(device)
+
+    @torch.no_grad()
+    def predict(model: Any) -> None:
+        family.predict(model, latents, one, text)
+        synchronize(device)
+
     steps = {
-        name: torch.no_grad()(lambda model=model: family.predict(model, trial.latents[:1], one, trial.text[:1]))
+        name: partial(predict, model)
         for name, model in (("packed", pipeline.transformer), ("fp32", full.transformer))
     }
     timings = interleaved(steps, STEP_REPETITIONS)

@@ -33,7 +33,7 @@ def measure_reference(stage: Stage, made: Mapping[str, Any]) -> None:
     source = stage.root / "artifacts/model"
     trial = Trial.from_params(stage.params, LatentDataset.open(stage.root / "artifacts/data/held_out"))
     with stage.progress(trial.predictions, unit="prediction") as progress:
-        seen = observe(load_pipeline(source), load_family(source), trial, on_batch=progress.update)
+        seen = observe(load_pipeline(source, device=stage.device), load_family(source), trial, on_batch=progress.update)
     scores = {
         "case": FULL_PRECISION,
         "group": "reference",

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from qvgen.device import PATTERN as DEVICE
 from qvgen.gate import Gate
 from qvgen.methods.method import Method
 from qvgen.methods.registry import METHODS
@@ -140,6 +141,12 @@ class FlowSettings(_Section):
     retries: dict[str, int] = Field(default_factory=dict, description="how often a stage that fails is tried again")
 
 
+class Compute(_Section):
+    """Where and in which portions stages compute. No stage depends on it: results are the same up to rounding."""
+
+    device: str = Field(default="auto", pattern=DEVICE, description="auto, cpu, cuda, cuda:N or mps")
+
+
 class Params(_Section):
     seed: int = Field(ge=0, lt=2**63)
     method: Annotated[str, AfterValidator(_known_method)]
@@ -155,6 +162,7 @@ class Params(_Section):
     register_: Register = Field(alias="register")
     flow: FlowSettings
     gate: Gate
+    compute: Compute = Compute()
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

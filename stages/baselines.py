@@ -28,9 +28,9 @@ def run(stage: Stage) -> None:
     starts = {"rtn": None, "mse": grids}  # None: whole ranges
     scores = {}
     with stage.progress((1 + len(starts)) * trial.predictions, unit="prediction") as progress:
-        reference = observe(load_pipeline(source), family, trial, on_batch=progress.update)
+        reference = observe(load_pipeline(source, device=stage.device), family, trial, on_batch=progress.update)
         for method, start in starts.items():
-            pipeline = load_pipeline(source)
+            pipeline = load_pipeline(source, device=stage.device)
             prepare_(pipeline.transformer, params.scheme_of(method), default_targets=family.default_targets, grids=start)
             convert_(pipeline.transformer)
             scores[method] = compare(reference, observe(pipeline, family, trial, on_batch=progress.update), trial)

@@ -26,12 +26,12 @@ def run(stage: Stage) -> None:
     with tempfile.TemporaryDirectory(dir=stage.checkpoint_dir) as temporary, torch_threads(settings.threads):
         folders = write_variants(stage, Path(temporary))
         sizes = {name: folder_bytes(folder / "transformer") for name, folder in folders.items()}
-        pipelines = {name: load_variant(folder, DTYPES[name]) for name, folder in folders.items()}
+        pipelines = {name: load_variant(folder, DTYPES[name], stage.device) for name, folder in folders.items()}
         inputs = write_inputs(stage, pipelines["fp32"], Path(temporary) / "inputs.safetensors")
         with stage.progress(total=len(folders), desc="memory", unit="variant") as progress:
             memory = {}
             for name, folder in folders.items():
-                memory[name] = peak_memory_mb(folder, inputs, DTYPES[name], settings.threads)
+                memory[name] = peak_memory_mb(folder, inputs, DTYPES[name], settings.threads, stage.device)
                 progress.update()
         steps = {name: step_action(stage, pipeline, inputs) for name, pipeline in pipelines.items()}
         videos = {name: video_action(stage, pipeline) for name, pipeline in pipelines.items()}
@@ -88,8 +88,8 @@ def write_inputs(stage: Stage, pipeline: Any, path: Path) -> Path:
     family = family_adapter(pipeline)
     with torch.no_grad():
         clips = torch.zeros(count, 3, size.frames, size.height, size.width)
-        clean = family.encode_clips(pipeline, clips).float()
-        text = family.encode_text(pipeline, [prompt(stage)] * count, size.max_sequence_length).float()
+        clean = family.encode_clips(pipeline, clips).float().cpu()
+        text = family.encode_text(pipeline, [prompt(stage)] * count, size.max_sequence_length).float().cpu()
     timestep = torch.full((count,), 500.0)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(stage.params.seed))
     latents = family.add_noise(clean, noise, timestep)
@@ -103,11 +103,19 @@ def step_action(stage: Stage, pipeline: Any, inputs: Path) -> Any:
     import torch
     from safetensors.torch import load_file
 
+    from qvgen.device import synchronize
     from qvgen.models.registry import family_adapter
 
-    tensors, family, transformer = load_file(inputs), family_adapter(pipeline), pipeline.transformer
+    device, family, transformer = stage.device, family_adapter(pipeline), pipeline.transformer
+    tensors = load_file(inputs, str(device))
     latents, text = tensors["latents"].to(transformer.dtype), tensors["text"].to(transformer.dtype)
-    return torch.no_grad()(lambda: family.predict(transformer, latents, tensors["timestep"], text))
+
+    @torch.no_grad()
+    def step() -> None:
+        family.predict(transformer, latents, tensors["timestep"], text)
+        synchronize(device)
+
+    return step
 
 
 def video_action(stage: Stage, pipeline: Any) -> Any:

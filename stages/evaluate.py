@@ -31,7 +31,8 @@ def run(stage: Stage) -> None:
     observations = []
     with stage.progress(total=len(folders) * trial.predictions, unit="prediction") as progress:
         for folder in folders:
-            pipeline, family, stop = load_pipeline(folder), load_family(folder), read_guidance_stop(folder)
+            pipeline, family = load_pipeline(folder, device=stage.device), load_family(folder)
+            stop = read_guidance_stop(folder)
             observations.append(observe(pipeline, family, trial, guidance_stop=stop, on_batch=progress.update))
     reference, packed = observations
 

@@ -22,6 +22,7 @@ Batches = Iterator[tuple["torch.Tensor", "torch.Tensor"]]
 def run(stage: Stage) -> None:
     from qvgen.checkpoint.pipeline import load_pipeline
     from qvgen.data.latents import write_part, write_text
+    from qvgen.device import release_memory
     from qvgen.models.family import ClipSize
     from qvgen.models.rate import frame_rate
     from qvgen.models.registry import load_family
@@ -30,7 +31,7 @@ def run(stage: Stage) -> None:
     settings = stage.params.prepare
     source = stage.root / "artifacts/model"
     check_size(source, ClipSize(settings.frames, settings.height, settings.width, settings.max_sequence_length))
-    family, pipeline = load_family(source), load_pipeline(source)
+    family, device = load_family(source), stage.device
     fps = None
     if settings.source == "videos" and settings.fps != "native":
         fps = frame_rate(source) if settings.fps is None else settings.fps
@@ -41,7 +42,11 @@ def run(stage: Stage) -> None:
         "held_out": settings.held_out_clips,
     }
     with stage.outputs("artifacts/data") as folder, stage.progress(sum(sizes.values()), unit="clip") as progress:
+        pipeline = load_pipeline(source, device=device, parts=("text_encoder",))
         write_text(folder, pipeline, family, captions, settings.max_sequence_length, settings.batch_size)
+        del pipeline  # before the VAE is loaded
+        release_memory(device)
+        pipeline = load_pipeline(source, device=device, parts=("vae",))
         for part, batches in parts.items():
             write_part(folder / part, pipeline, family, batches, settings.shard_size, progress.update)
     rate = {} if fps is None else {"fps": fps}

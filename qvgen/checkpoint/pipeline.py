@@ -7,6 +7,7 @@ nothing unpickled. safetensors are memory-mapped: a weight takes memory once.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,19 @@ from qvgen.checkpoint.declared import check_packed
 from qvgen.models.files import read_json
 
 
-def load_pipeline(folder: str | Path, dtype: torch.dtype | dict[str, torch.dtype] | None = None) -> Any:
-    """The diffusers pipeline of a folder, on the CPU in evaluation mode.
+PARTS = ("text_encoder", "vae", "transformer")  # what a pipeline has of models: the rest is small
+
+
+def load_pipeline(
+    folder: str | Path,
+    dtype: torch.dtype | dict[str, torch.dtype] | None = None,
+    device: torch.device | str | None = None,
+    parts: Collection[str] = PARTS,
+) -> Any:
+    """The diffusers pipeline of a folder in evaluation mode, on `device` (None: the CPU).
+
+    `parts`: the models that are read, of PARTS. Others are None; a transformer that is not read is there without its weights
+    (on the meta device), because pipelines read its config.
 
     `dtype`: of the parameters, packed layers excepted, or one per component ("default": of the rest); None: float32, a text
     encoder as it is stored. Raises ValueError if config.json of a packed transformer does not describe what is beside it.
@@ -31,19 +43,36 @@ def load_pipeline(folder: str | Path, dtype: torch.dtype | dict[str, torch.dtype
         check_packed(Path(folder) / "transformer")
     diffusers_logging.disable_progress_bar()  # bars for files that load in milliseconds
     transformers_logging.disable_progress_bar()
-    pipeline = DiffusionPipeline.from_pretrained(Path(folder), dtype=dtype, local_files_only=True, use_safetensors=True)
+    left_out: dict[str, Any] = {name: None for name in PARTS if name not in parts}
+    if "transformer" in left_out:
+        with torch.device("meta"):
+            left_out["transformer"] = _without_weights(folder)
+    pipeline = DiffusionPipeline.from_pretrained(
+        Path(folder), dtype=dtype, local_files_only=True, use_safetensors=True, **left_out
+    )
     pipeline.set_progress_bar_config(disable=True)
+    for name in parts if device is not None else ():
+        getattr(pipeline, name).to(device)
     return pipeline
 
 
-def load_transformer(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
-    """The transformer of a pipeline folder, on the CPU in evaluation mode; no other component is read.
+def _without_weights(folder: str | Path) -> Any:
+    found = transformer_class(folder)
+    config = {k: v for k, v in read_json(Path(folder) / "transformer" / "config.json").items() if k != "quantization_config"}
+    return found.from_config(config).eval()
+
+
+def load_transformer(
+    folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Any:
+    """The transformer of a pipeline folder, in evaluation mode, on `device` (None: the CPU); no other component is read.
 
     `dtype`: of the parameters, packed layers excepted; None: float32. diffusers keeps some small ones in float32 anyway.
     """
     found = transformer_class(folder)
     check_packed(Path(folder) / "transformer")
-    return found.from_pretrained(Path(folder) / "transformer", dtype=dtype, local_files_only=True, use_safetensors=True).eval()
+    model = found.from_pretrained(Path(folder) / "transformer", dtype=dtype, local_files_only=True, use_safetensors=True)
+    return model.eval() if device is None else model.eval().to(device)
 
 
 def transformer_class(folder: str | Path) -> Any:

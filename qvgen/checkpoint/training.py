@@ -67,10 +67,11 @@ def load_training_state(
     moments = _part(tensors, "optimizer.")
     names = {id(p): n for n, p in student.named_parameters()}
     optimizer.state.clear()
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+    owned = ((p, bool(group.get("fused"))) for group in optimizer.param_groups for p in group["params"])
+    for parameter, fused in owned:
         state = _part(moments, f"{names[id(parameter)]}.")
         if state:
-            optimizer.state[parameter] = {k: v.to(_device(k, parameter)) for k, v in state.items()}
+            optimizer.state[parameter] = {k: v.to(_device(k, parameter, fused)) for k, v in state.items()}
     saved_average = _part(tensors, "average.")
     if (average is None) != (not saved_average):
         raise ValueError(f"{path} was written with another qat.ema_decay; delete it to start again")
@@ -84,8 +85,9 @@ def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tens
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _device(moment: str, parameter: nn.Parameter) -> torch.device:
-    return torch.device("cpu") if moment == "step" else parameter.device
+def _device(moment: str, parameter: nn.Parameter, fused: bool) -> torch.device:
+    # AdamW counts steps on the CPU, but for the fused kernel, which reads the count.
+    return torch.device("cpu") if moment == "step" and not fused else parameter.device
 
 
 def _shape_phi_(student: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, torch.Tensor]) -> None:
@@ -99,4 +101,5 @@ def _shape_phi_(student: nn.Module, optimizer: torch.optim.Optimizer, saved: dic
             replace_parameters(optimizer, layer.phi.truncate(0))
             layer.phi = None
         elif up.shape[1] != layer.phi.rank:
-            replace_parameters(optimizer, layer.phi.assign(up, saved[f"{name}.phi.phi_down"]))
+            factors = (part.to(layer.weight.device) for part in (up, saved[f"{name}.phi.phi_down"]))
+            replace_parameters(optimizer, layer.phi.assign(*factors))

@@ -76,7 +76,7 @@ def write_text(
         raise ValueError("a caption is empty; the empty caption is added by itself, for guidance")
     texts = [*captions, ""]
     parts = [
-        family.encode_text(pipeline, texts[i : i + batch_size], max_sequence_length).float()
+        family.encode_text(pipeline, texts[i : i + batch_size], max_sequence_length).float().cpu()
         for i in range(0, len(texts), batch_size)
     ]
     (folder / "captions.json").write_text(json.dumps(list(captions), indent=0, ensure_ascii=False))
@@ -110,7 +110,7 @@ def write_part(
         latents, index = [all_latents], [all_index]
 
     for clips, caption_index in batches:
-        encoded = family.encode_clips(pipeline, clips).float()
+        encoded = family.encode_clips(pipeline, clips).float().cpu()
         if not torch.isfinite(encoded).all():
             raise ValueError(f"{folder.name}: a clip gives NaN or Inf latents; check that its pixels are finite")
         latents.append(encoded)

@@ -172,12 +172,12 @@ class CogVideoXFamily(Family):
 
     def encode_text(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> torch.Tensor:
         text, _ = pipeline.encode_prompt(
-            list(prompts), do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
+            list(prompts), do_classifier_free_guidance=False, max_sequence_length=max_sequence_length, device=pipeline.text_encoder.device
         )
         return text
 
     def encode_clips(self, pipeline: Any, clips: torch.Tensor) -> torch.Tensor:
-        latents = pipeline.vae.encode(clips.to(pipeline.vae.dtype)).latent_dist.mean
+        latents = pipeline.vae.encode(clips.to(pipeline.vae.device, pipeline.vae.dtype)).latent_dist.mean
         latents = latents.permute(0, 2, 1, 3, 4) * pipeline.vae_scaling_factor_image
         patch = pipeline.transformer.config.patch_size_t
         if patch is not None and latents.shape[1] % patch:
@@ -189,7 +189,7 @@ class CogVideoXFamily(Family):
     def decode_latents(self, pipeline: Any, latents: torch.Tensor, frames: int) -> torch.Tensor:
         padding = latents.shape[1] - ((frames - 1) // pipeline.vae_scale_factor_temporal + 1)
         latents = latents[:, padding:]
-        return pipeline.decode_latents(latents.to(pipeline.vae.dtype)).float().clamp(-1, 1)
+        return pipeline.decode_latents(latents.to(pipeline.vae.device, pipeline.vae.dtype)).float().clamp(-1, 1)
 
 
 def tiny_transformer(rotary: bool = False, temporal_patch: bool = False, seed: int = 0) -> Any:

@@ -64,6 +64,7 @@ def fold_(model: nn.Module, source: FoldableInput, grid: ChannelGrid) -> None:
         if layer.bias is None and source.shifts:
             raise ValueError(f"{name} has no bias to take the shift of its input")
         layers.append(layer)
+    shift, scale = (part.to(layers[0].weight.device) for part in grid)
     source.fold(shift, scale)
     for layer in layers:
         if layer.bias is not None:

@@ -176,17 +176,19 @@ class WanFamily(Family):
 
     def encode_text(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> torch.Tensor:
         text, _ = pipeline.encode_prompt(
-            list(prompts), do_classifier_free_guidance=False, max_sequence_length=max_sequence_length
+            list(prompts), do_classifier_free_guidance=False, max_sequence_length=max_sequence_length, device=pipeline.text_encoder.device
         )
         return text
 
     def encode_clips(self, pipeline: Any, clips: torch.Tensor) -> torch.Tensor:
         mean, std = _latent_statistics(pipeline.vae)
-        return (pipeline.vae.encode(clips.to(pipeline.vae.dtype)).latent_dist.mean - mean) / std
+        clips = clips.to(pipeline.vae.device, pipeline.vae.dtype)
+        return (pipeline.vae.encode(clips).latent_dist.mean - mean) / std
 
     def decode_latents(self, pipeline: Any, latents: torch.Tensor, frames: int) -> torch.Tensor:
         mean, std = _latent_statistics(pipeline.vae)
-        return pipeline.vae.decode(latents.to(pipeline.vae.dtype) * std + mean).sample.float()
+        latents = latents.to(pipeline.vae.device).float() * std + mean
+        return pipeline.vae.decode(latents.to(pipeline.vae.dtype)).sample.float()
 
 
 def tiny_transformer(seed: int = 0) -> Any:
@@ -203,5 +205,6 @@ def _modulated(time_proj: nn.Linear, blocks: Sequence[Any], first: int) -> Fold:
 
 
 def _latent_statistics(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = (1, -1, 1, 1, 1)
-    return torch.tensor(vae.config.latents_mean).view(shape), torch.tensor(vae.config.latents_std).view(shape)
+    both = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=vae.device)
+    mean, std = both.view(2, 1, -1, 1, 1, 1).unbind()
+    return mean, std

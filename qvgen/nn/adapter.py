@@ -19,8 +19,9 @@ class LowRankAdapter(nn.Module):
     def __init__(self, step: torch.Tensor, in_features: int, generator: torch.Generator) -> None:
         super().__init__()
         rank = max(1, min(len(step), in_features) // RANK_DIVISOR)
-        self.up = nn.Parameter(torch.zeros(len(step), rank))
-        self.down = nn.Parameter(torch.randn(rank, in_features, generator=generator) / in_features**0.5)
+        self.up = nn.Parameter(torch.zeros(len(step), rank, device=step.device))
+        down = torch.randn(rank, in_features, generator=generator) / in_features**0.5  # the same on every device
+        self.down = nn.Parameter(down.to(step.device))
         self.register_buffer("step", step.detach().clone(), persistent=False)
 
     def delta(self) -> torch.Tensor:

@@ -43,7 +43,7 @@ class QATLinear(nn.Linear):
         cut to what the layer's shape allows."""
         rank = min(rank, *self.weight.shape)
         if zero is not None:
-            self.phi = AuxiliaryModule.from_zero((self.out_features, self.in_features), rank, zero)
+            self.phi = AuxiliaryModule.from_zero(self.weight, rank, zero)
             return
         error = self.weight.detach() - self.weight_quantizer.dequantized(self.weight)
         self.phi = AuxiliaryModule.from_weight_error(error, rank)

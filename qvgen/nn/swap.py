@@ -39,7 +39,7 @@ def prepare_(
     for name in names:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        grid = LayerGrid.min_max(linear.weight, scheme) if grids is None else grids[name]
+        grid = LayerGrid.min_max(linear.weight, scheme) if grids is None else grids[name].to(linear.weight.device)
         grid.check(name, linear.weight, scheme)
         weight_quantizer = WeightQuantizer(scheme.weights, grid.scale, grid.zero_point)
         input_quantizer = None
@@ -121,13 +121,15 @@ def freeze_zero_points_(model: nn.Module) -> None:
 def set_phi_(model: nn.Module, state: RankState, redecompose: bool = True) -> dict[nn.Parameter, nn.Parameter | None]:
     """Bring every Φ to the rank and γ of a schedule's state. Returns the factors that were replaced, with the new ones."""
     replaced: dict[nn.Parameter, nn.Parameter | None] = {}
+    gamma: torch.Tensor | None = None  # sent to the device once for all layers
     for _, layer in qat_layers(model):
         phi = layer.phi
         if phi is None:
             continue
         if phi.rank > state.rank:
             replaced |= phi.truncate(state.rank, redecompose)
-        phi.gamma.copy_(phi.gamma.new_tensor(state.gamma[: phi.rank]))
+        gamma = phi.gamma.new_tensor(state.gamma) if gamma is None else gamma
+        phi.gamma.copy_(gamma[: phi.rank])
         if state.rank == 0:
             layer.phi = None
     return replaced

@@ -23,7 +23,7 @@ class AuxiliaryModule(nn.Module):
             raise ValueError(f"ranks differ: phi_up {tuple(phi_up.shape)}, phi_down {tuple(phi_down.shape)}")
         self.phi_up = nn.Parameter(phi_up.detach().clone())
         self.phi_down = nn.Parameter(phi_down.detach().clone())
-        self.register_buffer("gamma", torch.ones(phi_up.shape[1]), persistent=False)
+        self.register_buffer("gamma", torch.ones(phi_up.shape[1], device=phi_up.device), persistent=False)
 
     @classmethod
     def from_weight_error(cls, error: torch.Tensor, rank: int) -> AuxiliaryModule:
@@ -35,10 +35,11 @@ class AuxiliaryModule(nn.Module):
         return cls(u[:, :rank] * root, root[:, None] * vt[:rank])
 
     @classmethod
-    def from_zero(cls, shape: tuple[int, int], rank: int, generator: torch.Generator) -> AuxiliaryModule:
-        """Φ = 0 for a weight (N, K): L = 0, and R random with rows of length 1, as adapters usually start."""
-        down = torch.randn(rank, shape[1], generator=generator) / shape[1] ** 0.5
-        return cls(torch.zeros(shape[0], rank), down)
+    def from_zero(cls, weight: torch.Tensor, rank: int, generator: torch.Generator) -> AuxiliaryModule:
+        """Φ = 0 for a weight (N, K), on its device: L = 0, and R random with rows of length 1, as adapters usually start."""
+        n, k = weight.shape
+        down = torch.randn(rank, shape[1], generator=generator) / k**0.5
+        return cls(torch.zeros(n, rank, device=weight.device), down.to(weight.device))
 
     @property
     def rank(self) -> int:

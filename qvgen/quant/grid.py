@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from qvgen.device import widest_float
 from qvgen.quant.fake_quantizer import WeightQuantizer, weight_range
 from qvgen.quant.primitives import codes, dequantize, range_to_grid, token_grid
 from qvgen.quant.scheme import QuantArgs, QuantScheme
@@ -31,21 +32,21 @@ class LayerGrid:
     @classmethod
     def min_max(cls, weight: torch.Tensor, scheme: QuantScheme) -> LayerGrid:
         """Whole ranges, nothing searched: what rounding to nearest uses. Inputs are scaled by 1, a branch is empty (0)."""
-        n, k = weight.shape
+        (n, k), device = weight.shape, weight.device
         rank = scheme.rank_of(n, k)
         scheme.check_rotation(k)
         rotated = transform_weight(weight.detach().float(), None, scheme.input_rotation)
         scale, zero_point = range_to_grid(*weight_range(rotated, scheme.weights), scheme.weights)
         # Two tensors: safetensors refuses to write one under two names.
-        lower, upper = (None if scheme.input_activations is None else torch.ones(scheme.timestep_groups) for _ in range(2))
+        lower, upper = (None if scheme.input_activations is None else torch.ones(scheme.timestep_groups, device=device) for _ in range(2))
         return cls(
             scale,
             None if scheme.weights.symmetric else zero_point,
             lower,
             upper,
-            torch.ones(k) if scheme.input_scaling else None,
-            torch.zeros(n, rank) if rank else None,
-            torch.zeros(rank, k) if rank else None,
+            torch.ones(k, device=device) if scheme.input_scaling else None,
+            torch.zeros(n, rank, device=device) if rank else None,
+            torch.zeros(rank, k, device=device) if rank else None,
         )
 
     def residual(self, weight: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
@@ -75,6 +76,10 @@ class LayerGrid:
                     "run calibration with this scheme"
                 )
 
+    def to(self, device: torch.device) -> LayerGrid:
+        """The same grid with its tensors on `device`."""
+        return LayerGrid(*(None if value is None else value.to(device) for value in vars(self).values()))  # type: ignore[arg-type]
+
     def to_tensors(self) -> dict[str, torch.Tensor]:
         return {name: value.contiguous() for name, value in vars(self).items() if value is not None}
 
@@ -96,12 +101,14 @@ class LayerError:
 def layer_error(weight: torch.Tensor, grid: LayerGrid, inputs: list[torch.Tensor], scheme: QuantScheme) -> LayerError:
     """Errors that `grid` causes in a layer of weight (N, K), on recorded rows (m, K) of its inputs per timestep group. Where
     the scheme scales or rotates, the errors of weight and input are those of the transformed ones; the output is always the
-    layer's own."""
-    weight = weight.detach().float()
+    layer's own. Computed where the weight is."""
+    weight, grid = weight.detach().float(), grid.to(weight.device)
     residual = grid.residual(weight, scheme)
     quantized_weight = WeightQuantizer(scheme.weights, grid.scale, grid.zero_point).dequantized(residual)
-    totals = torch.zeros(4, dtype=torch.float64)
-    for group, x in enumerate(inputs):
+    wide = widest_float(weight.device)
+    totals = torch.zeros(4, dtype=wide, device=weight.device)
+    for group, rows in enumerate(inputs):
+        x = rows.to(weight.device)
         quantized = inner = transform_input(x, grid.input_scale, scheme.input_rotation)
         if scheme.input_activations is not None:
             assert grid.clip_lower is not None and grid.clip_upper is not None
@@ -110,7 +117,7 @@ def layer_error(weight: torch.Tensor, grid: LayerGrid, inputs: list[torch.Tensor
         if grid.low_rank_up is not None and grid.low_rank_down is not None:
             found += inner @ grid.low_rank_down.T @ grid.low_rank_up.T
         parts = (quantized - inner, inner, found - output, output)
-        totals += torch.stack([p.double().square().sum() for p in parts])
+        totals += torch.stack([p.to(wide).square().sum() for p in parts])
     whole = transform_weight(weight, grid.input_scale, scheme.input_rotation)
     weight_error = (quantized_weight - residual).square().sum() / whole.square().sum()
     return LayerError(float(weight_error), float(totals[0] / totals[1]), float(totals[2] / totals[3]))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from qvgen.device import widest_float
+
 
 def low_rank_factors(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors up (N, R) and down (R, K) of the best rank-R approximation of a weight (N, K), float32 that bfloat16 holds.
@@ -12,7 +14,7 @@ def low_rank_factors(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, tor
     factors are rounded here, before the residual is taken, so that storing them in 16 bits loses nothing: the packed
     residual makes up for their rounding.
     """
-    w = weight.detach().double()
+    w = weight.detach().to(widest_float(weight.device))
     wide = w.shape[0] <= w.shape[1]
     _, vectors = torch.linalg.eigh(w @ w.T if wide else w.T @ w)  # ascending
     basis = vectors[:, -rank:].flip(1)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from qvgen.device import widest_float
 from qvgen.quant.scheme import QuantArgs
 
 
@@ -132,5 +133,5 @@ def timestep_group(timestep: torch.Tensor, groups: int, num_train_timesteps: int
     One rule for training, evaluation and the packed model, whatever the number of sampling steps (the public code uses
     t % 50 of the first sample of the batch, and a call counter at inference).
     """
-    group = torch.floor(timestep.to(torch.float64) * groups / num_train_timesteps)
+    group = torch.floor(timestep.to(widest_float(timestep.device)) * groups / num_train_timesteps)
     return group.to(torch.int64).clamp(0, groups - 1)

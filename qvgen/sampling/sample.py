@@ -93,7 +93,7 @@ def sample(
     negative_prompt: str = "",
     on_batch: OnBatch = silent,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sampled latents (n, ...) and their clips (n, 3, t, h, w) in [-1, 1], float32, one per prompt.
+    """Sampled latents (n, ...) and their clips (n, 3, t, h, w) in [-1, 1], float32 on the CPU, one per prompt.
 
     Clip i depends on prompts[i] and seeds[i] only (up to floating-point reductions), so two models compared over the
     same prompts and seeds start from the same noise. Raises ValueError for an empty list of prompts.
@@ -113,8 +113,8 @@ def sample(
             guidance_stop=guidance_stop,
             negative_prompt=negative_prompt,
         )
-        latents.append(sampled.float())
-        clips.append(family.decode_latents(pipeline, sampled, size.frames).float())
+        latents.append(sampled.float().cpu())
+        clips.append(family.decode_latents(pipeline, sampled, size.frames).float().cpu())
         on_batch(len(sampled))
     return torch.cat(latents), torch.cat(clips)
 
@@ -136,22 +136,22 @@ def velocities(
     batch_size: int,
     on_batch: OnBatch = silent,
 ) -> torch.Tensor:
-    """Predicted velocities (timesteps, n, ...) float32 for clean latents (n, ...) made noisy at each timestep.
+    """Predicted velocities (timesteps, n, ...) float32, on the CPU, for clean latents (n, ...) made noisy at each timestep.
 
     `text` (n, l, d) are the captions' embeddings. The noise depends on `seed` alone, so two models given the same
     arguments see the same inputs. Predictions are kept rather than compared at once, so that two large models need
     never be in memory together.
     """
-    dtype = transformer.dtype
+    dtype, device = transformer.dtype, transformer.device
     generator = torch.Generator().manual_seed(seed)
     predicted = []
     for timestep in timesteps:
         noise = torch.randn(latents.shape, generator=generator)
         for part in _batches(len(latents), batch_size):
-            clean = latents[part].float()
-            t = torch.full((len(clean),), float(timestep))
-            noisy = family.add_noise(clean, noise[part], t)
-            predicted.append(family.predict(transformer, noisy.to(dtype), t, text[part].to(dtype)).float())
+            clean = latents[part].to(device).float()
+            t = torch.full((len(clean),), float(timestep), device=device)
+            noisy = family.add_noise(clean, noise[part].to(device), t)
+            predicted.append(family.predict(transformer, noisy.to(dtype), t, text[part].to(device, dtype)).float().cpu())
             on_batch(len(clean))
     return torch.cat(predicted).unflatten(0, (len(timesteps), len(latents)))
 

@@ -80,15 +80,17 @@ def record_inputs(
     layers = match_linears(transformer, scheme.targets, scheme.ignore, family.default_targets)
     generator = torch.Generator().manual_seed(params.seed)
     recorder = InputRecorder(groups, params.calibrate.tokens_per_group, params.seed)
+    device = next(transformer.parameters()).device
     with recorder.attached({name: transformer.get_submodule(name) for name in layers}):
         for index in torch.arange(len(data)).split(params.calibrate.batch_size):
             clean, text = data.batch(index, 0.0, generator)
             within = torch.rand(len(index), generator=generator)
             # Whole timesteps: families with discrete noise levels have no others.
             timestep = torch.floor((index % groups + within) * NUM_TRAIN_TIMESTEPS / groups)
-            noisy = family.add_noise(clean, torch.randn(clean.shape, generator=generator), timestep)
+            noise = torch.randn(clean.shape, generator=generator)
             recorder.group = timestep_group(timestep, groups, NUM_TRAIN_TIMESTEPS)
-            family.predict(transformer, noisy, timestep, text)
+            clean, noise, timestep, text = (x.to(device) for x in (clean, noise, timestep, text))
+            family.predict(transformer, family.add_noise(clean, noise, timestep), timestep, text)
             on_clips(len(index))
     return {name: [recorder.inputs(name, group) for group in range(groups)] for name in layers}
 
@@ -117,11 +119,12 @@ def fold_inputs_(transformer: nn.Module, family: Family, inputs: Inputs, method:
 def search_grids(
     transformer: nn.Module, inputs: Inputs, params: Params, method: str, on_layers: Callable[[int], object]
 ) -> dict[str, LayerGrid]:
-    """Grids of every recorded layer, by the search of `method`."""
+    """Grids of every recorded layer, on the CPU, by the search of `method`, which runs where the transformer is."""
     card, scheme, grids = METHODS[method], params.scheme_of(method), {}
     for name, rows in inputs.items():
         weight = transformer.get_parameter(f"{name}.weight")
-        grids[name] = card.search(weight, rows, scheme, params.calibrate)
+        rows = [x.to(weight.device) for x in rows]  # of one layer at a time
+        grids[name] = card.search(weight, rows, scheme, params.calibrate).to(torch.device("cpu"))
         on_layers(1)
     return grids
 

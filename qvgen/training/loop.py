@@ -6,6 +6,7 @@ another process or in another stage, takes exactly the steps of an uninterrupted
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -64,10 +65,12 @@ class Trainer:
             set_learning_rate(self.optimizer, factor)
 
             loss = self._loss(step)
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"loss is {loss.item()} at step {step}; lower qat.learning_rate or check the data")
             loss.backward()
             norm = nn.utils.clip_grad_norm_(self.student.parameters(), qat.max_grad_norm)
+            reached, size = torch.stack([loss.detach(), norm]).tolist()  # the only wait for the device in a step
+            if not math.isfinite(reached):
+                self.optimizer.zero_grad(set_to_none=True)
+                raise FloatingPointError(f"loss is {reached} at step {step}; lower qat.learning_rate or check the data")
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self._update_average()
@@ -75,7 +78,7 @@ class Trainer:
             if on_step is not None:
                 rate = qat.learning_rate * factor
                 seconds = time.perf_counter() - started
-                on_step(self, StepRecord(step, loss.item(), norm.item(), phi.rank, phi.u, rate, seconds))
+                on_step(self, StepRecord(step, reached, size, phi.rank, phi.u, rate, seconds))
 
     def finish(self) -> nn.Module:
         """The trained student, without Φ, with averaged weights if there are any. Raises ValueError before the end."""

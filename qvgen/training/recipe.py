@@ -15,6 +15,7 @@ from torch import nn
 from qvgen.checkpoint.grids import load_folds, load_grids, save_folds, save_grids
 from qvgen.checkpoint.pipeline import load_transformer
 from qvgen.data.latents import LatentDataset
+from qvgen.device import resolve_device
 from qvgen.models.family import Family
 from qvgen.models.registry import load_family
 from qvgen.nn.swap import prepare_
@@ -40,7 +41,7 @@ class Sources:
 
 def calibrate(params: Params, sources: Sources) -> None:
     """Calibrate the full-precision model and write folds and grids, from which training starts."""
-    transformer, family = _load(sources)
+    transformer, family = _load(params, sources)
     save_calibration(sources.calibration, calibrate_(transformer, family, _clips(sources), params))
 
 
@@ -55,7 +56,7 @@ def save_calibration(folder: Path, calibration: Calibration) -> None:
 
 def build_trainer(params: Params, sources: Sources) -> Trainer:
     """Trainer at step 0: the student as the method starts it, and the full-precision teacher."""
-    (teacher, family), (student, _) = _load(sources), _load(sources)
+    (teacher, family), (student, _) = _load(params, sources), _load(params, sources)
 
     def quantize_(model: nn.Module) -> None:
         apply_folds_(model, family, load_folds(sources.calibration / "folds.safetensors"))
@@ -78,8 +79,9 @@ def finish(trainer: Trainer, params: Params, sources: Sources) -> nn.Module:
     return student
 
 
-def _load(sources: Sources) -> tuple[nn.Module, Family]:
-    return load_transformer(sources.model).float(), load_family(sources.model)
+def _load(params: Params, sources: Sources) -> tuple[nn.Module, Family]:
+    device = resolve_device(params.compute.device)
+    return load_transformer(sources.model, device=device).float(), load_family(sources.model)
 
 
 def _clips(sources: Sources) -> LatentDataset:

@@ -43,12 +43,14 @@ class InputRecorder:
         assert groups is not None
         if not torch.isfinite(x).all():
             raise ValueError(f"calibration data gives NaN or Inf at the input of layer {layer}; check the clips and the model")
-        for group in groups.unique().tolist():
+        members = groups.tolist()
+        for group in sorted(set(members)):
             kept = self._kept.setdefault((layer, group), [])
             missing = self.rows - sum(map(len, kept))
             if missing <= 0:
                 continue
-            x_MK = x[groups == group].reshape(-1, x.shape[-1])
+            of_group = [sample for sample, its_group in enumerate(members) if its_group == group]
+            x_MK = x[torch.tensor(of_group, device=x.device)].reshape(-1, x.shape[-1])
             # At most half of what is missing from one call, so that several clips are represented.
             take = min(len(x_MK), max(missing // 2, 16), missing)
             index = torch.randperm(len(x_MK), generator=self._generator)[:take]

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -29,6 +29,9 @@ from stages.record.journal import Journal
 from stages.record.seal import seal_run
 from stages.runtime.dvc import DvcFacts, output_hashes, read_dvc_facts, restore_outputs
 from stages.runtime.outputs import write_whole
+
+if TYPE_CHECKING:
+    import torch
 
 NO_ROOM = 1_000_000  # bytes left on a disk that is called full
 
@@ -48,6 +51,13 @@ class Stage:
     def key(self) -> str:
         """Name of this stage with exactly this command, these dependencies and these parameters."""
         return self.facts.key
+
+    @property
+    def device(self) -> torch.device:
+        """Where this stage computes. Raises ValueError for a device that is not there."""
+        from qvgen.device import resolve_device
+
+        return resolve_device(self.params.compute.device)
 
     @property
     def checkpoint_dir(self) -> Path:

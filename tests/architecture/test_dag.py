@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 STAGES = sorted(path.stem for path in (ROOT / "stages").glob("[!_]*.py"))
 PIPELINE = [name for name in STAGES if name != "observe"]
 # Sections of params.yaml that no stage reads: how stages are run, and what happens after them.
-WITHOUT_STAGE = {"gate", "flow"}
+WITHOUT_STAGE = {"gate", "flow", "compute"}
 WITHOUT_SECTION = {
     "baselines": "does for rtn and mse what calibrate, pack and evaluate do, with their knobs",
     "observe": "describes the machine and the code, nothing to choose",

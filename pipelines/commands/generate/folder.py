@@ -215,11 +215,13 @@ def _work(connection: Any, task: Task) -> None:
 def _sampler(task: Task) -> Callable[[Batch], int]:
     """Loads the model; the function returned samples a batch, writes the files that are missing and returns their number."""
     from qvgen.checkpoint.pipeline import load_pipeline
+    from qvgen.device import resolve_device
     from qvgen.models.registry import load_family
     from qvgen.sampling.sample import sample
     from qvgen.sampling.video import write_video
 
-    family, pipeline, settings = load_family(task.model), load_pipeline(task.model), task.settings
+    family, pipeline = load_family(task.model), load_pipeline(task.model, device=resolve_device())
+    settings = task.settings
 
     def write(batch: Batch) -> int:
         wanted = batch.missing(task.out)

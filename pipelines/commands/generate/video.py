@@ -26,11 +26,12 @@ def generate(model: Path, prompt: str, seed: int, out: Path, negative_prompt: st
     settings = read_settings(model, overrides)
 
     from qvgen.checkpoint.pipeline import load_pipeline
+    from qvgen.device import resolve_device
     from qvgen.models.registry import load_family
     from qvgen.sampling.clip import sample_clip
     from qvgen.sampling.video import write_video
 
-    family, pipeline = load_family(model), load_pipeline(model)
+    family, pipeline = load_family(model), load_pipeline(model, device=resolve_device())
     pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), desc="denoising")
     clip = sample_clip(pipeline, family, settings, prompt, seed, negative_prompt)
     write_video(out, clip, settings.fps)

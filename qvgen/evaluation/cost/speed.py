@@ -115,7 +115,9 @@ def torch_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def peak_memory_mb(folder: str | Path, inputs: str | Path, dtype: str, threads: int | None = None) -> dict[str, float]:
+def peak_memory_mb(
+    folder: str | Path, inputs: str | Path, dtype: str, threads: int | None = None, device: torch.device | str = "cpu"
+) -> dict[str, float]:
     """Peak resident memory in MB (10^6 bytes) of a fresh process that loads one transformer and takes one step.
 
     `folder`: a diffusers pipeline folder; `inputs`: a safetensors file with `latents`, `timestep`, `text`; `dtype`:
@@ -123,15 +125,15 @@ def peak_memory_mb(folder: str | Path, inputs: str | Path, dtype: str, threads: 
     before loading, which every variant pays alike; "loaded" that after loading, which took `load_s` seconds. Raises
     RuntimeError with the process's own words if it fails.
     """
-    command = [sys.executable, "-m", "qvgen.evaluation.cost.memory", str(folder), str(inputs), dtype, str(threads or 0)]
+    command = [sys.executable, "-m", "qvgen.evaluation.cost.memory", str(folder), str(inputs), dtype, str(threads or 0), str(device)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"measuring the memory of {folder} failed: {done.stderr.strip()[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def load_variant(folder: str | Path, dtype: str) -> Any:
+def load_variant(folder: str | Path, dtype: str, device: torch.device | str | None = None) -> Any:
     """A pipeline whose transformer and text encoder are in `dtype` ("bfloat16", ...), packed layers excepted; the VAE
     stays float32."""
     reduced = getattr(torch, dtype)
-    return load_pipeline(folder, {"transformer": reduced, "text_encoder": reduced, "default": torch.float32})
+    return load_pipeline(folder, {"transformer": reduced, "text_encoder": reduced, "default": torch.float32}, device)

@@ -31,7 +31,9 @@ def module_errors(
     """
     names = list(dict.fromkeys(".".join(layer.split(".")[:3]) for layer in layers))
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
-    noisy = family.add_noise(latents.float(), noise, timesteps)
+    device = next(teacher.parameters()).device
+    latents, noise, timesteps, text = (x.to(device) for x in (latents.float(), noise, timesteps, text))
+    noisy = family.add_noise(latents, noise, timesteps)
     outputs: list[dict[str, torch.Tensor]] = []
     for model in (teacher, student):
         with _recorded(model, names) as found:

@@ -76,13 +76,18 @@ def search_clips(
     so that an input counts by what it does to the output.
     """
 
-    def error(lower: float, upper: float) -> float:
-        quantized = quantize_tokens(x, torch.tensor(lower), torch.tensor(upper), args)
-        return float(((quantized - x).square_() @ importance).sum())
+    def best(clips: list[tuple[float, float]]) -> int:
+        """The first of the clips with the least error; the device is waited for once for all of them."""
+        found = []
+        for lower, upper in clips:
+            quantized = quantize_tokens(x, torch.tensor(lower), torch.tensor(upper), args)
+            found.append(((quantized - x).square_() @ importance).sum())
+        errors = torch.stack(found).tolist()
+        return min(range(len(errors)), key=errors.__getitem__)
 
-    both = min(candidates, key=lambda c: error(c, c))
+    both = candidates[best([(c, c) for c in candidates])]
     if args.symmetric:
         return both, both
-    lower = min(candidates, key=lambda c: error(c, both))
-    upper = min(candidates, key=lambda c: error(lower, c))
+    lower = candidates[best([(c, both) for c in candidates])]
+    upper = candidates[best([(lower, c) for c in candidates])]
     return lower, upper

@@ -1,0 +1,71 @@
+"""The device that stages compute on: `compute.device` of params.yaml, or the variable QVGEN_DEVICE, which overrides it.
+
+Random numbers are drawn on the CPU whatever the device, so that every device trains on the same clips, noise and timesteps.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+PATTERN = r"^(auto|cpu|cuda(:\d+)?|mps)$"  # of a device's name; params.yaml is read with it, so torch is not imported here
+VARIABLE = "QVGEN_DEVICE"
+
+
+def resolve_device(wanted: str = "auto") -> torch.device:
+    """The device named `wanted`, or by QVGEN_DEVICE if that is set. `auto`: the first CUDA device if there is one, else the
+    CPU; mps is used where it is named, because it lacks float64.
+
+    Raises ValueError for another name, and for a device that this machine or this build of torch does not have.
+    """
+    import torch
+
+    given = os.environ.get(VARIABLE) or wanted
+    origin = f"{VARIABLE}={given}" if os.environ.get(VARIABLE) else f"compute.device = {given!r}"
+    if not re.fullmatch(PATTERN, given):
+        raise ValueError(f"{origin} is no device; choose auto, cpu, cuda, cuda:N or mps")
+    if given == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device(given)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = device.index if device.index is not None else 0
+        if index >= count:
+            raise ValueError(
+                f"{origin}: torch {torch.__version__} sees {count} CUDA devices here; choose cpu, a number below {count}, "
+                "or install the build of torch for this card"
+            )
+        return torch.device("cuda", index)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"{origin}: torch {torch.__version__} has no MPS device here; choose cpu or auto")
+    return device
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has done what it was given: a clock read before that measures launches, not work."""
+    import torch
+
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give memory that is no longer used back, after a model was dropped and before the next is loaded."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 on MPS, which has nothing wider."""
+    import torch
+
+    return torch.float32 if device.type == "mps" else torch.float64
