@@ -198,10 +198,7 @@ def packed_scores(stage: Stage, case: Case, student: Any, params: Params, source
         family.predict(model, latents, one, text)
         synchronize(device)
 
-    steps = {
-        name: partial(predict, model)
-        for name, model in (("packed", pipeline.transformer), ("fp32", full.transformer))
-    }
+    steps = {name: partial(predict, model) for name, model in (("packed", pipeline.transformer), ("fp32", full.transformer))}
     timings = interleaved(steps, STEP_REPETITIONS)
     settings = read_settings(stage.root)
     if case.seed == 0 and not case.variant:

@@ -90,6 +90,9 @@ class Qat(_Section):
     caption_dropout: float = Field(ge=0, lt=1)
     ema_decay: float | None = Field(default=None, gt=0, lt=1, description="null: no average of the weights")
     checkpoint_every: int = Field(ge=1, le=LARGEST, description="steps between resume checkpoints")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="bfloat16: autocast, and a teacher in bfloat16; weights and quantizers stay float32"
+    )
 
 
 class Decay(_Section):
@@ -145,6 +148,10 @@ class Compute(_Section):
     """Where and in which portions stages compute. No stage depends on it: results are the same up to rounding."""
 
     device: str = Field(default="auto", pattern=DEVICE, description="auto, cpu, cuda, cuda:N or mps")
+    micro_batch: int | None = Field(
+        default=None, ge=1, le=LARGEST, description="clips that training runs at once; gradients add up to qat.batch_size"
+    )
+    checkpointing: bool = Field(default=False, description="blocks run again in the backward pass instead of being kept")
 
 
 class Params(_Section):
@@ -174,6 +181,11 @@ class Params(_Section):
         if self.evaluate.prompts < self.evaluate.videos:
             faults.append(
                 f"evaluate.videos = {self.evaluate.videos} but only evaluate.prompts = {self.evaluate.prompts} are generated"
+            )
+        if self.compute.micro_batch is not None and self.qat.batch_size % self.compute.micro_batch:
+            faults.append(
+                f"compute.micro_batch = {self.compute.micro_batch} does not divide qat.batch_size = {self.qat.batch_size}: "
+                "choose a divisor, or null"
             )
         for name, value in self.scheme.extras.items():
             if name not in self.chosen.extras:

@@ -17,7 +17,6 @@ import qvgen.integrations.diffusers  # noqa: F401  (lets diffusers load packed t
 from qvgen.checkpoint.declared import check_packed
 from qvgen.models.files import read_json
 
-
 PARTS = ("text_encoder", "vae", "transformer")  # what a pipeline has of models: the rest is small
 
 
@@ -62,9 +61,7 @@ def _without_weights(folder: str | Path) -> Any:
     return found.from_config(config).eval()
 
 
-def load_transformer(
-    folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-) -> Any:
+def load_transformer(folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Any:
     """The transformer of a pipeline folder, in evaluation mode, on `device` (None: the CPU); no other component is read.
 
     `dtype`: of the parameters, packed layers excepted; None: float32. diffusers keeps some small ones in float32 anyway.

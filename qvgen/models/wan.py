@@ -176,7 +176,10 @@ class WanFamily(Family):
 
     def encode_text(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> torch.Tensor:
         text, _ = pipeline.encode_prompt(
-            list(prompts), do_classifier_free_guidance=False, max_sequence_length=max_sequence_length, device=pipeline.text_encoder.device
+            list(prompts),
+            do_classifier_free_guidance=False,
+            max_sequence_length=max_sequence_length,
+            device=pipeline.text_encoder.device,
         )
         return text
 

@@ -46,8 +46,9 @@ class InputTransform(nn.Module):
             self.register_parameter(name, None if factor is None else nn.Parameter(factor.detach().clone().float()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (n, ..., K) as the layer's quantizer gets it."""
-        return transform_input(x, self.input_scale, self.rotation)
+        """x (n, ..., K) as the layer's quantizer gets it, float32 under autocast too: so the packed layer computes it."""
+        with torch.autocast(x.device.type, enabled=False):
+            return transform_input(x.float(), self.input_scale, self.rotation)
 
     def add_branch(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """y (n, ..., N) plus the branch's output; x is what `forward` returned."""

@@ -38,7 +38,7 @@ class AuxiliaryModule(nn.Module):
     def from_zero(cls, weight: torch.Tensor, rank: int, generator: torch.Generator) -> AuxiliaryModule:
         """Φ = 0 for a weight (N, K), on its device: L = 0, and R random with rows of length 1, as adapters usually start."""
         n, k = weight.shape
-        down = torch.randn(rank, shape[1], generator=generator) / k**0.5
+        down = torch.randn(rank, k, generator=generator) / k**0.5
         return cls(torch.zeros(n, rank, device=weight.device), down.to(weight.device))
 
     @property

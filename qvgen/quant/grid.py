@@ -38,7 +38,9 @@ class LayerGrid:
         rotated = transform_weight(weight.detach().float(), None, scheme.input_rotation)
         scale, zero_point = range_to_grid(*weight_range(rotated, scheme.weights), scheme.weights)
         # Two tensors: safetensors refuses to write one under two names.
-        lower, upper = (None if scheme.input_activations is None else torch.ones(scheme.timestep_groups, device=device) for _ in range(2))
+        lower, upper = (
+            None if scheme.input_activations is None else torch.ones(scheme.timestep_groups, device=device) for _ in range(2)
+        )
         return cls(
             scale,
             None if scheme.weights.symmetric else zero_point,

@@ -49,7 +49,9 @@ def dequantize(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -
 def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, args: QuantArgs) -> torch.Tensor:
     """`x` as its quantized values, differentiable in x, scale and zero_point.
 
-    One grid per last dimension: `scale` and `zero_point` are (..., 1) for x (..., K).
+    One grid per last dimension: `scale` and `zero_point` are (..., 1) for x (..., K). Computed in float32 for x of any dtype;
+    the result is float32, or under autocast in its dtype. What is kept for the backward pass is x and the grid, no tensor
+    that is not there anyway: codes are made again.
     """
     return _FakeQuantize.apply(x, scale, zero_point, args)
 
@@ -63,30 +65,35 @@ def _unclamped_codes(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Ten
 class _FakeQuantize(torch.autograd.Function):
     """Closed form of the gradients: fewer passes than recording each elementwise step (LOG.md).
 
-    With m = 1 where the code was not clamped: dx^/dx = m, dx^/dz = -s (1 - m), dx^/ds = (x^ - m x) / s.
+    With m = 1 where the code was not clamped: dx^/dx = m, dx^/dz = -s (1 - m), dx^/ds = (x^ - m x) / s. Codes computed
+    again from the same numbers are the same, so the gradients are bit for bit those of codes that were kept; keeping them
+    doubled the memory of a block (docs/scale.md).
     """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, args: QuantArgs) -> torch.Tensor:
-        q = _unclamped_codes(x, scale, zero_point, args)
-        clamped = q.clamp(0, args.max_code)
-        outside = clamped != q
-        quantized = clamped.sub_(zero_point).mul_(scale)
-        ctx.save_for_backward(x, scale, quantized, outside)
-        return quantized
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.args = args
+        q = _unclamped_codes(x.to(scale.dtype), scale, zero_point, args).clamp_(0, args.max_code)
+        quantized = q.sub_(zero_point).mul_(scale)
+        kind = x.device.type
+        return quantized.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else quantized
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad,) = grads
-        x, scale, quantized, outside = ctx.saved_tensors
-        grad_x = grad.masked_fill(outside, 0)
+        x, scale, zero_point = ctx.saved_tensors
+        grad, kept = grads[0].to(scale.dtype), x.to(scale.dtype)
+        q = _unclamped_codes(kept, scale, zero_point, ctx.args)
+        clamped = q.clamp(0, ctx.args.max_code)
+        grad_x = grad.masked_fill(clamped != q, 0)
         grad_scale = grad_zero_point = None
         if ctx.needs_input_grad[1]:  # dot products: no temporary of the size of x
-            by_scale = torch.linalg.vecdot(grad, quantized) - torch.linalg.vecdot(grad_x, x)
+            quantized = clamped.sub_(zero_point).mul_(scale)
+            by_scale = torch.linalg.vecdot(grad, quantized) - torch.linalg.vecdot(grad_x, kept)
             grad_scale = by_scale.unsqueeze(-1) / scale
         if ctx.needs_input_grad[2]:
             grad_zero_point = scale * (grad_x.sum(-1, keepdim=True) - grad.sum(-1, keepdim=True))
-        return (grad_x if ctx.needs_input_grad[0] else None), grad_scale, grad_zero_point, None
+        return (grad_x.to(x.dtype) if ctx.needs_input_grad[0] else None), grad_scale, grad_zero_point, None
 
 
 def range_to_grid(lower: torch.Tensor, upper: torch.Tensor, args: QuantArgs) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,7 +48,10 @@ class Trainer:
         self.family, self.data = family, data
         self.params, self.method, self.schedule = params, params.chosen, params.schedule
         self.step = 0
+        self.device = next(student.parameters()).device
         self.optimizer = build_optimizer(student, params.qat)
+        if params.compute.checkpointing:
+            self._blocks().enable_gradient_checkpointing()
         self.average: dict[str, torch.Tensor] | None = None
         if params.qat.ema_decay is not None:
             self.average = {n: p.detach().clone() for n, p in self._averaged()}
@@ -64,10 +68,9 @@ class Trainer:
             factor = learning_rate_factor(step, self.schedule.total_steps, qat)
             set_learning_rate(self.optimizer, factor)
 
-            loss = self._loss(step)
-            loss.backward()
+            loss = self._backward(step)
             norm = nn.utils.clip_grad_norm_(self.student.parameters(), qat.max_grad_norm)
-            reached, size = torch.stack([loss.detach(), norm]).tolist()  # the only wait for the device in a step
+            reached, size = torch.stack([loss, norm]).tolist()  # the only wait for the device in a step
             if not math.isfinite(reached):
                 self.optimizer.zero_grad(set_to_none=True)
                 raise FloatingPointError(f"loss is {reached} at step {step}; lower qat.learning_rate or check the data")
@@ -89,27 +92,54 @@ class Trainer:
             with torch.no_grad():
                 for name, parameter in self._averaged():
                     parameter.copy_(self.average[name])
+        if self.params.compute.checkpointing:
+            self._blocks().disable_gradient_checkpointing()
         return self.student.eval()
 
+    def _blocks(self) -> Any:
+        """The student as diffusers knows it, whose blocks it can run again in the backward pass instead of keeping what they
+        compute."""
+        return self.student
+
+    def _backward(self, step: int) -> torch.Tensor:
+        """Gradients of a step, added up over its micro-batches. Returns the loss, detached, on the device."""
+        batch = self._batch(step)
+        parts = [x.split(self.params.compute.micro_batch or len(x)) for x in batch]
+        losses = []
+        for part in zip(*parts, strict=True):
+            loss = self._loss_on(*part)
+            # The loss is a mean over samples, of which each part has the same number.
+            (loss if len(parts[0]) == 1 else loss / len(parts[0])).backward()
+            losses.append(loss.detach())
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
     def _loss(self, step: int) -> torch.Tensor:
-        """The method's loss on clips, noise, timesteps and captions that depend on the seed and the step alone."""
+        """The method's loss on the whole batch of a step."""
+        return self._loss_on(*self._batch(step))
+
+    def _batch(self, step: int) -> tuple[torch.Tensor, ...]:
+        """Latents, text, timesteps and noise of a step, on the CPU; they depend on the seed and the step alone."""
         qat, method = self.params.qat, self.method
         generator = torch.Generator().manual_seed(_step_seed(self.params.seed, step))
         index = torch.randint(len(self.data), (qat.batch_size,), generator=generator)
         clean, text = self.data.batch(index, method.caption_dropout(qat.caption_dropout), generator)
         timestep = method.timesteps(self.family, len(index), generator)
-        noise = torch.randn(clean.shape, generator=generator)
-        device = next(self.student.parameters()).device
-        clean, text, timestep, noise = (x.to(device) for x in (clean, text, timestep, noise))
+        return clean, text, timestep, torch.randn(clean.shape, generator=generator)
+
+    def _loss_on(self, *batch: torch.Tensor) -> torch.Tensor:
+        clean, text, timestep, noise = (x.to(self.device) for x in batch)
         noisy = self.family.add_noise(clean, noise, timestep)
         target = self.family.target(clean, noise, timestep)
 
         @torch.no_grad()
         def teacher() -> torch.Tensor:
-            return self.family.predict(self.teacher, noisy, timestep, text)
+            dtype = next(self.teacher.parameters()).dtype
+            return self.family.predict(self.teacher, noisy.to(dtype), timestep, text.to(dtype)).float()
 
-        student = self.family.predict(self.student, noisy, timestep, text)
-        return method.loss(student, teacher, target, 1 - timestep / NUM_TRAIN_TIMESTEPS)
+        mixed = self.params.qat.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
+            student = self.family.predict(self.student, noisy, timestep, text).float()
+        return self.method.loss(student, teacher, target, 1 - timestep / NUM_TRAIN_TIMESTEPS)
 
     def _averaged(self) -> Iterator[tuple[str, nn.Parameter]]:
         # Φ changes shape and is not deployed: it has no average.

@@ -56,7 +56,9 @@ def save_calibration(folder: Path, calibration: Calibration) -> None:
 
 def build_trainer(params: Params, sources: Sources) -> Trainer:
     """Trainer at step 0: the student as the method starts it, and the full-precision teacher."""
-    (teacher, family), (student, _) = _load(params, sources), _load(params, sources)
+    # In mixed precision the teacher is loaded in the dtype that it computes in: half the memory.
+    dtype = torch.bfloat16 if params.qat.precision == "bfloat16" else torch.float32
+    (teacher, family), (student, _) = _load(params, sources, dtype), _load(params, sources)
 
     def quantize_(model: nn.Module) -> None:
         apply_folds_(model, family, load_folds(sources.calibration / "folds.safetensors"))
@@ -79,9 +81,9 @@ def finish(trainer: Trainer, params: Params, sources: Sources) -> nn.Module:
     return student
 
 
-def _load(params: Params, sources: Sources) -> tuple[nn.Module, Family]:
+def _load(params: Params, sources: Sources, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Family]:
     device = resolve_device(params.compute.device)
-    return load_transformer(sources.model, device=device).float(), load_family(sources.model)
+    return load_transformer(sources.model, dtype, device), load_family(sources.model)
 
 
 def _clips(sources: Sources) -> LatentDataset:

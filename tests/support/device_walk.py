@@ -1,5 +1,8 @@
-"""`python -m tests.support.device_walk [PART ...]`: the inner functions of every stage on a device that is not the CPU, for both families
-and every method. Prints a JSON object: what was run -> "" or the error that it ended in."""
+"""`python -m tests.support.device_walk [PART ...]`: the inner functions of every stage on a device that is not the CPU, for
+both families and every method that has something of its own there.
+
+Prints a JSON object: what was run -> "" or the error that it ended in.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from torch import nn
 from qvgen.data.latents import LatentDataset
 from qvgen.evaluation.quality.modules import module_errors
 from qvgen.methods.registry import METHODS
+from qvgen.models import cogvideox, wan
 from qvgen.models.cogvideox import CogVideoXFamily
 from qvgen.models.family import Family
 from qvgen.models.wan import WanFamily
@@ -35,8 +39,12 @@ from tests.support.fake_device import devices, fake_tensors, move_, register
 DEVICE = register()
 ROOT = Path(__file__).parents[2]
 CLIPS = 2
-# Beside Wan, which runs every method: those that add something to a layer, and one that folds.
-OF_COGVIDEOX = ("qvgen", "svdquant", "viditq", "qdm", "efficientdm", "qvgen+")
+# The others have nothing of their own that runs on a device: rtn, mse and kd are parts of qvgen, lsq one of qdm.
+METHODS_OF = {
+    "wan": ("qvgen", "qvgen+", "efficientdm", "finetune", "dsa", "svdquant", "viditq", "qdm"),
+    "cogvideox": ("qvgen",),
+}
+FEW_LAYERS = ["re:.*attn1.to_(q|out.0)"]  # of all methods but qvgen, which runs on all layers
 
 
 def groups_in_turn() -> Callable[..., Any]:
@@ -58,9 +66,10 @@ def settings(method: str) -> Params:
     tree["calibrate"] |= {
         "batch_size": 1,
         "weight_candidates": 2,
-        "clip_candidates": [0.9, 0.5],
+        "clip_candidates": [0.9],
         "tokens_per_group": 16,
     }
+    tree["scheme"]["targets"] = [] if method == "qvgen" else FEW_LAYERS
     tree["qat"] |= {"steps": 1, "batch_size": 2, "ema_decay": 0.9}
     tree["decay"] |= {"initial_rank": 2, "phase_steps": 1, "final_steps": 1}
     return validate_params(tree, "walk")
@@ -71,12 +80,12 @@ def subject(name: str) -> tuple[Callable[[], nn.Module], Family, LatentDataset]:
     family: Family
     if name == "wan":
         family, shape = WanFamily(3.0), (4, 3, 4, 4)
-        from qvgen.models.wan import tiny_transformer as build
+        config = wan.TINY
     else:
         family, shape = CogVideoXFamily({}), (3, 4, 4, 4)
-        from qvgen.models.cogvideox import tiny_transformer as build
+        config = cogvideox.TINY
     data = LatentDataset(torch.randn(CLIPS, *shape), torch.zeros(CLIPS, dtype=torch.int64), ["a"], torch.randn(2, 8, 16))
-    return build, family, data
+    return lambda: family.transformer({**config, "num_layers": 1}).eval(), family, data
 
 
 def walk_method(name: str, method: str) -> None:
@@ -159,7 +168,7 @@ def summary(error: Exception) -> str:
 def main(wanted: Collection[str] = ()) -> dict[str, str]:
     parts: dict[str, Callable[[], None]] = {"mixed devices": mixed_devices}
     for name in ("wan", "cogvideox"):
-        for method in METHODS if name == "wan" else OF_COGVIDEOX:
+        for method in METHODS_OF[name]:
             parts[f"{name} {method}"] = lambda name=name, method=method: walk_method(name, method)
         parts[f"{name} vae"] = lambda name=name: walk_vae(name)
         parts[f"{name} text"] = lambda name=name: walk_text(name)

@@ -1,5 +1,5 @@
-"""`python -m qvgen.evaluation.cost.memory FOLDER INPUTS DTYPE THREADS DEVICE`: load the transformer of a pipeline folder, take one
-step, print the peak memory and how long loading took.
+"""`python -m qvgen.evaluation.cost.memory FOLDER INPUTS DTYPE THREADS DEVICE`: load the transformer of a pipeline folder,
+take one step, print the peak memory and how long loading took.
 
 Run by `qvgen.evaluation.cost.speed.peak_memory_mb` in a process of its own.
 """

@@ -125,7 +125,16 @@ def peak_memory_mb(
     before loading, which every variant pays alike; "loaded" that after loading, which took `load_s` seconds. Raises
     RuntimeError with the process's own words if it fails.
     """
-    command = [sys.executable, "-m", "qvgen.evaluation.cost.memory", str(folder), str(inputs), dtype, str(threads or 0), str(device)]
+    command = [
+        sys.executable,
+        "-m",
+        "qvgen.evaluation.cost.memory",
+        str(folder),
+        str(inputs),
+        dtype,
+        str(threads or 0),
+        str(device),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"measuring the memory of {folder} failed: {done.stderr.strip()[-2000:]}")

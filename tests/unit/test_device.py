@@ -1,0 +1,55 @@
+"""Which device a name means, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qvgen.device import resolve_device, synchronize, widest_float
+from qvgen.params import ParamsError, validate_params
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_auto_is_the_cpu_without_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QVGEN_DEVICE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device() == resolve_device("cpu") == torch.device("cpu")
+    synchronize(resolve_device())
+
+
+def test_auto_is_the_first_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QVGEN_DEVICE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device() == resolve_device("cuda") == torch.device("cuda", 0)
+    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="sees 2 CUDA devices"):
+        resolve_device("cuda:2")
+
+
+@pytest.mark.parametrize(("name", "message"), [("cuda:7", "CUDA devices"), ("gpu", "choose auto, cpu"), ("mps", "no MPS")])
+def test_the_variable_overrides_and_is_named(monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
+    monkeypatch.setenv("QVGEN_DEVICE", name)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=f"QVGEN_DEVICE={name}.*{message}"):
+        resolve_device("cpu")
+
+
+def test_mps_has_no_float64() -> None:
+    assert widest_float(torch.device("mps")) == torch.float32
+    assert widest_float(torch.device("cpu")) == torch.float64
+
+
+def test_older_params_have_the_defaults_and_others_are_refused() -> None:
+    from qvgen.safe_yaml import read_yaml
+
+    tree = read_yaml(ROOT / "params.yaml")
+    assert isinstance(tree, dict)
+    del tree["compute"]
+    assert validate_params(tree, "old").compute.device == "auto"
+    with pytest.raises(ParamsError, match=r"compute\.device"):
+        validate_params(tree | {"compute": {"device": "tpu"}}, "new")
+    with pytest.raises(ParamsError, match=r"compute\.micro_batch = 3 does not divide qat\.batch_size = 16"):
+        validate_params(tree | {"compute": {"micro_batch": 3}}, "new")
