@@ -16,7 +16,7 @@ def run(stage: Stage) -> None:
     from qvgen.training.recipe import Sources, build_trainer, finish
 
     sources = Sources.of(stage.root)
-    trainer = build_trainer(stage.params, sources)
+    trainer = build_trainer(stage.params, sources, resumed=True)
     start = stage.root / "artifacts/qat" / STATE
     trainer.step = load_training_state(start, trainer.student, trainer.optimizer, trainer.average)
     rows = train(stage, trainer, stage.params.schedule.total_steps)

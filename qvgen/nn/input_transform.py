@@ -9,6 +9,8 @@ The branch reads x' unquantized, after the rotation: one transformed input serve
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -47,7 +49,8 @@ class InputTransform(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (n, ..., K) as the layer's quantizer gets it, float32 under autocast too: so the packed layer computes it."""
-        with torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             return transform_input(x.float(), self.input_scale, self.rotation)
 
     def add_branch(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -27,12 +27,22 @@ class AuxiliaryModule(nn.Module):
 
     @classmethod
     def from_weight_error(cls, error: torch.Tensor, rank: int) -> AuxiliaryModule:
-        """Best rank-`rank` approximation of `error` = W - Q(W), (N, K): L = U sqrt(S), R = sqrt(S) V^T."""
+        """Best rank-`rank` approximation of `error` = W - Q(W), (N, K), on its device: L = U sqrt(S), R = sqrt(S) V^T.
+
+        From the eigenvectors U of the smaller Gram matrix: a full SVD of all layers of Wan 1.3B takes 17 minutes of a core,
+        and of 14B hours, for the few directions that are kept (docs/scale.md).
+        """
         if not 1 <= rank <= min(error.shape):
             raise ValueError(f"rank must be between 1 and {min(error.shape)} for a weight {tuple(error.shape)}, got {rank}")
-        u, s, vt = torch.linalg.svd(error.detach().float(), full_matrices=False)
-        root = s[:rank].sqrt()
-        return cls(u[:, :rank] * root, root[:, None] * vt[:rank])
+        e = error.detach().float()
+        tall = e.shape[0] > e.shape[1]
+        e = e.T if tall else e
+        _, vectors = torch.linalg.eigh(e @ e.T)  # ascending
+        basis = vectors[:, -rank:].flip(1)
+        projected = basis.T @ e  # S V^T
+        root = projected.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+        up, down = basis * root, projected / root[:, None]
+        return cls(down.T, up.T) if tall else cls(up, down)
 
     @classmethod
     def from_zero(cls, weight: torch.Tensor, rank: int, generator: torch.Generator) -> AuxiliaryModule:

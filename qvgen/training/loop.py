@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -137,7 +138,7 @@ class Trainer:
             return self.family.predict(self.teacher, noisy.to(dtype), timestep, text.to(dtype)).float()
 
         mixed = self.params.qat.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
+        with torch.autocast(self.device.type, torch.bfloat16) if mixed else nullcontext():
             student = self.family.predict(self.student, noisy, timestep, text).float()
         return self.method.loss(student, teacher, target, 1 - timestep / NUM_TRAIN_TIMESTEPS)
 

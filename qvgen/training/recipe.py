@@ -54,8 +54,11 @@ def save_calibration(folder: Path, calibration: Calibration) -> None:
         save_grids(folder / "mse.safetensors", calibration.plain)
 
 
-def build_trainer(params: Params, sources: Sources) -> Trainer:
-    """Trainer at step 0: the student as the method starts it, and the full-precision teacher."""
+def build_trainer(params: Params, sources: Sources, resumed: bool = False) -> Trainer:
+    """Trainer at step 0: the student as the method starts it, and the full-precision teacher.
+
+    `resumed`: a training state will be loaded into it, so that what costs time and is then overwritten is left out.
+    """
     # In mixed precision the teacher is loaded in the dtype that it computes in: half the memory.
     dtype = torch.bfloat16 if params.qat.precision == "bfloat16" else torch.float32
     (teacher, family), (student, _) = _load(params, sources, dtype), _load(params, sources)
@@ -65,7 +68,8 @@ def build_trainer(params: Params, sources: Sources) -> Trainer:
         grids = load_grids(sources.calibration / "grids.safetensors")
         prepare_(model, params.effective_scheme, default_targets=family.default_targets, grids=grids)
 
-    params.chosen.prepare_(student, quantize_, params.decay, torch.Generator().manual_seed(params.seed))
+    start = params.decay.model_copy(update={"initialization": "zero"}) if resumed else params.decay  # of Φ
+    params.chosen.prepare_(student, quantize_, start, torch.Generator().manual_seed(params.seed))
     return Trainer(student, teacher, family, LatentDataset.open(sources.data / "train"), params)
 
 

@@ -20,6 +20,27 @@ def test_starts_as_the_best_low_rank_part_of_the_error() -> None:
     torch.testing.assert_close(phi.phi_up.square().sum(0), singular[:8], rtol=1e-4, atol=1e-4)  # L = U sqrt(S)
 
 
+@pytest.mark.parametrize("shape", [(64, 96), (96, 64), (80, 80)])
+def test_the_cheap_start_keeps_the_energy_of_a_full_svd(shape: tuple[int, int]) -> None:
+    """Of an error that is nearly white, as that of quantization is, where approximate methods lose most."""
+    from qvgen.quant.fake_quantizer import WeightQuantizer
+    from qvgen.quant.scheme import QuantArgs
+
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    args = QuantArgs(num_bits=4, symmetric=False, strategy="channel")
+    error = weight - WeightQuantizer.min_max(args, weight).dequantized(weight)
+    best = torch.linalg.svdvals(error)[:16].square().sum()
+    phi = AuxiliaryModule.from_weight_error(error, 16)
+    assert phi.delta().detach().square().sum() / best == pytest.approx(1, abs=1e-5)
+    gram = (phi.phi_up.T @ phi.phi_up).detach()  # columns of U sqrt(S): orthogonal
+    assert (gram - gram.diag().diag()).abs().max() < 1e-4 * gram.max()
+
+
+def test_no_error_gives_no_phi() -> None:
+    phi = AuxiliaryModule.from_weight_error(torch.zeros(8, 6), 3)
+    assert not phi.delta().any() and torch.isfinite(phi.phi_down).all()
+
+
 def test_full_rank_restores_the_weight() -> None:
     error = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(AuxiliaryModule.from_weight_error(error, 4).delta().detach(), error, rtol=1e-5, atol=1e-5)
