@@ -9,13 +9,12 @@ The branch reads x' unquantized, after the rotation: one transformed input serve
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from qvgen.quant.grid import LayerGrid
+from qvgen.quant.primitives import without_autocast
 from qvgen.quant.scheme import QuantScheme
 from qvgen.quant.smoothing import transform_input
 
@@ -49,8 +48,7 @@ class InputTransform(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (n, ..., K) as the layer's quantizer gets it, float32 under autocast too: so the packed layer computes it."""
-        kind = x.device.type
-        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+        with without_autocast(x.device.type):
             return transform_input(x.float(), self.input_scale, self.rotation)
 
     def add_branch(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ through), the clamp keeps its own, which together give the LSQ+ gradients of sca
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -56,6 +57,11 @@ def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
     return _FakeQuantize.apply(x, scale, zero_point, args)
 
 
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """A context in which nothing is cast to 16 bits."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
 def _unclamped_codes(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, args: QuantArgs) -> torch.Tensor:
     if args.zero_point_domain == "float":
         return (x / scale).add_(zero_point).round_()
@@ -89,7 +95,8 @@ class _FakeQuantize(torch.autograd.Function):
         grad_scale = grad_zero_point = None
         if ctx.needs_input_grad[1]:  # dot products: no temporary of the size of x
             quantized = clamped.sub_(zero_point).mul_(scale)
-            by_scale = torch.linalg.vecdot(grad, quantized) - torch.linalg.vecdot(grad_x, kept)
+            with without_autocast(x.device.type):
+                by_scale = torch.linalg.vecdot(grad, quantized) - torch.linalg.vecdot(grad_x, kept)
             grad_scale = by_scale.unsqueeze(-1) / scale
         if ctx.needs_input_grad[2]:
             grad_zero_point = scale * (grad_x.sum(-1, keepdim=True) - grad.sum(-1, keepdim=True))

@@ -55,7 +55,7 @@ def calibrate_(
     `with_plain` also searches as `mse` does, before anything is folded, unless the method's own grids are those.
     """
     method = params.chosen
-    with progress(len(data), "inputs", unit="clip") as bar:
+    with progress(_samples(data, params), "inputs", unit="clip") as bar:
         inputs = record_inputs(transformer, family, data, params, bar.update)
     with_plain = with_plain and not method.searches_plainly
     with progress(len(inputs) * (1 + with_plain), "layers", unit="layer") as bar:
@@ -74,7 +74,8 @@ def record_inputs(
     on_clips: Callable[[int], object] = lambda clips: None,
 ) -> Inputs:
     """Inputs of every layer that the scheme targets: the full-precision model runs over the calibration clips, sample i at a
-    random timestep of group i mod `timestep_groups`. `on_clips(n)` is called after every batch."""
+    random timestep of group i mod `timestep_groups`; where there are fewer clips than groups, each clip at several.
+    `on_clips(n)` is called after every batch."""
     scheme = params.effective_scheme
     groups = scheme.timestep_groups
     layers = match_linears(transformer, scheme.targets, scheme.ignore, family.default_targets)
@@ -82,8 +83,8 @@ def record_inputs(
     recorder = InputRecorder(groups, params.calibrate.tokens_per_group, params.seed)
     device = next(transformer.parameters()).device
     with recorder.attached({name: transformer.get_submodule(name) for name in layers}):
-        for index in torch.arange(len(data)).split(params.calibrate.batch_size):
-            clean, text = data.batch(index, 0.0, generator)
+        for index in torch.arange(_samples(data, params)).split(params.calibrate.batch_size):
+            clean, text = data.batch(index % len(data), 0.0, generator)
             within = torch.rand(len(index), generator=generator)
             # Whole timesteps: families with discrete noise levels have no others.
             timestep = torch.floor((index % groups + within) * NUM_TRAIN_TIMESTEPS / groups)
@@ -93,6 +94,10 @@ def record_inputs(
             family.predict(transformer, family.add_noise(clean, noise, timestep), timestep, text)
             on_clips(len(index))
     return {name: [recorder.inputs(name, group) for group in range(groups)] for name in layers}
+
+
+def _samples(data: LatentDataset, params: Params) -> int:
+    return max(len(data), params.effective_scheme.timestep_groups)
 
 
 def fold_inputs_(transformer: nn.Module, family: Family, inputs: Inputs, method: Method) -> dict[str, ChannelGrid]:

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PARTS = (
-    *(f"wan {method}" for method in ("qvgen", "qvgen+", "efficientdm", "finetune", "dsa", "svdquant", "viditq", "qdm")),
+    *(f"wan {method}" for method in ("qvgen", "qvgen+", "efficientdm", "svdquant", "viditq", "qdm")),
     "cogvideox qvgen",
     *(f"{family} {part}" for family in ("wan", "cogvideox") for part in ("vae", "text")),
 )

@@ -1,5 +1,6 @@
 """The fake quantizer keeps no tensor of its own for the backward pass, and computes in float32 under autocast."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ WEIGHTS = [
     for bits in (3, 4, 8)
     for symmetric, domain in ((False, "float"), (False, "integer"), (True, "integer"))
 ]
+
+MOST_KEPT = 1.45  # bytes for the backward pass, over those of full precision: a limit, so that nobody doubles it again
 
 
 class _Kept(torch.autograd.Function):
@@ -89,19 +92,20 @@ def test_quantizing_keeps_nothing_but_its_input() -> None:
     assert saved_bytes(lambda: fake_quantize(x, scale, zero_point, args)) <= x.nbytes + grid
 
 
-def test_a_quantized_model_keeps_at_most_twice_what_a_plain_one_does() -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_quantized_model_keeps_hardly_more_than_a_plain_one(mixed: bool) -> None:
     """Each layer needs its quantized input for the gradient of its weight; q, k and v have one each, where full precision has
-    one for three. It was 2.6 times (codes and masks kept); a limit, so that nobody doubles it again."""
+    one for three. Measured: 1.43 in float32, 1.38 under autocast. Codes and masks that are kept make it 1.50 and 1.93."""
     x, text, timestep = torch.randn(1, 4, 3, 16, 16), torch.randn(1, 8, 16), torch.tensor([500.0])
-    found = {}
-    for name in ("plain", "quantized"):
+    found = []
+    for quantized in (False, True):
         model = tiny_transformer().train()
-        if name == "quantized":
+        if quantized:
             prepare_(model, QuantScheme(timestep_groups=1), default_targets=(r"re:blocks\..*",))
-        run = lambda m=model: m(hidden_states=x, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0]  # noqa: E731
-        found[name] = saved_bytes(run)
-    print(found)
-    assert found["quantized"] <= 2.0 * found["plain"]
+        call = partial(model, hidden_states=x, timestep=timestep, encoder_hidden_states=text, return_dict=False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            found.append(saved_bytes(call))
+    assert found[1] <= MOST_KEPT * found[0]
 
 
 def test_autocast_computes_in_float32_and_returns_bfloat16() -> None:

@@ -40,3 +40,19 @@ def test_nan_in_calibration_data_names_the_layer(bad: float) -> None:
     x[0, 1, 2] = bad
     with recorder.attached({"blocks.0.layer": model.layer}), pytest.raises(ValueError, match=r"blocks\.0\.layer"):
         model(x)
+
+
+def test_fewer_clips_than_timestep_groups_are_taken_at_several_timesteps() -> None:
+    from qvgen.training.calibration import record_inputs
+    from tests.integration.test_training import settings, subject
+
+    model, family, data = subject("wan")
+    few = type(data)(data.latents[:2], data.caption_index[:2], data.captions, data.embeddings)
+    params = settings()
+    assert params.scheme.timestep_groups > len(few)
+    clips: list[int] = []
+    inputs = record_inputs(model, family, few, params, clips.append)
+    assert sum(clips) == params.scheme.timestep_groups
+    assert all(len(rows) > 0 for groups in inputs.values() for rows in groups)
+    every = {tuple(groups[g][0, :3].tolist()) for groups in list(inputs.values())[:1] for g in range(len(groups))}
+    assert len(every) == params.scheme.timestep_groups, "each group has rows of its own"
