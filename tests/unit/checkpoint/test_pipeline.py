@@ -9,7 +9,8 @@ import torch
 
 import qvgen
 from qvgen.checkpoint.pipeline import load_pipeline, load_transformer
-from qvgen.models.tiny import tiny_pipeline
+from qvgen.models.registry import load_family
+from qvgen.models.tiny import TINY_CLIP, TINY_PROMPT, tiny_pipeline
 from qvgen.tensors import save_tensors
 
 ROOT = Path(__file__).parents[3]
@@ -27,6 +28,25 @@ def test_a_transformer_needs_no_other_component(tmp_path: Path, family: str) -> 
         for path in (folder / other).iterdir():
             path.unlink()
     assert load_transformer(folder, torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("family", "options"), [("wan", {}), ("cogvideox", {"temporal_patch": True})])
+@torch.no_grad()
+def test_a_pipeline_with_some_of_its_models_encodes_as_the_whole_one(tmp_path: Path, family: str, options: dict) -> None:
+    """As stage prepare loads them, one after the other: the files of the others are not even there."""
+    folder = tiny_pipeline(family, tmp_path / "model", **options)
+    adapter, whole = load_family(folder), load_pipeline(folder, device="cpu")
+    clips = torch.rand(1, 3, TINY_CLIP.frames, TINY_CLIP.height, TINY_CLIP.width) * 2 - 1
+    wanted = adapter.encode_text(whole, [TINY_PROMPT], 8), adapter.encode_clips(whole, clips)
+    for path in (folder / "transformer").glob("*.safetensors"):
+        path.unlink()
+    for part, others in (("text_encoder", "vae"), ("vae", "text_encoder")):
+        pipeline = load_pipeline(folder, device="cpu", parts=(part,))
+        assert getattr(pipeline, others) is None and pipeline.transformer.device.type == "meta"
+        if part == "vae":
+            assert torch.equal(adapter.encode_clips(pipeline, clips), wanted[1])
+        else:
+            assert torch.equal(adapter.encode_text(pipeline, [TINY_PROMPT], 8), wanted[0])
 
 
 def test_a_pickle_is_never_read(tmp_path: Path) -> None:
