@@ -20,7 +20,7 @@ Batches = Iterator[tuple["torch.Tensor", "torch.Tensor"]]
 
 
 def run(stage: Stage) -> None:
-    from qvgen.checkpoint.pipeline import load_pipeline
+    from qvgen.checkpoint.pipeline import load_parts
     from qvgen.data.latents import write_part, write_text
     from qvgen.device import release_memory
     from qvgen.models.family import ClipSize
@@ -42,11 +42,11 @@ def run(stage: Stage) -> None:
         "held_out": settings.held_out_clips,
     }
     with stage.outputs("artifacts/data") as folder, stage.progress(sum(sizes.values()), unit="clip") as progress:
-        pipeline = load_pipeline(source, device=device, parts=("text_encoder",))
+        pipeline = load_parts(source, ("text_encoder",), device)
         write_text(folder, pipeline, family, captions, settings.max_sequence_length, settings.batch_size)
         del pipeline  # before the VAE is loaded
         release_memory(device)
-        pipeline = load_pipeline(source, device=device, parts=("vae",))
+        pipeline = load_parts(source, ("vae",), device)
         for part, batches in parts.items():
             write_part(folder / part, pipeline, family, batches, settings.shard_size, progress.update)
     rate = {} if fps is None else {"fps": fps}

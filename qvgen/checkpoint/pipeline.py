@@ -24,12 +24,8 @@ def load_pipeline(
     folder: str | Path,
     dtype: torch.dtype | dict[str, torch.dtype] | None = None,
     device: torch.device | str | None = None,
-    parts: Collection[str] = PARTS,
 ) -> Any:
     """The diffusers pipeline of a folder in evaluation mode, on `device` (None: the CPU).
-
-    `parts`: the models that are read, of PARTS. Others are None; a transformer that is not read is there without its weights
-    (on the meta device), because pipelines read its config.
 
     `dtype`: of the parameters, packed layers excepted, or one per component ("default": of the rest); None: float32, a text
     encoder as it is stored. Raises ValueError if config.json of a packed transformer does not describe what is beside it.
@@ -42,17 +38,33 @@ def load_pipeline(
         check_packed(Path(folder) / "transformer")
     diffusers_logging.disable_progress_bar()  # bars for files that load in milliseconds
     transformers_logging.disable_progress_bar()
-    left_out: dict[str, Any] = {name: None for name in PARTS if name not in parts}
-    if "transformer" in left_out:
-        with torch.device("meta"):
-            left_out["transformer"] = _without_weights(folder)
-    pipeline = DiffusionPipeline.from_pretrained(
-        Path(folder), dtype=dtype, local_files_only=True, use_safetensors=True, **left_out
-    )
+    pipeline = DiffusionPipeline.from_pretrained(Path(folder), dtype=dtype, local_files_only=True, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
-    for name in parts if device is not None else ():
-        getattr(pipeline, name).to(device)
-    return pipeline
+    return pipeline if device is None else pipeline.to(device)
+
+
+def load_parts(folder: str | Path, parts: Collection[str], device: torch.device | str) -> Any:
+    """The pipeline of a folder with some of its models, `parts` of PARTS, on `device`, a text encoder as it is stored, the
+    VAE in float32. The others are None; a transformer that is not read is there without its weights (on the meta device),
+    because pipelines read its config."""
+    import diffusers
+
+    index, components = read_json(Path(folder) / "model_index.json"), {}
+    for name, value in index.items():
+        if name.startswith("_"):
+            continue
+        if not isinstance(value, list):  # a setting of the pipeline
+            components[name] = value
+        elif value[0] is None or (name in PARTS and name not in parts):
+            components[name] = None
+        else:
+            components[name] = load_component(folder, name)
+        if name in parts:
+            components[name] = components[name].eval().to(device)
+    if "transformer" not in parts:
+        with torch.device("meta"):
+            components["transformer"] = _without_weights(folder)
+    return getattr(diffusers, index["_class_name"])(**components)
 
 
 def _without_weights(folder: str | Path) -> Any:

@@ -134,7 +134,8 @@ class Trainer:
 
         @torch.no_grad()
         def teacher() -> torch.Tensor:
-            dtype = next(self.teacher.parameters()).dtype
+            model: Any = self.teacher
+            dtype = model.dtype  # diffusers keeps some parameters of a 16-bit model in float32; this leaves them out
             return self.family.predict(self.teacher, noisy.to(dtype), timestep, text.to(dtype)).float()
 
         mixed = self.params.qat.precision == "bfloat16"
