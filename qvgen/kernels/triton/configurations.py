@@ -1,0 +1,52 @@
+"""Tiles, warps and stages of each kernel, per architecture, and where a layer is unpacked whole.
+
+No GPU has measured these yet: they are the largest tiles that fit each card's shared memory with a pipeline of at least
+two stages and spill nothing (tests/kernels/triton/test_offline.py compiles all of them). `python -m bench.linear --device
+cuda` is to replace them with measured ones.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from qvgen.kernels.triton.architectures import Architecture
+
+SCRATCH_FROM = 128  # tokens; below, weights are unpacked inside the product's loop. A guess until it is measured
+ROW_VALUES_PER_WARP = 1024
+
+
+class Gemm(NamedTuple):
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    swizzle: int = 8
+
+
+def unpacks_in_loop(tokens: int, groups: int, weight_bits: int) -> bool:
+    """Whether the product reads bit planes itself. With groups it does not: a group of 128 has planes of 16 to 64 columns,
+    and tensor cores want 32 at a time."""
+    return tokens < SCRATCH_FROM and groups == 1 and weight_bits in (2, 3, 4)
+
+
+def gemm(architecture: Architecture, tokens: int, groups: int, group_size: int, in_loop: bool) -> Gemm:
+    if in_loop:
+        return Gemm(16 if tokens <= 16 else 32 if tokens <= 32 else 64, 64, 64, 4, 3)
+    if groups > 1:
+        # float32 totals beside the int32 sums: half the tile of one group
+        return Gemm(64 if tokens <= 64 else 128, 64, min(128, max(32, _power_of_two(group_size))), 4 if tokens <= 64 else 8, 2)
+    if tokens <= 64:
+        return Gemm(64, 64, 128, 4, 3)
+    if architecture.shared_bytes >= 200_000:
+        return Gemm(128, 256, 128, 8, 3)
+    return Gemm(128, 128, 128 if architecture.shared_bytes >= 150_000 else 64, 8, 3)
+
+
+def row_warps(block: int) -> int:
+    """Warps for a row of `block` values in registers."""
+    return min(16, max(1, block // ROW_VALUES_PER_WARP))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
