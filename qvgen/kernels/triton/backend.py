@@ -1,0 +1,135 @@
+"""The triton backend: integer products on NVIDIA GPUs. What runs where, and why: architectures.py."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+from qvgen.kernels.registry import Arguments, BlockOp, LayerTensors, PackedWeight, PreparedWeight
+from qvgen.kernels.triton import architectures, block_functions
+from qvgen.kernels.triton.layout import to_planes, to_words
+
+OLDEST_TRITON = (3, 6)
+_INT32 = 2**31
+
+
+class TritonBackend:
+    """Weights stay packed: 2, 3 and 4 bits in as many bits, 5 to 8 in 8 (layout.py)."""
+
+    name = "triton"
+    devices: tuple[str, ...] = ("cuda",)
+    block_ops: Mapping[str, BlockOp] = block_functions.BLOCK_OPS
+
+    def available(self) -> str:
+        return refusal()
+
+    def supports(self, layer: PackedWeight) -> str:
+        device = layer.words.device
+        if device.type == "cuda" and (reason := device_refusal(torch.cuda.get_device_capability(device))):
+            return reason
+        if layer.activations is None:
+            return ""
+        # Sums of (a - z_a) q_w are kept in 32 bits.
+        most = (_INT32 - 1) // (layer.activations.max_code * layer.args.max_code)
+        return "" if layer.in_features <= most else f"in_features {layer.in_features} is more than {most}"
+
+    def prepare(self, layer: PackedWeight) -> PreparedWeight:
+        n, groups = layer.row_sum.shape
+        weight = to_planes(layer.words, layer.in_features, groups, layer.args.num_bits)
+        # contiguous: an operator's arguments may not share memory within themselves
+        scale = layer.scale.expand(n, -1).contiguous()
+        zero_point = None if layer.zero_point is None else layer.zero_point.expand(n, -1).contiguous()
+        return PreparedWeight(self.name, weight, scale, zero_point, layer.row_sum)
+
+    def stored_words(self, prepared: PreparedWeight, in_features: int, num_bits: int) -> torch.Tensor:
+        return to_words(prepared.weight, in_features, prepared.scale.shape[1], num_bits)
+
+    def linear(
+        self,
+        x: torch.Tensor,
+        layers: Sequence[LayerTensors],
+        arguments: Arguments,
+        outputs: Sequence[torch.Tensor],
+        gelu: bool,
+    ) -> None:
+        from qvgen.kernels.triton import launch
+
+        _check_devices(x, layers)
+        bits = arguments.activation_bits
+        if bits is None:
+            for layer, y in zip(layers, outputs, strict=True):
+                y.copy_(_weight_only(x, layer, arguments.weight_bits, gelu))
+            return
+        if not x.numel():
+            return  # no tokens, no outputs
+        e4m3 = launch.uses_e4m3(launch.architecture_of(x.device), arguments.weight_bits, bits)
+        for start in range(0, len(layers), launch.MOST_SETS):
+            some = layers[start : start + launch.MOST_SETS]
+            for layer, codes, y in zip(
+                some, launch.quantize_tokens(x, some, arguments, e4m3), outputs[start : start + launch.MOST_SETS], strict=True
+            ):
+                launch.integer_linear(codes, layer, arguments.weight_bits, x.shape[-1], gelu, y)
+
+    def feed_forward(
+        self, x: torch.Tensor, up: LayerTensors, down: LayerTensors, arguments: Arguments, output: torch.Tensor
+    ) -> None:
+        # The codes of the wide intermediate need the range of whole rows, which no tile of the first product has: it is
+        # written once, after its GELU, and read once.
+        hidden = x.new_empty((*x.shape[:-1], len(up.weight_scale)))
+        self.linear(x, [up], arguments, [hidden], True)
+        self.linear(hidden, [down], arguments, [output], False)
+
+
+def _weight_only(x: torch.Tensor, layer: LayerTensors, weight_bits: int, gelu: bool) -> torch.Tensor:
+    """The layer unpacked into a buffer in the dtype of x, and torch's own product: as the reference."""
+    from qvgen.kernels.triton import launch
+
+    dense = launch.unpack(layer, x.shape[-1], weight_bits, x.dtype, True)
+    y = F.linear(x, dense, None if layer.bias is None else layer.bias.to(x.dtype))
+    return F.gelu(y, approximate="tanh") if gelu else y
+
+
+def _check_devices(x: torch.Tensor, layers: Sequence[LayerTensors]) -> None:
+    for layer in layers:
+        for tensor in layer:
+            if tensor is not None and tensor.device != x.device:
+                raise ValueError(f"the input is on {x.device} and its layer on {tensor.device}: move one to the other's device")
+
+
+@cache
+def refusal() -> str:
+    """Why no GPU kernel can run on this machine, worded for a user; empty if one can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: `pip install qvgen[triton]` (Linux; PyTorch's builds for CUDA bring it along)"
+    version = importlib.metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton {version} is older than {'.'.join(map(str, OLDEST_TRITON))}: `pip install -U triton`"
+    if torch.version.cuda is None:
+        return f"this PyTorch, {torch.__version__}, was built without CUDA; install a build with it (pytorch.org)"
+    if not torch.cuda.is_available():
+        return f"PyTorch finds no usable NVIDIA GPU: {_driver_message()}"
+    cards = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    reasons = [device_refusal(card) for card in cards]
+    return "" if "" in reasons else "; ".join(dict.fromkeys(reasons))
+
+
+def device_refusal(capability: tuple[int, int]) -> str:
+    """Why a card cannot run the kernels; empty if it can."""
+    if architectures.of(capability) is not None:
+        return ""
+    known = ", ".join(entry.name for entry in architectures.ARCHITECTURES)
+    return f"a GPU of compute capability {capability[0]}.{capability[1]} is not supported; kernels exist for {known}"
+
+
+def _driver_message() -> str:
+    """What PyTorch says of the driver: there is none, or it is too old for this build, with both versions."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).splitlines()[0]
+    return "the driver lists none (CUDA_VISIBLE_DEVICES?)"
