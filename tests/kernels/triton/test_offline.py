@@ -1,0 +1,106 @@
+"""Every kernel, compiled for every architecture as it would be launched there: the right instruction, nothing spilled, no more
+shared memory than a block can have. No GPU is needed; that the code runs there is for tests/kernels/triton/kernels on one."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: pip install -e .[triton]")
+
+from qvgen.kernels.registry import Arguments, LayerTensors
+from qvgen.kernels.triton import block_functions, launch
+from qvgen.kernels.triton.architectures import ARCHITECTURES, Architecture
+from qvgen.kernels.triton.layout import PLANES, row_bytes
+from tests.support.offline_triton import Compiled, compile_for, launches_of
+
+K, N, LARGE, SMALL = 1536, 1536, 4096, 64
+INSTRUCTIONS = {
+    "mma.sync s8": "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32",
+    "wgmma s8": "wgmma.mma_async.sync.aligned.m64n{}k32.s32.s8.s8",
+    "tcgen05 kind::f8f6f4": "tcgen05.mma.cta_group::1.kind::f8f6f4",
+}
+GPUS = pytest.mark.parametrize("gpu", ARCHITECTURES, ids=lambda gpu: gpu.name)
+
+
+def layer(bits: int, groups: int, symmetric: bool = False) -> LayerTensors:
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    weight = empty(N, row_bytes(K, groups, bits), dtype=torch.uint8 if bits in PLANES else torch.int8)
+    zero_point, clips = None if symmetric else empty(N, groups), (empty(50), empty(50))
+    return LayerTensors(
+        weight, empty(N, groups), zero_point, empty(N, groups, dtype=torch.int32), *clips, empty(N, dtype=torch.bfloat16)
+    )
+
+
+def compiled(gpu: Architecture, monkeypatch: pytest.MonkeyPatch, bits: int, tokens: int, groups: int = 1) -> dict[str, Compiled]:
+    """The kernels of one layer's call, by name."""
+    monkeypatch.setattr(launch, "architecture_of", lambda _: gpu)
+    tensors, arguments = layer(bits, groups), Arguments(torch.empty(1, dtype=torch.int64, device="meta"), bits, bits, False, "triton")
+    x, y = (torch.empty(1, tokens, width, dtype=torch.bfloat16, device="meta") for width in (K, N))
+
+    def run() -> None:
+        (codes,) = launch.quantize_tokens(x, [tensors], arguments, launch.uses_e4m3(gpu, bits, bits))
+        launch.integer_linear(codes, tensors, bits, K, True, y)
+
+    return {one.kernel.__name__: compile_for(one, gpu.capability) for one in launches_of(run)}
+
+
+def check(gpu: Architecture, results: dict[str, Compiled]) -> None:
+    for name, result in results.items():
+        assert result.local_bytes == 0, f"{name} spills {result.local_bytes} bytes a thread on {gpu.name}"
+        assert result.shared_bytes <= gpu.shared_bytes, f"{name} takes {result.shared_bytes} bytes of shared memory"
+
+
+def check_product(gpu: Architecture, result: Compiled, instruction: str) -> None:
+    (found,) = {__import__("re").sub(r"m64n\d+", "m64n{}", name) for name in result.products}
+    assert found == INSTRUCTIONS[instruction]
+
+
+@GPUS
+def test_large_products(gpu: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = compiled(gpu, monkeypatch, 4, LARGE)
+    assert list(results) == ["quantize_tokens_kernel", "unpack_kernel", "integer_gemm_kernel"]
+    check(gpu, results)
+    check_product(gpu, results["integer_gemm_kernel"], gpu.instruction)
+    division = results["quantize_tokens_kernel"].ptx
+    assert "div.rn.f32" in division and "div.full" not in division and "fma" not in division
+
+
+@GPUS
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_small_products(gpu: Architecture, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = compiled(gpu, monkeypatch, bits, SMALL)
+    assert list(results) == ["quantize_tokens_kernel", "integer_gemm_kernel"]
+    check(gpu, results)
+
+
+@GPUS
+def test_groups(gpu: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = compiled(gpu, monkeypatch, 3, LARGE, K // 128)
+    check(gpu, results)
+    check_product(gpu, results["integer_gemm_kernel"], gpu.instruction)
+
+
+def test_eight_bits_run_in_int8_where_four_run_in_e4m3(monkeypatch: pytest.MonkeyPatch) -> None:
+    (gpu,) = (gpu for gpu in ARCHITECTURES if gpu.e4m3)
+    results = compiled(gpu, monkeypatch, 8, LARGE)
+    assert list(results) == ["quantize_tokens_kernel", "integer_gemm_kernel"]
+    check(gpu, results)
+    check_product(gpu, results["integer_gemm_kernel"], "mma.sync s8")
+
+
+@GPUS
+def test_what_lies_between_products(gpu: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "architecture_of", lambda _: gpu)
+    x = torch.empty(1, 64, K, dtype=torch.bfloat16, device="meta")
+    parameter, row, angle = x[0, 0], x[:, :1].float(), torch.empty(1, 64, 1, 128, device="meta")
+
+    def run() -> None:
+        block_functions.layer_norm_modulate(x, parameter, parameter, row, row, 1e-6)
+        block_functions.rms_norm_rotary(x, parameter, angle, angle, K // 128, 1e-6)
+        block_functions.add_gated(x, x, row)
+        launch.unpack(layer(3, 1), K, 3, torch.bfloat16, True)  # W3A16
+
+    results = {one.kernel.__name__: compile_for(one, gpu.capability) for one in launches_of(run)}
+    assert len(results) == 4
+    check(gpu, results)
