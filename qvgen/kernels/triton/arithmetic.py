@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-NAN = tl.constexpr(float("nan"))
 INFINITY = tl.constexpr(float("inf"))
 _ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: what is added to it keeps no fraction
 _GELU = tl.constexpr(2 * 0.7978845608028654)  # 2 sqrt(2 / pi)

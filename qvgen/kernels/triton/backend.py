@@ -98,7 +98,9 @@ def _check_devices(x: torch.Tensor, layers: Sequence[LayerTensors]) -> None:
     for layer in layers:
         for tensor in layer:
             if tensor is not None and tensor.device != x.device:
-                raise ValueError(f"the input is on {x.device} and its layer on {tensor.device}: move one to the other's device")
+                raise ValueError(
+                    f"the input is on {x.device} and its layer on {tensor.device}: move one to the other's device"
+                )
 
 
 @cache

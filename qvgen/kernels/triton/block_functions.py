@@ -87,7 +87,5 @@ def _missing() -> str:
     return refusal()
 
 
-_RUN: dict[str, Callable[..., Tensor]] = {
-    f.__name__: f for f in (layer_norm_modulate, rms_norm_rotary, add_gated)
-}
+_RUN: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (layer_norm_modulate, rms_norm_rotary, add_gated)}
 BLOCK_OPS = {name: BlockOp(run, _missing, _takes) for name, run in _RUN.items()}

@@ -150,7 +150,7 @@ def integer_linear(codes: Codes, layer: LayerTensors, weight_bits: int, k: int, 
     stored = weight_bits if in_loop else 8
     count, width, _ = planes(size, stored)
     e4m3 = codes.codes.dtype != torch.int8
-    tile = configurations.gemm(architecture, m, groups, size, weight_bits if in_loop else None, e4m3)
+    tile = configurations.gemm(architecture, m, groups, size, weight_bits if in_loop else None)
     grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
     with on(y.device):
         integer_gemm_kernel[grid](

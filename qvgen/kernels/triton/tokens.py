@@ -7,7 +7,7 @@ even, and no product is fused with a sum (compile with enable_fp_fusion=False).
 import triton
 import triton.language as tl
 
-from qvgen.kernels.triton.arithmetic import INFINITY, NAN, clamp, round_half_to_even
+from qvgen.kernels.triton.arithmetic import INFINITY, clamp, round_half_to_even
 
 
 @triton.jit
@@ -128,7 +128,7 @@ def _quantize(
     quotient = tl.div_rn(values, tl.broadcast_to(safe, values.shape))
     codes = round_half_to_even(clamp(quotient, -zero_point, LARGEST - zero_point)) + (zero_point - CENTRE)
     tl.store(codes_ptr + row * CODES_STRIDE + k, codes.to(codes_ptr.dtype.element_ty), mask=inside)
-    tl.store(scale_ptr + row, tl.where(finite, scale, NAN))
+    tl.store(scale_ptr + row, tl.where(finite, scale, float("nan")))  # no global: Triton compares those, and NaN is not NaN
     tl.store(zero_point_ptr + row, (zero_point - CENTRE).to(tl.int32))
     g = tl.arange(0, BLOCK_G)
     sums = tl.sum(tl.where(inside, codes, 0.0).to(tl.int32), 1)

@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from qvgen.kernels import registry
 from qvgen.kernels.triton.backend import TritonBackend

@@ -1,0 +1,156 @@
+"""`python -m bench.roofline`: what each op of a denoising step must move and compute, and the time that takes at a card's
+peaks. A model, not a measurement: no kernel reaches all of it, and launches, caches and tails are left out.
+
+Per op: bytes read and written in GPU memory once each, 2 operations per multiply-add, time = the larger of bytes / bandwidth
+and operations / peak. Packed linears read x in bfloat16 and write codes, read codes and packed weights (for many tokens the
+weight is unpacked to bytes once, written and read) and write bfloat16. Peaks are dense, each with its source in CARDS.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import NamedTuple
+
+from bench.report import print_table
+
+SCRATCH_FROM = 128  # tokens, as qvgen/kernels/triton/configurations.py
+TEXT_TOKENS = {"wan": 512, "cogvideox": 226}
+
+
+class Card(NamedTuple):
+    gigabytes_per_s: float
+    bf16_tflops: float
+    int8_tops: float  # of what runs products of codes there: e4m3 on B300
+    source: str
+
+
+CARDS = {
+    "a100": Card(2039, 312, 624, "NVIDIA A100 data sheet, 80 GB SXM"),
+    "rtx3090": Card(936, 71, 284, "NVIDIA GA102 whitepaper, float32 accumulation in bf16"),
+    "rtx4090": Card(1008, 165.2, 660.6, "NVIDIA Ada whitepaper, float32 accumulation in bf16"),
+    "l40s": Card(864, 362, 733, "NVIDIA L40S data sheet, without sparsity"),
+    "h100": Card(3350, 989, 1979, "NVIDIA H100 data sheet, SXM, without sparsity"),
+}
+
+
+class Model(NamedTuple):
+    family: str
+    layers: int
+    width: int
+    heads: int
+    feed_forward: int
+    joint: bool  # text tokens go through the same layers (CogVideoX); else cross-attention (Wan)
+
+
+MODELS = {
+    "wan2.1-1.3b": Model("wan", 30, 1536, 12, 8960, False),
+    "wan2.1-14b": Model("wan", 40, 5120, 40, 13824, False),
+    "cogvideox-2b": Model("cogvideox", 30, 1920, 30, 7680, True),
+}
+
+
+class Op(NamedTuple):
+    name: str
+    calls: int  # in a step
+    bytes: float  # of one call
+    operations: float
+    integer: bool  # whether its operations are products of codes
+
+
+def tokens(frames: int) -> int:
+    """Of a video of 480 x 832 pixels: an eighth in space, a quarter in time after the first frame, patches of 2 x 2."""
+    return ((frames - 1) // 4 + 1) * (480 // 16) * (832 // 16)
+
+
+def linear(m: int, k: int, n: int, weight_bits: int) -> tuple[float, float]:
+    """Bytes and operations of a packed layer; the codes of x are counted apart (quantize)."""
+    weight = n * k * weight_bits / 8
+    scratch = 2 * n * k if m >= SCRATCH_FROM and weight_bits < 8 else 0
+    return m * k + weight + scratch + 2 * m * n, 2.0 * m * k * n
+
+
+def quantize(m: int, k: int, sets: int) -> float:
+    """Bytes: x in bfloat16 once, a byte of code for every layer."""
+    return m * k * (2 + sets)
+
+
+def packed_step(model: Model, m: int, weight_bits: int) -> list[Op]:
+    """Every op of a step with packed linears; without embedders and head, which stay in bfloat16."""
+    d, f, text = model.width, model.feed_forward, TEXT_TOKENS[model.family]
+    layers, rows = model.layers, m + text if model.joint else m
+    square, wide, narrow = linear(rows, d, d, weight_bits), linear(rows, d, f, weight_bits), linear(rows, f, d, weight_bits)
+    ops = [
+        Op("quantize for q, k, v", layers, quantize(rows, d, 3), 0, False),
+        Op("quantize for one layer", layers * (2 if model.joint else 4), quantize(rows, d, 1), 0, False),
+        Op("quantize the wide intermediate", layers, quantize(rows, f, 1), 0, False),
+        Op("linear d x d", layers * (4 if model.joint else 6), *square, True),
+        Op("linear d x f, GELU", layers, *wide, True),
+        Op("linear f x d", layers, *narrow, True),
+        Op("self-attention (bf16)", layers, 8.0 * rows * d, 4.0 * rows * rows * d, False),
+        Op("layer_norm_modulate", layers * (2 if model.joint else 3), 4.0 * rows * d, 0, False),
+        Op("rms_norm_rotary", layers * 2, 4.0 * rows * d, 0, False),
+        Op("add_gated", layers * (2 if model.joint else 3), 6.0 * rows * d, 0, False),
+    ]
+    if not model.joint:
+        ops += [
+            Op("linear d x d of the text", layers * 2, *linear(text, d, d, weight_bits), True),
+            Op("cross-attention (bf16)", layers, 4.0 * (rows + text) * d, 4.0 * rows * text * d, False),
+        ]
+    return ops
+
+
+def milliseconds(op: Op, card: Card) -> tuple[float, str]:
+    """Of all its calls in a step, and what bounds it."""
+    memory = op.bytes / (card.gigabytes_per_s * 1e9)
+    compute = op.operations / ((card.int8_tops if op.integer else card.bf16_tflops) * 1e12)
+    return 1e3 * op.calls * max(memory, compute), "memory" if memory > compute else "compute"
+
+
+def bf16_milliseconds(op: Op, card: Card) -> float:
+    """The same op of the full-precision model: bfloat16 products, and no quantization."""
+    if op.name.startswith("quantize"):
+        return 0.0
+    return milliseconds(op._replace(integer=False), card)[0]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.roofline", description="a step's lower bound on a card; a model")
+    parser.add_argument("--card", choices=list(CARDS), default="h100")
+    parser.add_argument("--model", choices=list(MODELS), action="append", help="default: all")
+    parser.add_argument("--frames", type=int, default=81)
+    parser.add_argument("--weight-bits", type=int, choices=range(2, 9), default=4)
+    options = parser.parse_args(arguments)
+    if options.frames < 1 or (options.frames - 1) % 4:
+        parser.error(f"frames must be 4 n + 1, not {options.frames}")
+    card, m = CARDS[options.card], tokens(options.frames)
+    for name in options.model or MODELS:
+        show(name, packed_step(MODELS[name], m, options.weight_bits), card, f"{options.frames} frames, {m} tokens")
+    print(
+        f"{options.card}: {card.gigabytes_per_s:.0f} GB/s, bf16 {card.bf16_tflops:.0f} TFLOPS, int8 {card.int8_tops:.0f} TOPS"
+    )
+    print(f"({card.source}). A model at peak rates, nothing here was measured.")
+
+
+def show(name: str, ops: list[Op], card: Card, size: str) -> None:
+    times = [milliseconds(op, card) for op in ops]
+    whole = sum(ms for ms, _ in times)
+    cells = [
+        [
+            op.name,
+            str(op.calls),
+            f"{op.bytes / 1e6:.1f}",
+            f"{op.operations / 1e9:.1f}",
+            f"{ms:.2f}",
+            f"{ms / whole:.1%}",
+            bound,
+        ]
+        for op, (ms, bound) in zip(ops, times, strict=True)
+    ]
+    bf16 = sum(bf16_milliseconds(op, card) for op in ops)
+    cells.append(["a step", "", "", "", f"{whole:.1f}", "", f"bf16 {bf16:.1f} ms: at most {bf16 / whole:.2f}x"])
+    header = ["op", "calls", "MB a call", "Gop a call", "ms a step", "share", "bound by"]
+    print_table(f"{name}, {size}", header, cells)
+
+
+if __name__ == "__main__":
+    main()
