@@ -9,9 +9,9 @@ from typing import Any
 
 
 def report(measure: bool = False) -> dict[str, Any]:
-    """{"preference", "isa", "kernels", "measured"}: what QVGEN_KERNELS asks for, the instruction sets of the compiled
-    kernels, a row per op and backend, and the figures by which `auto` chooses, taken anew with `measure`. Raises ValueError
-    for an unknown QVGEN_KERNELS."""
+    """{"preference", "isa", "kernels", "measured", "gpus"}: what QVGEN_KERNELS asks for, the instruction sets of the compiled
+    kernels, a row per op and backend, and the figures by which `auto` chooses, taken anew with `measure`, and
+    what runs on which GPUs. Raises ValueError for an unknown QVGEN_KERNELS."""
     from qvgen.kernels import registry
     from qvgen.kernels.cpu import library
 
@@ -19,7 +19,28 @@ def report(measure: bool = False) -> dict[str, Any]:
     if measure:
         library.isa.cache_clear()  # so that what follows says what the new figures decide
     rows = [row._asdict() for row in registry.explain()]
-    return {"preference": wanted.value, "isa": instruction_sets(), "kernels": rows, "measured": measured}
+    isa, gpus = instruction_sets(), architectures()
+    return {"preference": wanted.value, "isa": isa, "kernels": rows, "measured": measured, "gpus": gpus}
+
+
+def architectures() -> list[dict[str, Any]]:
+    """What the GPU kernels are made of on each architecture, and why; "here": names of this machine's cards of it."""
+    import torch
+
+    from qvgen.kernels.triton.architectures import ARCHITECTURES, of
+
+    here = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    cards = [(of(torch.cuda.get_device_capability(i)), torch.cuda.get_device_name(i)) for i in here]
+    return [
+        {
+            "architecture": entry.name,
+            "cards": entry.cards,
+            "instruction": entry.instruction,
+            "why": entry.why,
+            "here": [name for found, name in cards if found is entry],
+        }
+        for entry in ARCHITECTURES
+    ]
 
 
 def instruction_sets() -> dict[str, Any]:
@@ -73,10 +94,24 @@ def show(as_json: bool, measure: bool = False) -> None:
         table.add_row(row["op"], row["backend"], *yes_or_no, reason, style="bold" if row["chosen"] else "")
     console = Console(highlight=False)
     console.print(table)
+    console.print(gpu_table(content["gpus"]))
+    console.print("No GPU was measured yet.", soft_wrap=True)
     console.print(isa_line(content["isa"]), soft_wrap=True)
     if content["measured"]:
         console.print(measured_line(content["measured"]), soft_wrap=True)
     console.print(f"QVGEN_KERNELS={content['preference']}", soft_wrap=True)
+
+
+def gpu_table(gpus: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="triton, by GPU", title_justify="left")
+    for name in ("architecture", "cards", "products by", "why"):
+        table.add_column(name, no_wrap=name == "architecture", overflow="fold")
+    for gpu in gpus:
+        cards = f"{gpu['cards']} (here: {', '.join(gpu['here'])})" if gpu["here"] else gpu["cards"]
+        table.add_row(gpu["architecture"], cards, gpu["instruction"], gpu["why"], style="bold" if gpu["here"] else "")
+    return table
 
 
 def isa_line(isa: dict[str, Any]) -> str:

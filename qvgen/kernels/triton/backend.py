@@ -59,7 +59,6 @@ class TritonBackend:
     ) -> None:
         from qvgen.kernels.triton import launch
 
-        _check_devices(x, layers)
         bits = arguments.activation_bits
         if bits is None:
             for layer, y in zip(layers, outputs, strict=True):
@@ -92,15 +91,6 @@ def _weight_only(x: torch.Tensor, layer: LayerTensors, weight_bits: int, gelu: b
     dense = launch.unpack(layer, x.shape[-1], weight_bits, x.dtype, True)
     y = F.linear(x, dense, None if layer.bias is None else layer.bias.to(x.dtype))
     return F.gelu(y, approximate="tanh") if gelu else y
-
-
-def _check_devices(x: torch.Tensor, layers: Sequence[LayerTensors]) -> None:
-    for layer in layers:
-        for tensor in layer:
-            if tensor is not None and tensor.device != x.device:
-                raise ValueError(
-                    f"the input is on {x.device} and its layer on {tensor.device}: move one to the other's device"
-                )
 
 
 @cache
