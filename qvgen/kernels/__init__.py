@@ -2,7 +2,8 @@
 
 An op is a schema with a fake implementation, registered with torch.library (linear_ops.py, block_ops.py). A backend is a
 class that runs some of them on some devices (registry.Backend): `reference` in PyTorch, which defines every result, `cpu` in
-C++, and `triton` on NVIDIA GPUs. The registry takes the fastest backend that can run what it is given, and says why no faster one did:
+C++, and `triton` on NVIDIA GPUs. The registry takes the fastest backend that can run what it is given, and says why no faster
+one did:
 
     from qvgen.kernels import explain
     for row in explain("cpu"):
