@@ -1,4 +1,4 @@
-# make repro | compare | test | check | sanitize | ui | clean. Each creates .venv on first use; PYTHON=python3.12 chooses another interpreter.
+# make repro | compare | test | check | sanitize | gpu | ui | clean. Each creates .venv on first use; PYTHON=python3.12 chooses another interpreter.
 PYTHON ?= python3
 PORT ?= 5000
 BIN := .venv/bin
@@ -12,7 +12,7 @@ $(foreach line,$(shell grep '^[A-Z]' .env.defaults),$(eval export $(subst =, ?= 
 # file stays with one process, so that what its tests share is made once; slow files come first in the alphabet.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -q
 
-.PHONY: help repro compare test check sanitize ui clean
+.PHONY: help repro compare test check sanitize gpu ui clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo 'make test    all tests'
 	@echo 'make check   lint, types, import contracts, fast tests: before each commit'
 	@echo 'make sanitize   tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer (GCC): 10 minutes'
+	@echo 'make gpu     tests of the GPU kernels on a card, where there is one'
 	@echo 'make ui      recorded runs (MLflow, http://127.0.0.1:$(PORT)) and flows (Prefect, http://127.0.0.1:4200) in a browser'
 	@echo 'make clean   remove caches (results and .venv stay)'
 
@@ -57,6 +58,9 @@ sanitize: $(INSTALLED)
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:$(REPORT) UBSAN_OPTIONS=print_stacktrace=1:$(REPORT) \
 		$(TEST) -x -m 'not slow' tests/kernels || { head -n 50 $(SANITIZE)/report.* 2> /dev/null; exit 1; }
+
+gpu: $(INSTALLED)
+	@$(BIN)/python -m bench.gpu
 
 ui: $(KERNELS)
 	@$(BIN)/qvgen ui --mlflow-port $(PORT)

@@ -32,7 +32,7 @@ ARCHITECTURES = (
     Architecture((8, 9), "RTX 4090, L4, L40S", 99 * _KB, "mma.sync s8", _NATIVE_INT4),
     Architecture((9, 0), "H100, H200, GH200", 227 * _KB, "wgmma s8", _NO_INT4),
     Architecture(
-        (10, 0), "B200, GB200", 227 * _KB, "mma.sync s8", f"{_NO_INT4}; Triton 3.7 emits no tcgen05 for int8, so not at its peak"
+        (10, 0), "B200, GB200", 227 * _KB, "mma.sync s8", f"{_NO_INT4}; Triton 3.7 has no tcgen05 for int8: below the peak"
     ),
     Architecture(
         (10, 3), "B300, GB300", 227 * _KB, "tcgen05 kind::f8f6f4",

@@ -1,4 +1,6 @@
 """Arithmetic that Triton's kernels share. Each function says what is exact: `/` in Triton is an approximation."""
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# A kernel's launch takes num_warps and the like, and its language is Triton's, neither of which pyright can know.
 
 import triton
 import triton.language as tl

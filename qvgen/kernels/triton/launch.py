@@ -3,6 +3,8 @@ so that a CUDA graph can record them.
 
 Imports triton: only backend.py imports this module, once the backend runs.
 """
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# A kernel's launch takes num_warps and the like, and its language is Triton's, neither of which pyright can know.
 
 from __future__ import annotations
 

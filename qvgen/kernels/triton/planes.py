@@ -1,4 +1,6 @@
 """Weights out of their bit planes (layout.py): tiles inside a product's loop, or a whole layer into a buffer."""
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# A kernel's launch takes num_warps and the like, and its language is Triton's, neither of which pyright can know.
 
 import triton
 import triton.language as tl

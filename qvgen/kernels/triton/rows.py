@@ -1,4 +1,6 @@
 """The ops between linear layers (block_ops.py): one program per token, the row in registers, float32 from load to store."""
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# A kernel's launch takes num_warps and the like, and its language is Triton's, neither of which pyright can know.
 
 import triton
 import triton.language as tl

@@ -3,6 +3,8 @@
 Codes, scales and zero points are those of qvgen/quant/primitives.py bit for bit: division is IEEE division, rounding half to
 even, and no product is fused with a sum (compile with enable_fp_fusion=False).
 """
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# A kernel's launch takes num_warps and the like, and its language is Triton's, neither of which pyright can know.
 
 import triton
 import triton.language as tl

@@ -1,5 +1,9 @@
 """Packed layers in the triton backend: exact sums, and an epilogue within its roundings (tests/support)."""
 
+import copy
+import os
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,18 +14,19 @@ from qvgen.kernels.registry import KernelPreference
 from qvgen.kernels.triton import configurations
 from qvgen.nn.layers_together import feed_forward, linears
 from qvgen.nn.packed_linear import PackedLinear
-from qvgen.nn.timestep import set_timestep
+from qvgen.nn.timestep import group_of, set_timestep
 from qvgen.packing.bits import unpack
 from qvgen.quant.scheme import QuantArgs, QuantScheme
-from tests.support.packed_reference import WEIGHTS, assert_equals_reference, build, inputs, scheme_of
+from tests.support.packed_reference import WEIGHTS, build, inputs, reference, scheme_of
 
 STEPS = torch.tensor([10.0, 900.0])
 CHANNEL = WEIGHTS[2]
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
 def prepared(weight: QuantArgs, weight_bits: int, activation_bits: int, symmetric: bool, n: int, k: int) -> PackedLinear:
     layer, _ = build(scheme_of(weight, weight_bits, activation_bits, symmetric), n, k)
-    words = layer.weight_packed.clone()
+    words = layer.to(DEVICE).weight_packed.clone()
     layer.prepare_backend(KernelPreference.TRITON)
     assert torch.equal(layer.weight_packed, words)
     return layer
@@ -31,10 +36,22 @@ def group(size: int, symmetric: bool = False) -> QuantArgs:
     return QuantArgs(strategy="group", group_size=size, symmetric=symmetric)
 
 
-@pytest.fixture(autouse=True)
-def _on_cpu(device: str) -> None:
-    if device != "cpu":
-        pytest.skip("layers of these tests are on the CPU; test_on_gpu.py has those of the GPU")
+def moved(*shape: int) -> torch.Tensor:
+    return inputs(*shape).to(DEVICE)
+
+
+def assert_equals_reference(layer: PackedLinear, x: torch.Tensor, timestep: torch.Tensor) -> None:
+    """tests/support's comparison, with the layer moved to the card where there is one."""
+    on_cpu = copy.deepcopy(layer).cpu()
+    expected, allowed = reference(on_cpu, x.cpu(), group_of_cpu(x, timestep, on_cpu))
+    set_timestep(timestep.to(DEVICE))
+    error = np.abs(layer(x.to(DEVICE)).double().cpu().numpy() - expected)
+    assert (error <= allowed).all(), f"error {error.max()}, allowed {allowed.flat[error.argmax()]}"
+
+
+def group_of_cpu(x: torch.Tensor, timestep: torch.Tensor, layer: PackedLinear) -> torch.Tensor:
+    set_timestep(timestep.cpu())
+    return group_of(x.cpu(), layer.scheme.timestep_groups)
 
 
 @pytest.mark.parametrize("activation_bits", [2, 4, 8])
@@ -77,7 +94,7 @@ def test_a_long_sum_stays_exact() -> None:
 
 
 def test_the_largest_k_is_refused_beyond() -> None:
-    layer, _ = build(scheme_of(QuantArgs(), 8, 8, False), 1, 33026)
+    layer = build(scheme_of(QuantArgs(), 8, 8, False), 1, 33026)[0].to(DEVICE)
     with pytest.raises(RuntimeError, match="in_features 33026 is more than 33025"):
         layer.prepare_backend(KernelPreference.TRITON)
 
@@ -86,8 +103,8 @@ def test_e4m3_gives_the_same_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     from qvgen.kernels.triton import launch
 
     layers = [prepared(CHANNEL, bits, 4, False, 9, 64) for bits in (2, 3, 4)]
-    x = inputs(2, 3, 64)
-    set_timestep(STEPS)
+    x = moved(2, 3, 64)
+    set_timestep(STEPS.to(DEVICE))
     for scratch_from in (128, 0):
         monkeypatch.setattr(configurations, "SCRATCH_FROM", scratch_from)
         integers = [layer(x) for layer in layers]
@@ -99,17 +116,17 @@ def test_e4m3_gives_the_same_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_shared_inputs_feed_forward_gelu_and_outputs() -> None:
     q, k, v, more = (prepared(CHANNEL, 4, 4, False, 20 + i, 64) for i in range(4))
     down = prepared(CHANNEL, 4, 4, False, 8, 20)
-    x = inputs(2, 3, 64)
-    set_timestep(STEPS)
+    x = moved(2, 3, 64)
+    set_timestep(STEPS.to(DEVICE))
     with torch.no_grad():
         assert all(torch.equal(y, one(x)) for y, one in zip(linears(x, [q, k, v, more]), (q, k, v, more), strict=True))
-        out = torch.empty(2, 3, 20, dtype=torch.bfloat16)
+        out = torch.empty(2, 3, 20, dtype=torch.bfloat16, device=DEVICE)
         q.forward_into(x, out, gelu=True)
         torch.testing.assert_close(out, F.gelu(q(x), approximate="tanh").bfloat16())
-        hidden = torch.empty(2, 3, 20)
+        hidden = torch.empty(2, 3, 20, device=DEVICE)
         q.forward_into(x, hidden, gelu=True)
         assert torch.equal(feed_forward(x, q, down), down(hidden))
-        assert q(inputs(2, 0, 64)).shape == (2, 0, 20)
+        assert q(moved(2, 0, 64)).shape == (2, 0, 20)
         half = q(x.half())
         assert half.dtype == torch.float16 and torch.equal(half, q(x.half().float()).half())
 
@@ -121,21 +138,21 @@ def test_shared_inputs_feed_forward_gelu_and_outputs() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_weight_only_equals_the_reference(weight: QuantArgs, dtype: torch.dtype) -> None:
     scheme = QuantScheme(weights=weight, input_activations=None)
-    ours, theirs = (build(scheme, 10, 64)[0] for _ in range(2))
+    ours, theirs = (build(scheme, 10, 64)[0].to(DEVICE) for _ in range(2))
     ours.prepare_backend(KernelPreference.TRITON)
     theirs.prepare_backend(KernelPreference.REFERENCE)
-    x = inputs(2, 3, 64).to(dtype)
+    x = moved(2, 3, 64).to(dtype)
     assert torch.equal(ours(x), theirs(x))
 
 
 def test_opcheck_and_one_graph() -> None:
     layer = prepared(CHANNEL, 4, 4, False, 5, 32)
-    x = inputs(2, 3, 32)
-    set_timestep(STEPS)
+    x = moved(2, 3, 32)
+    set_timestep(STEPS.to(DEVICE))
     arguments = (x, *layer._tensors(), *layer._arguments(x))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(registry_op(), (*arguments, False, None), test_utils=checks)
-    torch.library.opcheck(quantized_linear_out, (*arguments, torch.empty(2, 3, 5), True), test_utils=checks)
+    torch.library.opcheck(quantized_linear_out, (*arguments, torch.empty(2, 3, 5, device=DEVICE), True), test_utils=checks)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x), layer(x))
 
@@ -154,3 +171,17 @@ def test_stored_words_come_back_for_odd_sizes() -> None:
             words = pack(codes, bits)
             back = to_words(to_planes(words, k, groups, bits), k, groups, bits)
             assert torch.equal(back, words) and torch.equal(unpack(back, bits, k), codes)
+
+
+if DEVICE == "cuda":
+
+    def test_a_cuda_graph_records_a_layer() -> None:
+        layer, x = prepared(CHANNEL, 4, 4, False, 20, 64), moved(2, 3, 64)
+        set_timestep(STEPS.to(DEVICE))
+        with torch.no_grad():
+            expected = layer(x)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = layer(x)
+            graph.replay()
+        assert torch.equal(y, expected)
