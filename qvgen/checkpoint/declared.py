@@ -24,7 +24,11 @@ def check_packed(folder: Path) -> None:
     have, or describes no model; does nothing for a transformer that is not packed."""
     config = read_json(folder / "config.json")
     quantization = config.get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
+    if quantization is None:
+        return
+    if not isinstance(quantization, dict) or not isinstance(quantization.get("quant_method"), str):
+        raise SourceError(f"{folder / 'config.json'}: quantization_config must be an object with a quant_method")
+    if quantization["quant_method"] != METHOD:
         return
     from_config(quantization)
     files = weight_files(folder)
@@ -34,12 +38,19 @@ def check_packed(folder: Path) -> None:
         check_safetensors(file)
     if is_asked_for():
         verify_fields(files)
-    check_sizes(folder / "config.json", config, shapes(folder, "diffusers"))
+    found = shapes(folder, "diffusers")
+    check_sizes(folder / "config.json", config, found)
     plain = {name: value for name, value in config.items() if name != "quantization_config"}
     try:
-        empty_model("diffusers", str(config.get("_class_name")), plain)
+        expected = empty_model("diffusers", str(config.get("_class_name")), plain).state_dict()
     except Exception as error:  # diffusers raises all kinds for a config.json that describes no model
         raise ValueError(f"{folder / 'config.json'} does not describe what is beside it ({first_line(error)})") from None
+    # Now, because diffusers makes tables of positions of these sizes before it looks at the files.
+    for name, tensor in expected.items():
+        if found.get(name, list(tensor.shape)) != list(tensor.shape):
+            raise SourceError(
+                f"{folder}: {name} has shape {found[name]}, its config.json makes {list(tensor.shape)} of it; get both again"
+            )
 
 
 def empty_model(library: str, class_name: str, config: dict[str, Any]) -> torch.nn.Module:

@@ -39,6 +39,7 @@ from qvgen.packing.record import is_asked_for, record, verify
 from qvgen.tensors import own_memory
 
 _log = logging.getLogger(__name__)
+_NOTED = "qvgen_config"  # in the metadata of a state dict
 _told: list[str] = []  # that files record nothing is said once in a process
 
 
@@ -72,7 +73,6 @@ class QVGenQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: QVGenConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._loaded_keys: list[str] = []
-        self._config: dict[str, Any] | None = None  # of the loaded model, as config.json has it
 
     @property
     def is_serializable(self) -> bool:
@@ -100,10 +100,11 @@ class QVGenQuantizer(DiffusersQuantizer):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """What save_pretrained writes: all hashes go into each shard. A layer that stands in two places is stored under both
         names."""
+        config = getattr(state_dict, "_metadata", {}).get("", {}).get(_NOTED)
         state_dict = own_memory(state_dict)
-        if not safe_serialization or self._config is None:
+        if not safe_serialization or config is None:
             return state_dict, {}
-        return state_dict, record(state_dict, self._config)
+        return state_dict, record(state_dict, config)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         scheme, expected = self.quantization_config.scheme, self.quantization_config.num_targets
@@ -171,10 +172,15 @@ class QVGenQuantizer(DiffusersQuantizer):
             layer.validate(name)
         fuse_(model)
         refuse_fusing_(model)
-        self._config = json.loads(model.to_json_string())  # type: ignore[operator]
+        model.register_state_dict_post_hook(_note_config)
         # diffusers refuses model.to(dtype) for quantized models; packed layers keep their grid by themselves.
         model.is_quantized = False  # type: ignore[assignment]
         return model
+
+
+def _note_config(model: Any, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
+    """Leave config.json as it is now with the state dict, all that the quantizer is given of a model that is saved."""
+    local_metadata[_NOTED] = json.loads(model.to_json_string())
 
 
 def register() -> None:

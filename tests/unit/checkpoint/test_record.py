@@ -1,5 +1,6 @@
 """What packed files record of themselves: a flipped bit of a tensor and a changed field of config.json are refused by name."""
 
+import copy
 import json
 import logging
 import shutil
@@ -238,3 +239,10 @@ def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file(load_file(path), path, metadata={"format": "pt"})
     monkeypatch.delenv("QVGEN_VERIFY")
     assert "record no hashes" in CliRunner().invoke(app, ["verify", str(folder)]).output
+
+
+def test_a_setting_changed_after_loading_is_recorded_as_it_is_saved(folder: Path, tmp_path: Path) -> None:
+    model = copy.deepcopy(load(folder / "transformer"))
+    model.register_to_config(eps=1e-5)
+    model.save_pretrained(tmp_path / "again")
+    assert load(tmp_path / "again").config.eps == 1e-5
