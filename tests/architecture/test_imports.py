@@ -48,10 +48,10 @@ def test_help_is_quick() -> None:
 
 
 def test_every_import_is_declared() -> None:
-    """`pip install qvgen[pipeline,lora]` brings all that the packages import, also those inside functions."""
+    """`pip install qvgen[pipeline,lora,triton]` brings all that the packages import, also those inside functions."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    specs = [*project["dependencies"], *extras["serve"], *extras["pipeline"], *extras["lora"]]
+    specs = [*project["dependencies"], *extras["serve"], *extras["pipeline"], *extras["lora"], *extras["triton"]]
     declared = {canonical(re.split(r"[^\w.-]", spec)[0]) for spec in specs}
     providers = packages_distributions()
     undeclared = {
