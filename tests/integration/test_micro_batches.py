@@ -1,9 +1,13 @@
 """Micro-batches, checkpointing and mixed precision: less memory, the same training."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from qvgen.checkpoint.pipeline import load_transformer
+from qvgen.models.tiny import tiny_pipeline
 from qvgen.params import Params
 from tests.integration.test_training import FAMILIES, settings, trainer
 
@@ -57,6 +61,16 @@ def test_mixed_precision_keeps_weights_and_quantizers_in_float32(name: str) -> N
     exact.run(1, lambda _, record: expected.append(record.loss))
     assert losses[0] == pytest.approx(expected[0], rel=FIRST_LOSS)
     assert not run.finish().is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_teacher_loaded_in_bfloat16(name: str, tmp_path: Path) -> None:
+    """As stages load it: diffusers keeps some of its parameters in float32, which says nothing of its inputs."""
+    family, _, rotary = name.partition("-")
+    tiny_pipeline(family, tmp_path / "model", **({"rotary": True} if rotary else {}))
+    run = trainer(name, settings(precision="bfloat16"))
+    run.teacher = load_transformer(tmp_path / "model", torch.bfloat16)
+    run.run(1)
 
 
 def test_gradients_of_mixed_precision_point_where_those_of_float32_do() -> None:
