@@ -71,13 +71,14 @@ def shapes(folder: Path, library: str) -> dict[str, list[int]]:
 
 
 def weight_files(folder: Path, library: str = "diffusers") -> list[Path]:
-    """The files that loading reads: one, or those of an index. Raises SourceError if there are neither."""
+    """The files that loading reads: one, or those of an index. Where a folder has both, diffusers takes the index and
+    transformers the one file. Raises SourceError if there are neither."""
     filename = _FILES[library]
-    index = folder / f"{filename}.index.json"
-    if (folder / filename).is_file():
-        return [folder / filename]
-    if index.is_file():
+    index, single = folder / f"{filename}.index.json", folder / filename
+    if index.is_file() and (library == "diffusers" or not single.is_file()):
         return [folder / name for name in shards_of(index)]
+    if single.is_file():
+        return [single]
     present = sorted(path.name for path in folder.glob("*.safetensors"))
     stem = filename.removesuffix(".safetensors")
     variants = sorted({name[len(stem) + 1 :].split(".")[0] for name in present if name.startswith(f"{stem}.")})
