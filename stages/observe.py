@@ -13,8 +13,8 @@ from dataclasses import astuple
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from stages.record.system import processor
 from stages.runtime.code import code_fingerprints
+from stages.runtime.machine import processor
 from stages.runtime.source import BUILD, PACKAGES, Source, is_code, summarize
 
 HARDWARE, CODE = Path("artifacts/hardware.json"), Path("artifacts/code.json")

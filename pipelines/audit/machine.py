@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from pipelines.audit.checks import Check
 from pipelines.audit.lineage import Lineage, Step
-from stages.record.system import INSTRUCTIONS, PROCESSOR, THREADS, instructions, processor
+from stages.runtime.machine import INSTRUCTIONS, PROCESSOR, THREADS, instructions, processor
 
 _THREADS = "OMP_NUM_THREADS"
 

@@ -125,7 +125,11 @@ class PackedLinear(nn.Module):
         }
         given = {name: value.detach().contiguous() for name, value in tensors.items() if value is not None}
         validate_layer("(new)", given, k, n, scheme, bias is not None, check_codes=False)
-        packed.load_state_dict(given, assign=True)
+        for name, tensor in given.items():  # not by loading, which would add up the codes that were summed here
+            if name in layout.CAST_NAMES:
+                packed._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+            else:
+                packed._buffers[name] = tensor
         return packed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

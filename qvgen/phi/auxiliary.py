@@ -21,8 +21,10 @@ class AuxiliaryModule(nn.Module):
         super().__init__()
         if phi_up.shape[1] != phi_down.shape[0]:
             raise ValueError(f"ranks differ: phi_up {tuple(phi_up.shape)}, phi_down {tuple(phi_down.shape)}")
-        self.phi_up = nn.Parameter(phi_up.detach().clone())
-        self.phi_down = nn.Parameter(phi_down.detach().clone())
+        # Contiguous, as a loaded state is: products of other strides round otherwise, and a resumed run would differ.
+        self.phi_up, self.phi_down = (
+            nn.Parameter(x.detach().clone(memory_format=torch.contiguous_format)) for x in (phi_up, phi_down)
+        )
         self.register_buffer("gamma", torch.ones(phi_up.shape[1], device=phi_up.device), persistent=False)
 
     @classmethod

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from stages.record.system import computed_on
+from stages.runtime.machine import computed_on
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 FOLDER = Path(".qvgen") / "journal"

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -344,6 +345,9 @@ def test_the_commands_of_the_guide_work(project: Path) -> None:
     bin.mkdir(parents=True)
     (bin / "qvgen").write_text('#!/bin/sh\nexec python -m pipelines.cli "$@"\n')
     (bin / "qvgen").chmod(0o755)
+    key = bin.parent / "home/.ssh/id_ed25519"  # for the block that signs
+    key.parent.mkdir(parents=True)
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
     for block in blocks:
-        code, output = toy.run(project, "bash", "-euc", f"PATH={bin}:$PATH\n{block}")
+        code, output = toy.run(project, "bash", "-euc", f"PATH={bin}:$PATH HOME={key.parents[1]}\n{block}")
         assert code == 0, f"{block}\n{output}"

@@ -9,11 +9,11 @@ import torch
 
 from pipelines.audit.lineage import Step
 from pipelines.audit.machine import difference, machine_check, variables
-from stages.record import system
 from stages.record.journal import Journal, read_events
-from stages.record.system import INSTRUCTIONS, PROCESSOR, THREADS, computed_on
+from stages.runtime import machine
+from stages.runtime.machine import INSTRUCTIONS, PROCESSOR, THREADS, computed_on
 
-HERE = {PROCESSOR: system.processor(), INSTRUCTIONS: system.instructions()}
+HERE = {PROCESSOR: machine.processor(), INSTRUCTIONS: machine.instructions()}
 OTHER = {PROCESSOR: "Another Processor 9000", INSTRUCTIONS: "avx2 fma"}
 
 
@@ -41,12 +41,12 @@ def test_a_run_records_threads_processor_and_instructions(tmp_path: Any, monkeyp
 
 def test_instructions_are_those_that_kernels_are_chosen_by(monkeypatch: pytest.MonkeyPatch) -> None:
     told = [("model name", "A 1"), ("flags", "fpu avx2 fma avx512f smap"), ("model name", "A 1"), ("flags", "fpu avx2")]
-    monkeypatch.setattr(system, "_cpuinfo", lambda: told)
+    monkeypatch.setattr(machine, "_cpuinfo", lambda: told)
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
-    assert system.instructions() == "avx2 fma avx512f ATEN_CPU_CAPABILITY=avx2"
-    assert system.processor() == "A 1"
-    monkeypatch.setattr(system, "_cpuinfo", lambda: [])  # another operating system
-    assert system.processor() and system.instructions()
+    assert machine.instructions() == "avx2 fma avx512f ATEN_CPU_CAPABILITY=avx2"
+    assert machine.processor() == "A 1"
+    monkeypatch.setattr(machine, "_cpuinfo", lambda: [])  # another operating system
+    assert machine.processor() and machine.instructions()
 
 
 def test_the_same_machine() -> None:
