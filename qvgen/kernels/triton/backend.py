@@ -66,7 +66,7 @@ class TritonBackend:
             return
         if not x.numel():
             return  # no tokens, no outputs
-        e4m3 = launch.uses_e4m3(launch.architecture_of(x.device), arguments.weight_bits, bits)
+        e4m3 = launch.uses_e4m3(launch.architecture_of(x.device), arguments.weight_bits, bits, layers[0].weight_scale.shape[1])
         for start in range(0, len(layers), launch.MOST_SETS):
             some = layers[start : start + launch.MOST_SETS]
             for layer, codes, y in zip(

@@ -50,8 +50,9 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def uses_e4m3(architecture: Architecture, weight_bits: int, activation_bits: int) -> bool:
-    return architecture.e4m3 and max(weight_bits, activation_bits) <= E4M3_BITS
+def uses_e4m3(architecture: Architecture, weight_bits: int, activation_bits: int, groups: int) -> bool:
+    # Not with groups: totals beside sums spill there.
+    return architecture.e4m3 and groups == 1 and max(weight_bits, activation_bits) <= E4M3_BITS
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def compiled(
     x, y = (torch.empty(1, tokens, width, dtype=torch.bfloat16, device="meta") for width in (K, N))
 
     def run() -> None:
-        (codes,) = launch.quantize_tokens(x, [tensors], arguments, launch.uses_e4m3(gpu, bits, bits))
+        (codes,) = launch.quantize_tokens(x, [tensors], arguments, launch.uses_e4m3(gpu, bits, bits, groups))
         launch.integer_linear(codes, tensors, bits, K, True, y)
 
     launches = [one for one in launches_of(run) if only in one.kernel.__name__]
@@ -85,7 +85,7 @@ def test_small_products(gpu: Architecture, bits: int, monkeypatch: pytest.Monkey
 def test_groups(gpu: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
     results = compiled(gpu, monkeypatch, 3, LARGE, K // 128)
     check(gpu, results)
-    check_product(gpu, results["integer_gemm_kernel"], gpu.instruction)
+    check_product(gpu, results["integer_gemm_kernel"], "mma.sync s8" if gpu.e4m3 else gpu.instruction)
 
 
 def test_eight_bits_run_in_int8_where_four_run_in_e4m3(monkeypatch: pytest.MonkeyPatch) -> None:
