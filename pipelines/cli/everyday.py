@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +12,7 @@ from pipelines.cli.models import models
 from pipelines.cli.operations import operations
 from pipelines.run import nearby
 from pipelines.run.checkout import check_git, project_root
-from qvgen.cli.app import anywhere, name_of
+from qvgen.cli.app import anywhere, name_of, run_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -218,13 +217,5 @@ nearby.offer()
 
 
 def main() -> None:
-    """Bad input and a bad environment print one message and exit with 1; QVGEN_DEBUG=1 shows the traceback."""
-    try:
-        app()
-    except (ValueError, OSError) as error:
-        if os.environ.get("QVGEN_DEBUG") == "1":
-            raise
-        print(f"qvgen: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    """All commands, those that need no project too."""
+    run_app(app)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,10 +84,10 @@ def show_rollback(done: Any, as_json: bool) -> None:
         print(done.message)
 
 
-def main() -> None:
+def run_app(app: Callable[[], Any]) -> None:
     """Bad input and a bad environment print one message and exit with 1; QVGEN_DEBUG=1 shows the traceback."""
     try:
-        anywhere()
+        app()
     except (ValueError, OSError) as error:
         if os.environ.get("QVGEN_DEBUG") == "1":
             raise
@@ -94,3 +95,8 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def main() -> None:
+    """The commands that need no project."""
+    run_app(anywhere)
