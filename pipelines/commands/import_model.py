@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import get_args
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -31,13 +30,11 @@ def import_public_qvgen(
 
     from qvgen.checkpoint.packed import export_pipeline, verify_folder
     from qvgen.checkpoint.pipeline import load_component, load_transformer
-    from qvgen.checkpoint.public_qvgen import Clips, pack_public_, public_scheme, read_checkpoint, slots_by_timestep
+    from qvgen.checkpoint.public_qvgen import pack_public_, public_scheme, read_checkpoint, slots_by_timestep
     from qvgen.models.source import read_pipeline, resolve_source
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, found {dtype}")
-    if clips not in get_args(Clips):
-        raise ValueError(f"--clips must be one of {', '.join(get_args(Clips))}, found {clips}")
     if out.exists():
         raise ValueError(f"{out} is there already; choose a new folder")
     tensors = read_checkpoint(checkpoint)

@@ -78,9 +78,7 @@ def test_gradients_of_mixed_precision_point_where_those_of_float32_do() -> None:
     _, mixed = gradients("wan", settings(precision="bfloat16"))
     cosine = {n: nn.functional.cosine_similarity(exact[n].flatten(), mixed[n].flatten(), dim=0).item() for n in exact}
     large = [n for n in exact if exact[n].norm() > 1e-3 * max(g.norm() for g in exact.values())]
-    print("least", min((cosine[n], n) for n in large))
     assert min(cosine[n] for n in large) > LEAST_COSINE
     together = [torch.cat([g[n].flatten() for n in exact]) for g in (exact, mixed)]
     whole = nn.functional.cosine_similarity(*together, dim=0).item()
-    print("whole", whole)
     assert whole > WHOLE_COSINE
