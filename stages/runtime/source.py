@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -73,10 +74,23 @@ def _squeezed(text: str) -> list[str]:
     return [re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", line) for line in [*lines, " ".join(run)] if line.strip()]
 
 
+def _parsed(content: bytes) -> ast.Module:
+    """The syntax tree. Python 3.11 counts the depth of all threads together while it builds one and may then complain of the
+    sum (CPython issue 106905), beside Prefect's threads once in some hundred flows. Nothing is wrong with the file: again."""
+    import ast
+
+    for _ in range(10):
+        try:
+            return ast.parse(content)
+        except SystemError:
+            time.sleep(0.01)
+    return ast.parse(content)
+
+
 def _summarize_python(content: bytes, module: str, package: bool) -> Source:
     import ast
 
-    tree = ast.parse(content)
+    tree = _parsed(content)
     computes = _keep_functions(tree) if module in DECLARATIONS else ()
     _strip(tree)
     imports: set[tuple[str, str, str]] = set()
