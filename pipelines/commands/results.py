@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,8 @@ def markdown_table(root: Path) -> str:
     header = ["", *_headings(root), "measured by"]
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * len(COLUMNS) + "---|"]
     lines += [f"| {row.name} | {' | '.join(row.cells)} | `{row.command}` |" for row in rows(metrics)]
-    return "\n".join([*lines, "", *facts(metrics)])
+    prose = [line for fact in facts(metrics) for line in textwrap.wrap(fact, 120, break_on_hyphens=False)]
+    return "\n".join([*lines, "", *prose])
 
 
 def show(root: Path) -> None:
