@@ -22,9 +22,11 @@ from qvgen.models.hashes import hash_files
 from qvgen.models.source import read_pipeline
 from qvgen.models.tiny import TINY_CLIP, tiny_pipeline
 from qvgen.sampling.video import write_video
+from tests.support.stages_in_process import TO_PACK, run_stages
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 600  # limit of one `dvc repro`; minutes on two busy cores
+STEPS, PHASE, FINAL = 80, 20, 30  # of training, long enough to be killed in
 CAPTIONS = ("a red digit three moving up", "a blue digit two moving down", "a green digit one moving left")
 
 pytestmark = [pytest.mark.slow, pytest.mark.integration]
@@ -54,8 +56,8 @@ def make_project(folder: Path, family: str) -> Path:
     parts = {"train_clips": 4, "calibration_clips": 3, "held_out_clips": 2}
     params["prepare"] |= {"source": "videos", "folder": "videos", "fps": 8, **clip, **parts}
     params["scheme"]["timestep_groups"] = 3
-    params["qat"] |= {"steps": 150, "batch_size": 2, "checkpoint_every": 10}
-    params["decay"] |= {"initial_rank": 4, "phase_steps": 30, "final_steps": 60}
+    params["qat"] |= {"steps": STEPS, "batch_size": 2, "checkpoint_every": 10}
+    params["decay"] |= {"initial_rank": 4, "phase_steps": PHASE, "final_steps": FINAL}
     params["evaluate"] |= {"prompts": 2, "inference_steps": 2, "velocity_timesteps": 2, "videos": 1}
     params["benchmark"] |= {"repetitions": 3}
     write_params(folder, params)
@@ -135,21 +137,33 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def not_trained_yet(finished: Path, folder: Path) -> Path:
+    """A copy of a finished project that stands before qat, and whose DVC does not remember that it ever ran."""
+    shutil.copytree(finished, folder)
+    lock = yaml.safe_load((folder / "dvc.lock").read_text())
+    for stage in ("qat", "decay", "pack"):
+        del lock["stages"][stage]
+        shutil.rmtree(folder / "artifacts" / {"pack": "packed"}.get(stage, stage))
+    (folder / "dvc.lock").write_text(yaml.safe_dump(lock))
+    shutil.rmtree(folder / ".dvc/cache/runs")
+    return folder
+
+
 def test_kill_9_and_resume_equals_uninterrupted(finished: Path, tmp_path: Path) -> None:
-    folder = make_project(tmp_path / "killed", "wan")
+    folder = not_trained_yet(finished, tmp_path / "killed")
     repro_and_kill(folder, "qat", checkpoints=3)
     repro_and_kill(folder, "decay", checkpoints=2)
     output = repro(folder, "pack")
     assert "decay: continues at step" in output
     assert curve(folder, "qat") == curve(finished, "qat")
     assert curve(folder, "decay") == curve(finished, "decay")
-    assert [int(row[0]) for row in curve(folder, "qat") + curve(folder, "decay")] == list(range(150 + 3 * 30 + 60))
+    assert [int(row[0]) for row in curve(folder, "qat") + curve(folder, "decay")] == list(range(STEPS + 3 * PHASE + FINAL))
     assert hashes(folder / "artifacts/decay") == hashes(finished / "artifacts/decay")
     assert hashes(folder / "artifacts/packed") == hashes(finished / "artifacts/packed")
 
     # A changed parameter starts fresh, whatever checkpoint an interrupted run has left.
     params = yaml.safe_load((folder / "params.yaml").read_text())
-    params["qat"] |= {"learning_rate": 1e-3, "steps": 151}
+    params["qat"] |= {"learning_rate": 1e-3, "steps": STEPS + 1}
     shutil.rmtree(folder / "artifacts/qat")
     shutil.rmtree(folder / "artifacts/decay")
     write_params(folder, params)
@@ -171,7 +185,7 @@ def test_metrics_have_the_promised_keys(finished: Path) -> None:
     for key in ("bytes", "step_ms", "peak_rss_mb"):
         assert metrics["benchmark"][key].keys() == {"fp32", "bf16", "packed"}
     assert metrics["baselines"].keys() == {"rtn", "mse"}
-    assert metrics["qat"]["steps"] == 150 and metrics["decay"]["steps"] == 150
+    assert metrics["qat"]["steps"] == STEPS and metrics["decay"]["steps"] == 3 * PHASE + FINAL
     assert metrics["decay"]["final_loss"] < metrics["qat"]["final_loss"]
     assert len(list((finished / "artifacts/evaluation").glob("*.mp4"))) == 1
 
@@ -220,7 +234,7 @@ def test_a_method_with_a_scheme_of_its_own_goes_through_the_same_stages(method: 
     if method == "viditq":
         params["scheme"]["input_rotation"] = 4  # 128 does not divide what is 12 wide
     write_params(folder, params)
-    repro(folder, "evaluate", "baselines")
+    run_stages(folder, *TO_PACK, "evaluate", "baselines")
     config = json.loads((folder / "artifacts/packed/transformer/config.json").read_text())["quantization_config"]
     assert config["config_groups"]["group_0"]["input_scaling"] is True
     assert method in (folder / "artifacts/packed/README.md").read_text()
@@ -241,7 +255,7 @@ def test_a_trained_method_goes_through_the_same_stages(method: str, family: str,
     params["method"] = method
     params["qat"]["steps"], params["decay"] = 4, params["decay"] | {"phase_steps": 2, "final_steps": 6}
     write_params(folder, params)
-    repro(folder, "evaluate")
+    run_stages(folder, *TO_PACK, "evaluate")
     scores = json.loads((folder / "metrics/evaluate.json").read_text())["packed"]
     assert scores["psnr_db"] > 5 and scores["velocity_mse"] > 0
     assert (folder / "artifacts/calibration/mse.safetensors").exists() == (method == "qvgen+")
@@ -255,6 +269,6 @@ def test_cogvideox_goes_through_the_same_stages(tmp_path: Path) -> None:
     params = yaml.safe_load((folder / "params.yaml").read_text())
     params["qat"]["steps"], params["decay"] = 4, params["decay"] | {"phase_steps": 2, "final_steps": 2}
     write_params(folder, params)
-    repro(folder, "evaluate")
+    run_stages(folder, *TO_PACK, "evaluate")
     scores = json.loads((folder / "metrics/evaluate.json").read_text())["packed"]
     assert scores["psnr_db"] > 5 and scores["velocity_mse"] > 0
