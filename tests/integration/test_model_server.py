@@ -168,3 +168,4 @@ def test_without_its_alias_it_goes_on(served: Served) -> None:
     served.client.delete_registered_model_alias(NAME, "champion")
     wait_until(lambda: served.number('qvgen_registry_looks_total{outcome="unreachable"}') > 0, served.log.read_text)
     assert ask(served.address).headers["Model-Version"] == "followed/2"
+    assert [path.name for path in served.log.parent.iterdir()] == ["log"], "its folder may be read-only"

@@ -1,5 +1,7 @@
 """A virtual environment with what `pip install qvgen[serve]` brings, and nothing else: the wheel, really installed, and the
 packages that its metadata ask for, linked file by file from this environment, because downloading them takes minutes.
+
+`python -m tests.support.fresh_venv` prints how many they are, and their bytes.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -117,3 +120,12 @@ def _program(folder: Path, name: str, code: str) -> None:
     path = folder / "bin" / name
     path.write_text(f"#!{folder / 'bin' / 'python'}\n{code}\n")
     path.chmod(0o755)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        found = needed(build_wheel(Path(temporary)))
+    torch = size_of({"torch": found["torch"]})
+    print(
+        f"{len(found)} packages, {size_of(found) / 1e9:.2f} GB, of which torch {found['torch'].version} {torch / 1e9:.2f} GB"
+    )
