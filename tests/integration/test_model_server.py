@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +40,7 @@ class Served:
     log: Path
     client: MlflowClient
     sha256: dict[int, str]
+    process: subprocess.Popen[bytes]
 
     def promote(self, version: int) -> None:
         move_alias(self.client, NAME, "champion", version, reason="passed the gate")
@@ -72,8 +75,8 @@ def served(fresh: Installed, mlflow_server: str, tmp_path_factory: pytest.TempPa
     command = [str(fresh.venv / "bin" / "qvgen"), "serve-model", f"models:/{NAME}@champion"]
     command += ["--port", str(port), "--interval", str(INTERVAL)]
     address = f"http://127.0.0.1:{port}"
-    with server(command, folder / "run", f"{address}/health", variables, alone=True):
-        yield Served(address, folder / "run" / "log", client, sha256)
+    with server(command, folder / "run", f"{address}/health", variables, alone=True) as process:
+        yield Served(address, folder / "run" / "log", client, sha256, process)
 
 
 def test_it_answers_as_mlflows_own_server_does(served: Served) -> None:
@@ -169,3 +172,13 @@ def test_without_its_alias_it_goes_on(served: Served) -> None:
     wait_until(lambda: served.number('qvgen_registry_looks_total{outcome="unreachable"}') > 0, served.log.read_text)
     assert ask(served.address).headers["Model-Version"] == "followed/2"
     assert [path.name for path in served.log.parent.iterdir()] == ["log"], "its folder may be read-only"
+
+
+def test_the_end_waits_for_requests_that_were_begun(served: Served) -> None:
+    """The last test: the server ends."""
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(ask, served.address, steps=10) for _ in range(2)]
+        wait_until(lambda: served.number("qvgen_queue") == 2, served.log.read_text)
+        served.process.terminate()
+        assert [future.result().status for future in asked] == [200, 200]
+    assert served.process.wait(60) in (0, -signal.SIGTERM)
