@@ -1,21 +1,34 @@
-"""Takes the pictures in docs/: `qvgen ui --no-browser &`, then `python docs/screenshots.py`, after `make repro`."""
+"""Takes the pictures in docs/, after `make repro`: `qvgen ui --no-browser &`, `qvgen repro`, then `python docs/screenshots.py
+LINK` with the link to Prefect that `qvgen ui` prints. It needs Chromium (.ci/programs)."""
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from mlflow import MlflowClient
-from playwright.sync_api import sync_playwright
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+from pipelines.commands.ui import TRAINING
 
 MLFLOW, PREFECT = "http://127.0.0.1:5000", "http://127.0.0.1:4200"
 OPTIONS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
 FOLDER = Path(__file__).parent
 SETTLE_MS = 6_000  # both pages load their data after they have loaded themselves
+COLOURS = 128  # more are not seen on these pages, and the repository keeps every picture for ever
 
 
-def main() -> None:
+def take(page: Page, name: str) -> None:
+    page.wait_for_timeout(SETTLE_MS)
+    picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(FOLDER / f"{name}.png", optimize=True)
+
+
+def main(login: str) -> None:
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     client = MlflowClient(MLFLOW)
     experiment = client.get_experiment_by_name("qvgen")
@@ -28,26 +41,28 @@ def main() -> None:
     qat = next(run for run in finished if run.data.tags.get("dvc.stage") == "qat" and "stage.state" not in run.data.tags)
     base = f"{MLFLOW}/#/experiments/{experiment.experiment_id}"
     pages = {
-        "mlflow-runs": f"{base}/runs",
-        "mlflow-execution": f"{base}/runs/{execution.info.run_id}",
-        "mlflow-qat": f"{base}/runs/{qat.info.run_id}/model-metrics",
-        "mlflow-model": f"{MLFLOW}/#/models/qvgen",
+        "mlflow-runs": f"{base}/runs{TRAINING}",
+        "mlflow-execution": f"{base}/runs/{execution.info.run_id}{TRAINING}",
+        "mlflow-qat": f"{base}/runs/{qat.info.run_id}/model-metrics{TRAINING}",
+        "mlflow-model": f"{MLFLOW}/#/models/qvgen{TRAINING}",
         "prefect-runs": f"{PREFECT}/runs",
     }
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=OPTIONS)
         page = browser.new_page(viewport={"width": 1400, "height": 900})
+        page.goto(login)
+        page.wait_for_timeout(SETTLE_MS)
+        page.goto(pages["mlflow-runs"])
+        page.get_by_role("button", name="Close", exact=True).click()  # an assistant that nobody asked for
         for name, address in pages.items():
             page.goto(address)
-            page.wait_for_timeout(SETTLE_MS)
-            page.screenshot(path=FOLDER / f"{name}.png")
+            take(page, name)
         page.get_by_role("link").filter(has_text="-").first.wait_for()
         link = page.locator("a[href*='/runs/flow-run/']").first.get_attribute("href")
         page.goto(f"{PREFECT}{link}")
-        page.wait_for_timeout(SETTLE_MS)
-        page.screenshot(path=FOLDER / "prefect-flow.png")
+        take(page, "prefect-flow")
         browser.close()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

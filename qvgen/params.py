@@ -45,6 +45,17 @@ class Fetch(_Section):
         default=None, pattern=r"^[0-9a-f]{40}$", description="commit of the hub repository, 40 hex digits"
     )
 
+    @model_validator(mode="after")
+    def _full_precision(self) -> Self:
+        if self.source.startswith("models:/"):
+            raise ValueError(
+                f"source {self.source!r:.200} is a model of the registry, which is packed, and the stages train and judge by "
+                "full precision: give the folder or hub id that it was made of (its run in MLflow names it)"
+            )
+        if re.fullmatch(r"[\w.-]+/[\w.-]+@.*", self.source):
+            raise ValueError(f"source {self.source!r:.200}: here the commit after @ belongs into fetch.revision")
+        return self
+
 
 class Prepare(_Section):
     source: Literal["digits", "videos"]

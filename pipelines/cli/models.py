@@ -24,10 +24,10 @@ class Clips(StrEnum):
 @models.command(name="import")
 def import_model(
     checkpoint: Annotated[Path, typer.Option(help="A safetensors file")],
-    base: Annotated[str, typer.Option(help="The full-precision pipeline: a diffusers folder, or a hub id with --revision")],
+    base: Annotated[str, typer.Option(help="The full-precision pipeline: a diffusers folder, or ORG/NAME@COMMIT")],
     out: Annotated[Path, typer.Option(help="Folder to write")],
     form: Annotated[Format, typer.Option("--format", help="Of the checkpoint")] = Format.QVGEN_PUBLIC,
-    revision: Annotated[str | None, typer.Option(help="Commit of a hub id")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit of a hub id that names none")] = None,
     clips: Annotated[Clips, typer.Option(help="Which clips a timestep gets: docs/import.md")] = Clips.AS_TRAINED,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps that inference-script counts by")] = 50,
     weight_bits: Annotated[int, typer.Option(min=2, max=8)] = 4,

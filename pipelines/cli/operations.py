@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.run.checkout import check_git, project_root
+from pipelines.run.checkout import check_git, check_owner, project_root
 
 operations = typer.Typer()
 
@@ -161,7 +161,9 @@ def gc(
     needs. Exit code 1: something, and nothing is deleted."""
     from pipelines.champion.kept import check_gc
 
-    if check_gc(project_root(), all_commits=all_commits, run=run):
+    root = project_root()
+    check_owner(root)
+    if check_gc(root, all_commits=all_commits, run=run):
         raise typer.Exit(1)
 
 
@@ -175,6 +177,7 @@ def sign(
     from pipelines.audit.signature import sign as run
 
     root = project_root()
+    check_owner(root)
     chosen = key or Path(Project(root).git("config", "--type=path", "user.signingkey") or "no key")
     done = run(root, chosen.expanduser())
     print(
@@ -206,6 +209,7 @@ def audit(
     from pipelines.audit.report import find_uses
 
     root = project_root()
+    check_owner(root)
     if data is not None:
         md5, found = find_uses(root, data)
         if as_json:

@@ -22,7 +22,8 @@ def import_public_qvgen(
 ) -> int:
     """Write a packed pipeline folder from a checkpoint of the public QVGen code; return the number of packed layers.
 
-    `base`: folder or hub id (with `revision`) of the full-precision pipeline, for everything but the transformer's tensors.
+    `base`: folder or hub id (with `revision`, or as ORG/NAME@COMMIT) of the full-precision pipeline, for everything but the
+    transformer's tensors.
     `clips` and `steps`: see slots_by_timestep. `dtype`: of the tensors that are not packed. `out` appears whole or not at all.
     Raises ValueError for a checkpoint that does not fit, and if `out` is there already.
     """
@@ -31,14 +32,14 @@ def import_public_qvgen(
     from qvgen.checkpoint.packed import export_pipeline, verify_folder
     from qvgen.checkpoint.pipeline import load_component, load_transformer
     from qvgen.checkpoint.public_qvgen import pack_public_, public_scheme, read_checkpoint, slots_by_timestep
-    from qvgen.models.source import read_pipeline, resolve_source
+    from qvgen.models.source import read_pipeline
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, found {dtype}")
     if out.exists():
         raise ValueError(f"{out} is there already; choose a new folder")
     tensors = read_checkpoint(checkpoint)
-    source = resolve_source(base, revision)
+    source = _full_precision(base, revision)
     read_pipeline(source)
     scheduler = load_component(source, "scheduler") if clips == "inference-script" else None
     slots = slots_by_timestep(clips, scheduler, steps)  # type: ignore[arg-type]
@@ -56,3 +57,20 @@ def import_public_qvgen(
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return count
+
+
+def _full_precision(base: str, revision: str | None) -> Path:
+    """The folder of a base. Raises ValueError for a model of the registry: those are packed."""
+    from qvgen.hub.reference import is_registered, parse_hub_id
+    from qvgen.models.source import resolve_source
+
+    if is_registered(base):
+        raise ValueError(
+            f"--base {base:.200}: models of the registry are packed, and the checkpoint is to be read into the full-precision "
+            "transformer that it was trained from: give its folder, or ORG/NAME@COMMIT"
+        )
+    if not Path(base).is_dir() and (hub := parse_hub_id(base)) is not None:
+        if revision not in (None, hub.commit):
+            raise ValueError(f"--base {base:.200} names another commit than --revision {revision:.60}: give one of them")
+        base, revision = hub.repository, hub.commit
+    return resolve_source(base, revision)

@@ -35,6 +35,9 @@ class Server:
     variables: dict[str, str]
 
 
+TRAINING = "?workflowType=machine_learning"
+
+
 def show(root: Path, mlflow_port: int, prefect_port: int, browser: bool) -> int:
     """Start what does not run yet, print both addresses, wait, and stop what was started. Raises ValueError if nothing is
     recorded yet, if a port is taken by something else, if a server does not come up, or if MLFLOW_TRACKING_URI names one that
@@ -98,10 +101,11 @@ def show(root: Path, mlflow_port: int, prefect_port: int, browser: bool) -> int:
 
 
 def _experiment(mlflow: str, shown: str) -> str:
-    """The page of the experiment that stages report to; before the first run, the start page."""
+    """The page of the experiment that stages report to, among models in training: without being told, MLflow opens what it has
+    for language models, whatever the experiment's kind. Before the first run, the start page."""
     reply = fetch(f"{mlflow}/api/2.0/mlflow/experiments/get-by-name?experiment_name={EXPERIMENT}", 5)
     try:
-        return f"{shown}/#/experiments/{json.loads(reply or '')['experiment']['experiment_id']}"
+        return f"{shown}/#/experiments/{json.loads(reply or '')['experiment']['experiment_id']}{TRAINING}"
     except (ValueError, KeyError, TypeError):
         return shown
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,8 +70,10 @@ def run_is_active(root: Path) -> str | None:
 
 
 def check_git(root: Path) -> None:
-    """Raises ValueError where DVC would refuse to work: in a folder without git, such as an unpacked ZIP file."""
+    """Raises ValueError where DVC would refuse to work: in a folder without git, such as an unpacked ZIP file, and where
+    `check_owner` does."""
     if any((folder / ".git").exists() for folder in (root, *root.parents)):
+        check_owner(root)
         return
     from dvc.config import Config
 
@@ -78,6 +82,20 @@ def check_git(root: Path) -> None:
             f"{root} is in no git repository, which DVC needs. Either `git init && git add -A && git commit -m start` "
             "(then runs name their code and `qvgen audit` can check them), or `dvc config --local core.no_scm true`"
         )
+
+
+def check_owner(root: Path) -> None:
+    """Raises ValueError, with git's own remedy, for a clone of another user: its configuration names programs, so git does not
+    read it for you before you say that you trust it, and neither does DVC."""
+    command, plain = ["git", "-C", str(root), "rev-parse", "--git-dir"], os.environ | {"LC_ALL": "C"}
+    try:
+        said = subprocess.run(command, env=plain, capture_output=True, text=True, check=False).stderr
+    except OSError:  # no git: whoever needs it says so
+        return
+    if "dubious ownership" in said:
+        remedy = re.search(r"git config --global --add safe\.directory .*", said)
+        add = remedy[0] if remedy else f"git config --global --add safe.directory {root}"
+        raise ValueError(f"{root} belongs to another user: if you trust them, `{add}`; else use a clone of your own")
 
 
 def project_root() -> Path:

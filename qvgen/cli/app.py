@@ -74,6 +74,20 @@ def canary(
         raise typer.Exit(1)
 
 
+@anywhere.command(name="serve-model")
+def serve_model(
+    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS, which is followed, or models:/NAME/VERSION")],
+    host: Annotated[str, typer.Option(help="Address to listen on; there is no login, so others need a proxy")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 5001,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks at the alias")] = 30.0,
+    allowed_hosts: Annotated[str, typer.Option(help="Further names it is asked under, comma between; * for any")] = "",
+) -> None:
+    """Serve a registered model over HTTP as `mlflow models serve` does, and follow its alias without a restart."""
+    from qvgen.serving.server import serve
+
+    serve(model, host, port, interval, [name.strip() for name in allowed_hosts.split(",") if name.strip()])
+
+
 def show_rollback(done: Any, as_json: bool) -> None:
     if as_json:
         import json

@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,40 +52,68 @@ class Turns:
                 self._count -= 1
 
 
-class Engine:
-    """The pipeline of a folder, its limits, and its turns."""
+@dataclass(frozen=True)
+class Order:
+    """One video that was asked for, checked. `settings`: a SamplingSettings."""
 
-    def __init__(self, folder: str | Path, limits: Limits | None = None, waiting: int = WAITING) -> None:
+    prompt: str
+    seed: int
+    negative_prompt: str
+    settings: Any
+
+
+class Engine:
+    """The pipeline of a folder, its limits, and its turns.
+
+    Engines that share `turns` make one video at a time between them. `on_video` gets the seconds that each took.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        limits: Limits | None = None,
+        turns: Turns | None = None,
+        on_video: Callable[[float], object] = lambda seconds: None,
+    ) -> None:
         from qvgen.checkpoint.pipeline import load_pipeline
         from qvgen.models.registry import load_family
         from qvgen.sampling.settings import read_settings
 
-        self.folder, self.turns = Path(folder), Turns(waiting)
+        self.folder, self.turns, self._on_video = Path(folder), turns or Turns(WAITING), on_video
         self.limits = limits or Limits.of(vars(read_settings(folder)))
         self._family, self._pipeline = load_family(folder), load_pipeline(folder)
 
-    def make(self, prompt: str, seed: int = 0, negative_prompt: str = "", overrides: Mapping[str, Any] | None = None) -> bytes:
-        """An .mp4, the one that `qvgen generate` writes for the same arguments.
-
-        Raises ValueError for what cannot be sampled, LimitError, BusyError.
-        """
-        from qvgen.sampling.clip import own_scheduler, sample_clip
+    def order(self, prompt: str, seed: int, negative_prompt: str, overrides: Mapping[str, Any]) -> Order:
+        """Raises ValueError for what cannot be sampled, and LimitError."""
         from qvgen.sampling.settings import check_seed, read_settings
-        from qvgen.sampling.video import write_video
 
         if not prompt.strip():
             raise ValueError("the prompt is empty: say what the video shows")
         check_seed(seed)
-        given = {name: value for name, value in (overrides or {}).items() if value is not None}
+        given = {name: value for name, value in overrides.items() if value is not None}
         wanted = vars(read_settings(self.folder)) | given
         numbers = {name: wanted[name] for name in ("frames", "height", "width")}
         for name, value in (numbers | {"inference_steps": wanted["inference_steps"]}).items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} = {value!r:.100} must be a whole number, at least 1")
         self.limits.check(steps=wanted["inference_steps"], prompts=(prompt, negative_prompt), **numbers)
-        settings = read_settings(self.folder, given)
-        with self.turns.take(), tempfile.TemporaryDirectory() as folder:
-            clip = sample_clip(own_scheduler(self._pipeline), self._family, settings, prompt, seed, negative_prompt)
+        return Order(prompt, seed, negative_prompt, read_settings(self.folder, given))
+
+    def make(self, orders: Sequence[Order]) -> list[bytes]:
+        """In one turn, an .mp4 for each, the one that `qvgen generate` writes for the same arguments. Raises BusyError."""
+        with self.turns.take():
+            return [self._one(order) for order in orders]
+
+    def _one(self, order: Order) -> bytes:
+        from qvgen.sampling.clip import own_scheduler, sample_clip
+        from qvgen.sampling.video import write_video
+
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            scheduled = own_scheduler(self._pipeline)
+            clip = sample_clip(scheduled, self._family, order.settings, order.prompt, order.seed, order.negative_prompt)
             path = Path(folder) / "video.mp4"
-            write_video(path, clip, settings.fps)
-            return path.read_bytes()
+            write_video(path, clip, order.settings.fps)
+            video = path.read_bytes()
+        self._on_video(time.monotonic() - started)
+        return video

@@ -35,31 +35,41 @@ PARAMETERS = {
     "fps": "fps",
 }
 OUTPUTS = ("base64", "path")
+_TYPES = {"guidance_scale": "double"}  # of parameters; the others are whole numbers
 
 
 def make_model() -> Any:
     """A new `PythonModel`, which loads nothing before MLflow gives it a context."""
-    from mlflow.exceptions import MlflowException
-    from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
     from mlflow.pyfunc import PythonModel, PythonModelContext
 
     class QvgenModel(PythonModel):
-        """A packed pipeline. Errors are those of MLflow's server: 400 for bad input, 503 for too many requests."""
+        """A packed pipeline."""
 
         def load_context(self, context: PythonModelContext) -> None:
             self._served = Served.of(Path(context.artifacts["packed"]), context.model_config or {})
 
         def predict(self, context, model_input, params=None):  # hints would be taken for a schema, which is the signature's
-            from qvgen.serving.engine import BusyError
-
-            try:
-                return self._served.predict(model_input, params or {})
-            except ValueError as error:
-                raise MlflowException(str(error), INVALID_PARAMETER_VALUE) from None
-            except BusyError as error:
-                raise MlflowException(str(error), TEMPORARILY_UNAVAILABLE) from None
+            return self._served.answer(model_input, params or {})
 
     return QvgenModel()
+
+
+def signature_of(settings: Mapping[str, Any]) -> Any:
+    """MLflow's signature of a model with these settings (generation.json), its own defaults in it."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+    inputs: list[Any] = [
+        ColSpec("string", "prompt"),
+        ColSpec("string", "negative_prompt", required=False),
+        ColSpec("long", "seed", required=False),
+    ]
+    parameters = [ParamSpec(name, _TYPES.get(name, "long"), settings[field]) for name, field in PARAMETERS.items()]
+    return ModelSignature(
+        inputs=Schema(inputs),
+        outputs=Schema([ColSpec("string", "video"), ColSpec("string", "sha256")]),
+        params=ParamSchema([*parameters, ParamSpec("output", "string", OUTPUTS[0])]),
+    )
 
 
 class Served:
@@ -93,20 +103,33 @@ class Served:
         if output not in OUTPUTS:
             raise ValueError(f"output = {output!r:.100} must be one of {', '.join(OUTPUTS)}")
         overrides = {field: params.get(name) for name, field in PARAMETERS.items()}
-        rows = []
+        orders = []
         for row in table.to_dict("records"):
-            seed = row.get("seed")
-            negative = row.get("negative_prompt")
-            video = self.engine.make(
-                str(row["prompt"]),
-                0 if seed is None or seed != seed else int(seed),  # a column that some rows lack holds NaN
-                negative if isinstance(negative, str) else "",
-                overrides,
+            seed, negative = row.get("seed"), row.get("negative_prompt")
+            seed = 0 if seed is None or seed != seed else int(seed)  # a column that some rows lack holds NaN
+            orders.append(
+                self.engine.order(str(row["prompt"]), seed, negative if isinstance(negative, str) else "", overrides)
             )
+        rows = []
+        for video in self.engine.make(orders):
             digest = hashlib.sha256(video).hexdigest()
             text = base64.b64encode(video).decode() if output == "base64" else str(_keep(video, digest))
             rows.append({"video": text, "sha256": digest})
         return pandas.DataFrame(rows)
+
+    def answer(self, table: Any, params: Mapping[str, Any]) -> Any:
+        """`predict`, with the errors of MLflow's servers: 400 for bad input, 503 for too many requests."""
+        from mlflow.exceptions import MlflowException
+        from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
+
+        from qvgen.serving.engine import BusyError
+
+        try:
+            return self.predict(table, params)
+        except ValueError as error:
+            raise MlflowException(str(error), INVALID_PARAMETER_VALUE) from None
+        except BusyError as error:
+            raise MlflowException(str(error), TEMPORARILY_UNAVAILABLE) from None
 
 
 def _keep(video: bytes, digest: str) -> Path:

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from pipelines.run.prefect_home import answers
-from tests.support import audited_project, services
+from tests.support import audited_project, fresh_venv, services
 from tests.support.toy_project import wait_until
 
 
@@ -59,3 +60,13 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     store = f"sqlite:///{folder / 'mlflow.db'}"
     with services.mlflow(folder, store, str(folder / "files"), {}) as address:
         yield address
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> fresh_venv.Installed:
+    """The wheel, and an environment with `qvgen[serve]` alone; made once for all of pytest's processes."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with FileLock(folder / "fresh.lock"):
+        return fresh_venv.make(folder / "fresh")

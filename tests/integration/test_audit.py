@@ -268,6 +268,31 @@ def test_a_rollback_is_sealed_and_audited(worse: Path, tmp_path: Path, monkeypat
     assert {check.state for check in audit(project, "qvgen@champion").checks if not check.ok} == {"TODO"}
 
 
+def test_a_retraining_commits_the_seal_of_its_promotion(worse: Path, tmp_path: Path) -> None:
+    """As the flow does: results, then the gate, then the seal of what it decided, alone in a commit on top."""
+    from pipelines.run.retrain import commit_results, keep_promotion
+
+    root = copy(worse, tmp_path / "project")
+    head, status = toy.git(root, "rev-parse", "HEAD"), toy.git(root, "status", "--porcelain")
+    results = commit_results(root, "Retraining")
+    assert results is not None
+    assert keep_promotion(root, results, push=False) == results, "nothing was promoted"
+    assert promote(root, load_params(root / "params.yaml"), force=True, reason="a test").moved
+    assert "promotion" in failed(root), "its line is not in git yet"
+    sealed = keep_promotion(root, results, push=False)
+    assert sealed is not None and sealed.branch == results.branch
+    assert toy.git(root, "log", "-2", "--format=%H %s", sealed.branch).splitlines() == [
+        f"{sealed.commit} Seal of the promotion",
+        f"{results.commit} Retraining",
+    ]
+    changed = toy.git(root, "diff", "--unified=0", results.commit, sealed.commit)
+    assert re.findall(r"^\+\+\+ b/(.*)$", changed, re.MULTILINE) == ["metrics/seal.jsonl"]
+    (line,) = re.findall(r"^\+({.*)$", changed, re.MULTILINE)
+    assert json.loads(line)["record"]["reason"] == "a test" and json.loads(line)["kind"] == "promotion"
+    assert "promotion" not in failed(root)
+    assert (toy.git(root, "rev-parse", "HEAD"), toy.git(root, "status", "--porcelain")) == (head, status)
+
+
 def test_garbage_collection_is_refused(project: Path, monkeypatch: Any, capsys: Any) -> None:
     assert check_gc(project) == []
     assert "delete nothing that a version needs" in capsys.readouterr().out

@@ -19,8 +19,9 @@ from qvgen.evaluation.quality.canary import make_canary
 from qvgen.hub.artifacts import CANARY, CANARY_RECORD, CANARY_TAG
 from qvgen.sampling.settings import read_settings
 from qvgen.sampling.video import write_video
+from tests.support.fresh_venv import Installed
 from tests.support.packed_model import make_packed
-from tests.support.registered import outside, packed_wish, python_outside, register
+from tests.support.registered import outside, packed_wish, register
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -50,9 +51,9 @@ def registered(mlflow_server: str, tmp_path_factory: pytest.TempPathFactory) -> 
     return client
 
 
-def run(folder: Path, server: str, version: int) -> tuple[int, str]:
-    variables = outside(folder, server)
-    command = [python_outside(folder), "-m", "qvgen", "canary", f"models:/canary-{version}/1"]
+def run(fresh: Installed, folder: Path, server: str, version: int) -> tuple[int, str]:
+    variables = outside(fresh.venv, folder, server)
+    command = [str(fresh.venv / "bin" / "qvgen"), "canary", f"models:/canary-{version}/1"]
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
@@ -61,22 +62,24 @@ def audited(client: Any, version: int) -> Any:
     return canary_check(Lineage(client.get_model_version(f"canary-{version}", "1"), None, []))
 
 
-def test_as_registered(registered: Any, mlflow_server: str, tmp_path: Path) -> None:
+def test_as_registered(fresh: Installed, registered: Any, mlflow_server: str, tmp_path: Path) -> None:
     assert "nobody has asked yet" in audited(registered, 1).detail
-    code, output = run(tmp_path, mlflow_server, 1)
+    code, output = run(fresh, tmp_path, mlflow_server, 1)
     assert code == 0 and "as registered: all 2 videos bit-equal" in output, output
     check = audited(registered, 1)
     assert check.ok and check.detail.startswith(f"{platform.node()} 20") and "all 2 videos bit-equal" in check.detail
 
 
 @pytest.mark.parametrize(("version", "limit"), [(2, "must be bit-equal"), (4, "must be at least 25 dB; other kernel")])
-def test_another_model_is_noticed(registered: Any, mlflow_server: str, tmp_path: Path, version: int, limit: str) -> None:
-    code, output = run(tmp_path, mlflow_server, version)
+def test_another_model_is_noticed(
+    fresh: Installed, registered: Any, mlflow_server: str, tmp_path: Path, version: int, limit: str
+) -> None:
+    code, output = run(fresh, tmp_path, mlflow_server, version)
     assert code == 1 and "NOT as registered: 1 of 2 videos bit-equal" in output and limit in output, output
     check = audited(registered, version)
     assert check.state == "FAIL" and "NOT as registered" in check.detail
 
 
-def test_a_changed_record_proves_nothing(registered: Any, mlflow_server: str, tmp_path: Path) -> None:
-    code, output = run(tmp_path, mlflow_server, 3)
+def test_a_changed_record_proves_nothing(fresh: Installed, registered: Any, mlflow_server: str, tmp_path: Path) -> None:
+    code, output = run(fresh, tmp_path, mlflow_server, 3)
     assert code == 1 and "is not what was registered: nothing to compare with" in output

@@ -1,8 +1,12 @@
-"""A checkout that was copied, or that cannot be written: nothing goes into the original, and reading needs no permission."""
+"""A checkout that was copied, that cannot be written, or that belongs to another user: nothing goes into the original, and
+reading needs no permission, or says which."""
 
 from __future__ import annotations
 
 import json
+import os
+import pwd
+import re
 import shutil
 import subprocess
 import sys
@@ -100,3 +104,20 @@ def test_mlflow_opens_the_experiment_as_model_training(champion: Path, tmp_path:
     client.delete_experiment_tag(experiment, "mlflow.experimentKind")  # as an earlier version left it
     client, experiment = connect(root)
     assert client.get_experiment(experiment).tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+def test_a_clone_of_another_user_says_how_to_trust_it(champion: Path, tmp_path: Path) -> None:
+    """As git does; then the command that the message gives."""
+    if os.geteuid():
+        pytest.skip("only root can give files to another user")
+    root = toy.copy(champion, tmp_path / "of another")
+    for path in (root, *root.rglob("*")):
+        os.chown(path, pwd.getpwnam("nobody").pw_uid, -1, follow_symlinks=False)
+    (tmp_path / "home").mkdir()
+    own = {"HOME": str(tmp_path / "home"), "XDG_CONFIG_HOME": str(tmp_path / "home")}
+    code, output = toy.run(root, "qvgen", "audit", "qvgen@champion", **own)
+    assert code == 1 and f"{root} belongs to another user" in output and "Traceback" not in output, output
+    (command,) = re.findall(r"`(git config .*?)`", output)
+    assert toy.run(root, "sh", "-c", command, **own)[0] == 0
+    code, output = toy.run(root, "qvgen", "audit", "qvgen@champion", **own)
+    assert code == 0 and "checks pass" in output, output

@@ -31,7 +31,7 @@ def template() -> dict[str, Any]:
 def test_compose_binds_to_this_host_only_and_holds_no_password() -> None:
     found = compose_services()
     ports = [port for service in found.values() for port in service.get("ports", [])]
-    assert len(ports) == 3 and all(port.startswith("127.0.0.1:") for port in ports)
+    assert len(ports) == 4 and all(port.startswith("127.0.0.1:") for port in ports)
     values = [(key, str(value)) for service in found.values() for key, value in service.get("environment", {}).items()]
     secrets = [value for key, value in values if key.endswith(("PASSWORD", "SECRET_ACCESS_KEY", "AUTH_STRING"))]
     assert len(secrets) == 8 and all("${" in value for value in secrets)
@@ -58,11 +58,11 @@ def test_compose_servers_are_closed_and_confined() -> None:
         assert service["cap_drop"] == ["ALL"] and service["security_opt"] == ["no-new-privileges:true"]
         assert service["mem_limit"] and service["pids_limit"]
         assert "build" in service or (not service["image"].endswith(":latest") and ":" in service["image"])
-    assert all(found[name]["read_only"] for name in ("mlflow", "prefect"))
+    assert all(found[name]["read_only"] for name in ("mlflow", "prefect", "serve"))
     assert "*" not in found["prefect"]["environment"]["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"]
     assert "*" not in found["mlflow"]["environment"]["MLFLOW_SERVER_ALLOWED_HOSTS"]
-    last_user = [line for line in (DEPLOY / "Dockerfile").read_text().splitlines() if line.startswith("USER")][-1]
-    assert last_user == "USER 10001"
+    for file in {service["build"]["dockerfile"] for service in found.values() if "build" in service}:
+        assert [line for line in (ROOT / file).read_text().splitlines() if line.startswith("USER")][-1] == "USER 10001"
 
 
 def test_docker_accepts_the_compose_file(tmp_path: Path) -> None:
@@ -99,9 +99,9 @@ def test_a_password_outside_the_address_needs_no_escapes(monkeypatch: pytest.Mon
         assert asyncio.run(ask()) == 1
 
 
-def test_pods_are_restricted() -> None:
-    """What the Pod Security Standard `restricted` asks for, and resources, and no token of the cluster."""
-    pod = template()["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
+def restricted(pod: dict[str, Any]) -> dict[str, Any]:
+    """The pod's only container. Both are what the Pod Security Standard `restricted` asks for, with resources, and without a
+    token of the cluster."""
     assert pod["serviceAccountName"] == "qvgen" and pod["automountServiceAccountToken"] is False
     assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] > 0
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -113,6 +113,64 @@ def test_pods_are_restricted() -> None:
     assert own["privileged"] is False and own["capabilities"] == {"drop": ["ALL"]}
     for kind in ("requests", "limits"):
         assert container["resources"][kind].keys() == {"cpu", "memory", "ephemeral-storage"}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    return container
+
+
+def test_pods_are_restricted() -> None:
+    restricted(template()["job_configuration"]["job_manifest"]["spec"]["template"]["spec"])
+
+
+def dockerfile() -> dict[str, Any]:
+    """Of deploy/serve, the values of its last stage by instruction; ENV as a mapping."""
+    text = (DEPLOY / "serve" / "Dockerfile").read_text().rpartition("FROM ")[2]
+    lines = dict(line.split(maxsplit=1) for line in text.splitlines()[1:] if line and not line.startswith(("#", "ARG")))
+    found = {name: json.loads(lines[name]) for name in ("ENTRYPOINT", "CMD")}
+    return lines | found | {"ENV": dict(entry.split("=") for entry in lines["ENV"].split())}
+
+
+def test_the_champion_is_served_by_a_restricted_deployment(tmp_path: Path) -> None:
+    """Probes ask what the server answers, arguments are those that it takes, and what it writes to is mounted."""
+    from typer.testing import CliRunner
+
+    from qvgen.cli.app import anywhere
+
+    kinds = {entry["kind"]: entry for entry in yaml.safe_load_all((DEPLOY / "serve" / "kubernetes.yaml").read_text())}
+    assert kinds.keys() == {"Deployment", "Service", "NetworkPolicy"}
+    spec, image = kinds["Deployment"]["spec"], dockerfile()
+    container = restricted(spec["template"]["spec"])
+    assert re.fullmatch(r"[\w./-]+@sha256:[0-9a-f]{64}", container["image"])
+    labels = spec["template"]["metadata"]["labels"]
+    for wanted in (spec["selector"]["matchLabels"], kinds["Service"]["spec"]["selector"]):
+        assert wanted == labels
+    policy = kinds["NetworkPolicy"]["spec"]
+    assert policy["podSelector"]["matchLabels"] == labels and all("from" in rule for rule in policy["ingress"])
+    (port,) = container["ports"]
+    assert f"EXPOSE {port['containerPort']}" == f"EXPOSE {image['EXPOSE']}" and port["name"] == "http"
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"]["path"] in ("/health", "/ping") and container[probe]["httpGet"]["port"] == "http"
+    mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounted == {image["ENV"]["QVGEN_CACHE"], image["ENV"]["HOME"]}
+    variables = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert variables["MLFLOW_TRACKING_URI"].startswith("https://")
+    assert variables["OMP_NUM_THREADS"] == container["resources"]["limits"]["cpu"]
+    assert not [name for name in variables if name.endswith(("KEY", "PASSWORD"))]
+    program, *own = image["ENTRYPOINT"]
+    assert program == "qvgen"
+    for given in (image["CMD"], container["args"]):
+        nobody = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "QVGEN_CACHE": str(tmp_path)}
+        done = CliRunner().invoke(anywhere, [*own, *given], env=nobody)
+        assert "does not answer" in str(done.exception), done.output  # so the arguments are understood
+
+
+def test_the_image_has_the_wheel_and_what_it_is_built_from() -> None:
+    text = (DEPLOY / "serve" / "Dockerfile").read_text()
+    copied = [name for line in re.findall(r"^COPY (?!--)(.*)$", text, re.MULTILINE) for name in line.split()[:-1]]
+    assert set(copied) == {"pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "qvgen", "constraints.txt"}
+    assert all((ROOT / name).exists() for name in copied)
+    assert re.findall(r"pip install .*", text) == [
+        'pip install --no-cache-dir -c /tmp/constraints.txt "$(echo /wheels/qvgen-*.whl)[serve]"'
+    ]
 
 
 def test_the_namespace_enforces_it() -> None:

@@ -11,33 +11,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.fresh_venv import Installed
+
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, without the kernels, which take a minute to compile, and without network."""
-    pytest.importorskip("scikit_build_core", reason="not installed: pip install scikit-build-core (it builds the wheel)")
-    source, out = tmp_path_factory.mktemp("source") / "qvgen", tmp_path_factory.mktemp("wheel")
-    every = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(every, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
-    for name in listed:
-        if name and (ROOT / name).is_file() and name.split("/")[0] not in ("assets", "reports", "tests", "docs", "bench"):
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, source / name)
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
-    command += ["-C", "wheel.cmake=false", "-w", str(out), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return next(out.glob("qvgen-*.whl"))
-
-
-@pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(fresh: Installed, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    zipfile.ZipFile(wheel).extractall(folder)
+    zipfile.ZipFile(fresh.wheel).extractall(folder)
     return folder
 
 
@@ -50,7 +34,8 @@ def qvgen(installed: Path, folder: Path, *arguments: str) -> subprocess.Complete
     return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
 
 
-def test_only_the_library_is_installed(wheel: Path) -> None:
+def test_only_the_library_is_installed(fresh: Installed) -> None:
+    wheel = fresh.wheel
     names = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert {name for name in names if not name.endswith(".dist-info")} == {"qvgen"}
     (entry,) = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("entry_points.txt")]
@@ -75,3 +60,21 @@ def test_inside_a_project_its_own_command_runs(installed: Path, tmp_path: Path) 
     done = qvgen(installed, tmp_path / "deeper", "--help")
     assert done.returncode == 0, done.stderr
     assert "generate" in done.stdout and "repro" in done.stdout
+
+
+def test_serving_brings_neither_git_nor_what_training_needs(fresh: Installed, tmp_path: Path) -> None:
+    """The environment in which the tests of loading, serving, rolling back and the canary run."""
+    code = f"""
+import importlib.util, shutil, sys
+from qvgen.cli.app import anywhere
+import qvgen, torch, mlflow
+names = ("dvc", "prefect", "dask", "pygit2", "peft", "pytest", "stages", "pipelines", "comparison")
+assert [name for name in names if importlib.util.find_spec(name)] == []
+assert [name for name in ("git", "dvc", "prefect") if shutil.which(name)] == []
+assert not [path for path in sys.path if path.startswith({str(ROOT)!r})], sys.path
+assert qvgen.__file__.startswith({str(fresh.venv)!r}), qvgen.__file__
+"""
+    done = subprocess.run(
+        [fresh.python, "-c", code], cwd=tmp_path, env={"PATH": str(fresh.venv / "bin")}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import qvgen.integrations.diffusers  # noqa: F401
 from pipelines.cli.everyday import main
+from pipelines.commands.import_model import import_public_qvgen
 from qvgen.checkpoint.pipeline import load_transformer
 from qvgen.checkpoint.public_qvgen import SLOTS, pack_public_, public_scheme, read_checkpoint, slots_by_timestep
 from qvgen.models.tiny import tiny_pipeline
@@ -112,6 +113,21 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(CHECKPOINT.read_bytes()[:500])
     with pytest.raises(ValueError, match="cannot be read"):
         read_checkpoint(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("base", "revision", "said"),
+    [
+        ("models:/qvgen@champion", None, "models of the registry are packed"),
+        ("org/name@main", None, "40 hex digits"),
+        (f"org/name@{'0' * 40}", "1" * 40, "names another commit than --revision"),
+        (f"org/name@{'0' * 40}", None, "org/name at 00000000 could not be downloaded"),
+    ],
+)
+def test_a_base_by_name(base: str, revision: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=said):
+        import_public_qvgen(base, CHECKPOINT, tmp_path / "packed", revision=revision)
 
 
 def test_the_command_writes_a_folder_that_diffusers_loads(

@@ -50,7 +50,8 @@ def test_ui_starts_both_servers_and_leaves_nothing(project: Path) -> None:
     try:
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(2)]
-        assert re.fullmatch(rf"MLflow:  http://127.0.0.1:{ports[0]}/#/experiments/[1-9]\d*\n", lines[0]), lines
+        experiment = rf"http://127.0.0.1:{ports[0]}/#/experiments/[1-9]\d*\?workflowType=machine_learning"
+        assert re.fullmatch(rf"MLflow:  {experiment}\n", lines[0]), lines
         login = (project / ".qvgen" / "prefect.secret").read_text().strip()
         assert lines[1] == f"Prefect: http://127.0.0.1:{ports[1]}/qvgen-login#{quote(login)}\n"
         for address in (f"http://127.0.0.1:{ports[0]}/", f"http://127.0.0.1:{ports[1]}/api/health"):

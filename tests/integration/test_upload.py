@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
 from qvgen.hub.artifacts import FOLDER, fetch_file, list_files, local_folder
+from qvgen.packing.config import to_config
+from qvgen.quant.scheme import QuantScheme
 from stages.record.model.version import UPLOAD
-from tests.support.registered import make_wish, read_folder, register
+from tests.support.registered import ROOT, make_wish, read_folder, register
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 CONTENT = {"model_index.json": b"{}", "transformer/config.json": b'{"a": 1}', "transformer/weights.safetensors": b"w" * 5000}
+
+CONFIGURED = {  # of stage register, which reads how a folder is quantized; not one that MLflow could load
+    "artifacts/packed/transformer/config.json": json.dumps({"quantization_config": to_config(QuantScheme(), 1)}),
+    "artifacts/packed/transformer/weights.safetensors": "w" * 5000,
+}
 
 
 def content_of(client: MlflowClient, version: Any, to: Path) -> dict[str, bytes]:
@@ -81,6 +90,37 @@ def test_on_one_disk_a_file_is_stored_once(local: MlflowClient, tmp_path: Path, 
         assert blob.read_bytes() == CONTENT["transformer/weights.safetensors"]
     else:
         assert cached and stored.samefile(blob)
+
+
+@pytest.mark.parametrize(("spare", "chosen"), [(0, "copy"), (-1, "link")])
+def test_auto_links_what_is_larger_than_its_limit(
+    local: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spare: int, chosen: str
+) -> None:
+    """A limit that the folder meets, and one a byte below; the real one is 2 GB."""
+    from qvgen.params import load_params
+    from stages import register as stage_register
+
+    assert stage_register.LARGEST_COPY == 2_000_000_000
+    for path, text in {**dict.fromkeys(stage_register.MEASURED, "{}"), **CONFIGURED}.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    size = sum(file.stat().st_size for file in (tmp_path / stage_register.PACKED).rglob("*") if file.is_file())
+    monkeypatch.setattr(stage_register, "LARGEST_COPY", size + spare)
+    monkeypatch.setattr(
+        stage_register, "read_stores", lambda root: SimpleNamespace(remote="s3://data", cache=str(tmp_path / "cache"))
+    )
+    params, md5 = load_params(ROOT / "params.yaml"), "0" * 32
+    assert params.register_.upload == "auto"
+    facts = SimpleNamespace(deps=dict.fromkeys((stage_register.PACKED, *stage_register.MEASURED), md5), address="register")
+    journal = SimpleNamespace(start_tags=lambda: {"git.commit": "abc"})
+    wish = stage_register.describe(SimpleNamespace(root=tmp_path, params=params, facts=facts, journal=journal))
+    version = register(local, wish | {"name": f"auto-{chosen}", "identity": chosen})
+    found = local.get_model_version(f"auto-{chosen}", version.version)
+    assert found.tags[UPLOAD] == chosen
+    assert ("`git checkout abc && dvc pull artifacts/packed`" in found.description) == (chosen == "link"), found.description
+    assert "qvgen pull models:/qvgen/1 --out DIR" in found.description
+    names = [name for name, _ in list_files(local, found.source.removeprefix("models:/"))]
+    assert (f"{FOLDER}/transformer/weights.safetensors" in names) == (chosen == "copy")
 
 
 def test_a_link_stays_where_it_is(local: MlflowClient, tmp_path: Path) -> None:

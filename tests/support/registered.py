@@ -8,7 +8,6 @@ import json
 import os
 import select
 import socket
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
 
+from qvgen.kernels.cpu import library
 from stages.record.model.flavour import flavour_of
 from stages.record.model.version import FLAVOUR, UPLOAD, register_version
 
@@ -123,30 +123,19 @@ class Line:
                     other[ready].sendall(data)
 
 
-def outside(folder: Path, mlflow_server: str) -> dict[str, str]:
-    """Variables of a process that has this environment's packages and the library, and neither checkout, git nor DVC.
-
-    A fresh virtual environment would download gigabytes. Here `python` is this one without what site-packages adds to its
-    path (-S: an editable install adds the checkout); packages are found by PYTHONPATH, and PATH holds nothing else of it.
-    """
-    site, programs = folder / "site", folder / "bin"
-    for made in (site, programs):
-        made.mkdir(exist_ok=True)
-    if not (site / "qvgen").exists():
-        (site / "qvgen").symlink_to(ROOT / "qvgen")
-    for name, more in (("python", ""), ("python3", ""), ("uvicorn", " -m uvicorn"), ("mlflow", " -m mlflow")):
-        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" -S{more} "$@"\n')
-        (programs / name).chmod(0o755)
-    packages = [path for path in sys.path if path.endswith("site-packages")]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_", "QVGEN_", "PYTHON"))}
-    own = {"PYTHONPATH": os.pathsep.join([str(site), *packages]), "PATH": f"{programs}:/bin:/usr/bin", "HOME": str(folder)}
-    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    return kept | own | quiet | {"MLFLOW_TRACKING_URI": mlflow_server, "QVGEN_CACHE": str(folder / "cache")}
-
-
-def python_outside(folder: Path) -> str:
-    """The interpreter that goes with `outside`."""
-    return str(folder / "bin" / "python")
+def outside(venv: Path, folder: Path, mlflow_server: str) -> dict[str, str]:
+    """All variables of a process of the environment `venv` (tests/support/fresh_venv.py) that knows an address of MLflow and
+    nothing else: PATH holds the environment alone, so neither git nor DVC. `folder` is its home, and has its cache."""
+    quiet = {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "1",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    }
+    own = {"PATH": str(venv / "bin"), "HOME": str(folder), "LANG": "C.UTF-8"}
+    built = [path for path in library._candidates() if path.exists()]
+    if built:  # which the wheel of the tests lacks
+        own[library.LIBRARY_ENVIRONMENT] = str(built[0])
+    return quiet | own | {"MLFLOW_TRACKING_URI": mlflow_server, "QVGEN_CACHE": str(folder / "cache")}
 
 
 @contextmanager

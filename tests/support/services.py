@@ -13,7 +13,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,20 +43,22 @@ def answers(address: str) -> bool:
 
 
 @contextmanager
-def server(command: list[str], folder: Path, address: str, variables: Mapping[str, str] | None = None) -> Iterator[None]:
-    """A process that is ready once `address` answers, and ends with its whole group."""
+def server(
+    command: list[str], folder: Path, address: str, variables: Mapping[str, str] | None = None, alone: bool = False
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is ready once `address` answers, and ends with its whole group. `alone`: it has these `variables` and
+    none of the tests'."""
     folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "log"
+    log, environment = folder / "log", ({} if alone else os.environ) | dict(variables or {})
     with log.open("w") as file:
-        process = subprocess.Popen(
-            command, cwd=folder, env=os.environ | dict(variables or {}), stdout=file, stderr=file, start_new_session=True
-        )
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=file, start_new_session=True)
     try:
         wait_until(lambda: answers(address) or process.poll() is not None, log.read_text)
         assert process.poll() is None, log.read_text()
-        yield
+        yield process
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has ended
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 

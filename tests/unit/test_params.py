@@ -85,6 +85,8 @@ def test_a_fault_names_path_value_and_what_is_allowed(path: str, value: Any, sai
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"fetch.source": "models:/qvgen@champion"}, "a model of the registry, which is packed"),
+        ({"fetch.source": f"org/name@{'0' * 40}"}, "the commit after @ belongs into fetch.revision"),
         ({"prepare.source": "videos"}, "source 'videos' needs it"),
         ({"prepare.folder": "clips"}, "folder belongs to source 'videos'"),
         ({"calibrate.clip_candidates": [0.5, 1.0]}, "strictly between 0 and 1, found [1.0]"),

@@ -17,10 +17,9 @@ from typing import Any
 
 from qvgen.models.files import GENERATION, read_json
 from qvgen.serving.limits import Limits
-from qvgen.serving.pyfunc import CODE, CODE_FILE, OUTPUTS, PARAMETERS
+from qvgen.serving.pyfunc import CODE, CODE_FILE, PARAMETERS, signature_of
 
 OPEN = ("torch",)  # not pinned: which build is right depends on the device
-_SIGNATURE_TYPES = {"guidance_scale": "double"}  # of parameters; the others are whole numbers
 
 
 def make_flavour(about: dict[str, Any]) -> dict[str, str]:
@@ -28,21 +27,8 @@ def make_flavour(about: dict[str, Any]) -> dict[str, str]:
     (an example), licence."""
     import mlflow.pyfunc
     import pandas
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
     settings = about["settings"]
-    inputs: list[Any] = [
-        ColSpec("string", "prompt"),
-        ColSpec("string", "negative_prompt", required=False),
-        ColSpec("long", "seed", required=False),
-    ]
-    parameters = [ParamSpec(name, _SIGNATURE_TYPES.get(name, "long"), settings[field]) for name, field in PARAMETERS.items()]
-    signature = ModelSignature(
-        inputs=Schema(inputs),
-        outputs=Schema([ColSpec("string", "video"), ColSpec("string", "sha256")]),
-        params=ParamSchema([*parameters, ParamSpec("output", "string", OUTPUTS[0])]),
-    )
     limits = vars(Limits.of(settings))
     with tempfile.TemporaryDirectory() as folder:
         code, packed, out = Path(folder) / CODE_FILE, Path(folder) / "packed", Path(folder) / "model"
@@ -53,7 +39,7 @@ def make_flavour(about: dict[str, Any]) -> dict[str, str]:
             str(out),
             python_model=str(code),
             artifacts={"packed": str(packed)},
-            signature=signature,
+            signature=signature_of(settings),
             input_example=pandas.DataFrame([{"prompt": about["prompt"], "negative_prompt": "", "seed": 1}]),
             pip_requirements=requirements(Path(about["constraints"])),
             model_config={"name": about["name"], "files": about["files"], "limits": limits},
