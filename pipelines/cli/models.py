@@ -21,6 +21,20 @@ class Clips(StrEnum):
     INFERENCE_SCRIPT = "inference-script"
 
 
+class DType(StrEnum):
+    BFLOAT16 = "bfloat16"
+    BF16 = "bf16"
+    FLOAT16 = "float16"
+    FP16 = "fp16"
+    FLOAT32 = "float32"
+    FP32 = "fp32"
+
+    @property
+    def full(self) -> str:
+        """PyTorch's name of it."""
+        return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(self, str(self))
+
+
 @models.command(name="import")
 def import_model(
     checkpoint: Annotated[Path, typer.Option(help="A safetensors file")],
@@ -60,3 +74,19 @@ def verify(
     count = verify_files(weight_files(folder / "transformer")) if asked else 0
     known = f"{count} tensors and config.json as they were written" if count else "its files record no hashes to compare"
     print(f"{folder}: {layers} packed layers, {known if asked else 'hashes not compared: QVGEN_VERIFY=0'}")
+
+
+@models.command()
+def unpack(
+    model: Annotated[str, typer.Argument(help="A packed pipeline: artifacts/packed, or models:/qvgen@champion")],
+    out: Annotated[Path, typer.Option(help="Folder to write")],
+    dtype: Annotated[DType, typer.Option(help="Of the weights")] = DType.BFLOAT16,
+) -> None:
+    """A packed folder as a plain diffusers folder again, with the quantized weights in full size: docs/import.md."""
+    import torch
+
+    from qvgen.checkpoint.unpack import unpack_folder
+    from qvgen.hub.resolve import model_folder
+
+    count = unpack_folder(model_folder(model), out, getattr(torch, dtype.full))
+    print(f"{out}: {count} layers unpacked to {dtype.full}")

@@ -52,6 +52,16 @@ def export_pipeline(
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; export to a new folder")
     out.mkdir(parents=True, exist_ok=True)
+    copy_all_but_transformer(source, out)
+    _write_transformer(transformer, scheme, names, out / _TRANSFORMER, dtype)
+    if guidance_stop < 1:
+        settings = read_json(out / GENERATION) if (out / GENERATION).is_file() else {}
+        (out / GENERATION).write_text(json.dumps(settings | {"guidance_stop": guidance_stop}, indent=2) + "\n")
+    (out / _CARD).write_text(_model_card(source, scheme, len(names), method, guidance_stop), encoding="utf-8")
+
+
+def copy_all_but_transformer(source: Path, out: Path) -> None:
+    """What a pipeline made of another takes over as it is: all but transformer, model card, manifest and hidden files."""
     for entry in sorted(source.iterdir()):
         if entry.name in (_TRANSFORMER, _CARD, MANIFEST) or entry.name.startswith("."):
             continue
@@ -59,11 +69,6 @@ def export_pipeline(
             shutil.copytree(entry, out / entry.name, copy_function=shutil.copyfile)  # new files: the umask's mode
         else:
             shutil.copyfile(entry, out / entry.name)
-    _write_transformer(transformer, scheme, names, out / _TRANSFORMER, dtype)
-    if guidance_stop < 1:
-        settings = read_json(out / GENERATION) if (out / GENERATION).is_file() else {}
-        (out / GENERATION).write_text(json.dumps(settings | {"guidance_stop": guidance_stop}, indent=2) + "\n")
-    (out / _CARD).write_text(_model_card(source, scheme, len(names), method, guidance_stop), encoding="utf-8")
 
 
 def load_packed_transformer(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
