@@ -19,6 +19,7 @@ from torch import nn
 from qvgen.checkpoint.declared import first_line
 from qvgen.checkpoint.pipeline import load_transformer
 from qvgen.models.files import GENERATION, MANIFEST, SourceError, check_safetensors, read_json
+from qvgen.models.registry import families
 from qvgen.nn.packed_linear import PackedLinear, packed_layers
 from qvgen.packing.config import to_config
 from qvgen.packing.layout import EXACT_NAMES
@@ -186,6 +187,13 @@ def _snippet(pipeline_class: str, guidance_stop: float) -> str:
     return "\n".join([*lines, "", *load])
 
 
+def _pipeline_tag(source: Path, facts: ModelCardData) -> str | None:
+    """Every family is text-to-video; of other pipelines only their own card knows."""
+    name = read_json(source / "model_index.json").get("_class_name")
+    known = any(name in family.pipelines for family in families().values())
+    return "text-to-video" if known else facts.get("pipeline_tag")
+
+
 def _model_card(source: Path, scheme: QuantScheme, layers: int, method: str, guidance_stop: float) -> str:
     given = ModelCard.load(source / _CARD, ignore_metadata_errors=True) if (source / _CARD).is_file() else None
     facts = given.data if given is not None else ModelCardData()
@@ -197,7 +205,7 @@ def _model_card(source: Path, scheme: QuantScheme, layers: int, method: str, gui
         license_link=facts.get("license_link"),
         base_model=facts.get("base_model"),
         library_name="diffusers",
-        pipeline_tag="text-to-video",
+        pipeline_tag=_pipeline_tag(source, facts),
         tags=["qvgen", "quantized", scheme.name.lower()],
     )
     index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))

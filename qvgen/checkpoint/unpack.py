@@ -61,5 +61,6 @@ def _model_card(source: Path, scheme: str, dtype: torch.dtype) -> str:
 # Unpacked from {scheme}
 
 Base model: {base}. The linear layers of its transformer have the values of a {scheme} model
-in {stored}; their inputs are no longer quantized. `qvgen unpack` made it of a packed folder; every other component is unchanged.
+in {stored}; their inputs are no longer quantized. `qvgen unpack` made it of a packed folder; every other component is
+unchanged.
 """
