@@ -21,6 +21,7 @@ from qvgen.checkpoint.declared import empty_model, first_line, weight_files
 from qvgen.checkpoint.packed import copy_all_but_transformer
 from qvgen.checkpoint.pipeline import load_parts, transformer_class
 from qvgen.models.files import SourceError, check_safetensors, read_json
+from qvgen.models.generic import denoisers
 from qvgen.models.hashes import hash_files
 from qvgen.tensors import save_tensors
 
@@ -181,6 +182,8 @@ def _whole(base: Path, out: Path) -> Iterator[Path]:
     try:
         beside.mkdir(parents=True)
         copy_all_but_transformer(base, beside)
+        for other in denoisers(base)[1:]:  # the other of two experts stays as it is
+            shutil.copytree(base / other, beside / other, copy_function=shutil.copyfile)
         yield beside
         beside.rename(out)
     finally:

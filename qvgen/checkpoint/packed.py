@@ -19,6 +19,7 @@ from torch import nn
 from qvgen.checkpoint.declared import first_line
 from qvgen.checkpoint.pipeline import load_transformer
 from qvgen.models.files import GENERATION, MANIFEST, SourceError, check_safetensors, read_json
+from qvgen.models.generic import DENOISERS, denoisers
 from qvgen.models.registry import families
 from qvgen.nn.packed_linear import PackedLinear, packed_layers
 from qvgen.packing.config import to_config
@@ -62,9 +63,9 @@ def export_pipeline(
 
 
 def copy_all_but_transformer(source: Path, out: Path) -> None:
-    """What a pipeline made of another takes over as it is: all but transformer, model card, manifest and hidden files."""
+    """What a pipeline made of another takes over as it is: all but transformers, model card, manifest and hidden files."""
     for entry in sorted(source.iterdir()):
-        if entry.name in (_TRANSFORMER, _CARD, MANIFEST) or entry.name.startswith("."):
+        if entry.name in (*DENOISERS, _CARD, MANIFEST) or entry.name.startswith("."):
             continue
         if entry.is_dir():
             shutil.copytree(entry, out / entry.name, copy_function=shutil.copyfile)  # new files: the umask's mode
@@ -72,17 +73,17 @@ def copy_all_but_transformer(source: Path, out: Path) -> None:
             shutil.copyfile(entry, out / entry.name)
 
 
-def load_packed_transformer(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
-    """The transformer of a packed pipeline, verified, on the CPU, in evaluation mode.
+def load_packed_transformer(folder: str | Path, dtype: torch.dtype | None = None, component: str = _TRANSFORMER) -> Any:
+    """The transformer of a packed pipeline, or one of its two, verified, on the CPU, in evaluation mode.
 
     Activations and the tensors outside the packed layers are in `dtype`, by default float32. Raises ValueError for a
     folder that is not a packed pipeline and for damaged, missing or inconsistent tensors, naming them.
     """
-    transformer = Path(folder) / _TRANSFORMER
+    transformer = Path(folder) / component
     _check_config(transformer)
     _check_files(transformer)
     try:
-        return load_transformer(folder, dtype)
+        return load_transformer(folder, dtype, component=component)
     except (ValueError, MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:  # diffusers raises all kinds for files that are not what config.json says
@@ -90,18 +91,21 @@ def load_packed_transformer(folder: str | Path, dtype: torch.dtype | None = None
 
 
 def verify_folder(folder: str | Path) -> int:
-    """Load and check everything in a packed pipeline's transformer and return the number of packed layers.
+    """Load and check everything in a packed pipeline's transformers and return the number of packed layers.
 
     Raises ValueError, naming file or tensor, if a file is truncated, a tensor is missing, left over, of another shape or
     dtype, holds NaN or Inf, or if codes do not add up to their stored sums.
     """
     if not (Path(folder) / "model_index.json").is_file():
         raise ValueError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
-    transformer = load_packed_transformer(folder)
-    for name, tensor in transformer.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{name}: holds NaN or Inf; the checkpoint is damaged, export it again")
-    return len(list(packed_layers(transformer)))
+    count = 0
+    for component in denoisers(Path(folder)):
+        transformer = load_packed_transformer(folder, component=component)
+        for name, tensor in transformer.state_dict().items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise ValueError(f"{name}: holds NaN or Inf; the checkpoint is damaged, export it again")
+        count += len(list(packed_layers(transformer)))
+    return count
 
 
 def _packed_names(transformer: nn.Module, scheme: QuantScheme) -> list[str]:
@@ -145,7 +149,7 @@ def _write_transformer(transformer: Any, scheme: QuantScheme, names: list[str], 
 def _check_config(folder: Path) -> None:
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder.parent} is not a packed pipeline: it has no {_TRANSFORMER}/config.json")
+        raise ValueError(f"{folder.parent} is not a packed pipeline: it has no {folder.name}/config.json")
     config = read_json(path)
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "qvgen":

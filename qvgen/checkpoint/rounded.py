@@ -46,7 +46,6 @@ def pack_pipeline(base: str | Path, out: str | Path, scheme: QuantScheme, dtype:
             if not counts:
                 export_pipeline(base, model, scheme, beside, dtype, method="rounding to nearest")
             if name != "transformer":
-                shutil.rmtree(beside / name)
                 _write_transformer(model, scheme, targets, beside / name, dtype)
             counts[name] = len(targets)
         beside.rename(out)

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from qvgen.checkpoint.packed import copy_all_but_transformer, load_packed_transformer
+from qvgen.models.generic import denoisers
 from qvgen.nn.packed_linear import packed_layers
 
 _CARD = "README.md"
@@ -28,17 +29,19 @@ def unpack_folder(source: str | Path, out: str | Path, dtype: torch.dtype) -> in
     source, out = Path(source), Path(out)
     if out.exists():
         raise ValueError(f"{out} is there already; choose a new folder")
-    transformer = load_packed_transformer(source, dtype)
-    count = len(list(packed_layers(transformer)))
-    scheme = transformer.hf_quantizer.quantization_config.scheme.name
-    transformer.dequantize()
+    count, scheme = 0, ""
     beside = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)  # of a command that was killed
     try:
         beside.mkdir(parents=True)
         copy_all_but_transformer(source, beside)
-        transformer.register_to_config(_name_or_path="")  # where it was loaded from on this machine
-        transformer.save_pretrained(beside / "transformer")
+        for name in denoisers(source):
+            transformer = load_packed_transformer(source, dtype, name)
+            count += len(list(packed_layers(transformer)))
+            scheme = transformer.hf_quantizer.quantization_config.scheme.name
+            transformer.dequantize()
+            transformer.register_to_config(_name_or_path="")  # where it was loaded from on this machine
+            transformer.save_pretrained(beside / name)
         (beside / _CARD).write_text(_model_card(source, scheme, dtype), encoding="utf-8")
         for file in beside.rglob("*.safetensors"):  # safetensors writes files that only their owner reads
             file.chmod((beside / _CARD).stat().st_mode)

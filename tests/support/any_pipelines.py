@@ -6,7 +6,9 @@ pipeline encodes an image.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -187,6 +189,13 @@ def make(kind: str) -> tuple[Any, Call]:
         if isinstance(model, torch.nn.Module):
             model.eval()
     return pipeline, call
+
+
+def load(folder: Path) -> Any:
+    """A saved pipeline, the components that it does not have given as None, as diffusers wants to be told."""
+    index = json.loads((folder / "model_index.json").read_text())
+    absent = {name: None for name, value in index.items() if value == [None, None]}
+    return getattr(diffusers, index["_class_name"]).from_pretrained(folder, **absent)
 
 
 def latents(pipeline: Any, call: Call) -> torch.Tensor:
