@@ -152,7 +152,7 @@ def _check_fit(base: Path, found: Any, file: Path) -> None:
     model = empty_model("diffusers", found.__name__, config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if empty.keys() != expected.keys():
-        known = single_file_model._get_single_file_loadable_mapping_class(found)
+        known = str(single_file_model._get_single_file_loadable_mapping_class(found))
         convert = single_file_model.SINGLE_FILE_LOADABLE_CLASSES[known]["checkpoint_mapping_fn"]
         empty = convert(checkpoint=empty, config=config)
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []

@@ -191,7 +191,7 @@ def _snippet(pipeline_class: str, guidance_stop: float) -> str:
     return "\n".join([*lines, "", *load])
 
 
-def _pipeline_tag(source: Path, facts: ModelCardData) -> str | None:
+def _pipeline_tag(source: Path, facts: Any) -> str | None:
     """Every family is text-to-video; of other pipelines only their own card knows."""
     name = read_json(source / "model_index.json").get("_class_name")
     known = any(name in family.pipelines for family in families().values())
