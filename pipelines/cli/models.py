@@ -73,13 +73,14 @@ def verify(
     from qvgen.checkpoint.declared import weight_files
     from qvgen.checkpoint.packed import verify_folder
     from qvgen.hub.resolve import model_folder
+    from qvgen.models.generic import denoisers
     from qvgen.packing.record import is_asked_for
     from qvgen.packing.record import verify as verify_files
 
     folder = model_folder(model)
     layers = verify_folder(folder)
     asked = is_asked_for()
-    count = verify_files(weight_files(folder / "transformer")) if asked else 0
+    count = sum(verify_files(weight_files(folder / name)) for name in denoisers(folder)) if asked else 0
     known = f"{count} tensors and config.json as they were written" if count else "its files record no hashes to compare"
     print(f"{folder}: {layers} packed layers, {known if asked else 'hashes not compared: QVGEN_VERIFY=0'}")
 
@@ -145,10 +146,12 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="If the repository is created, only its owners see it")] = False,
 ) -> None:
     """Send a packed folder that proves whole to Hugging Face."""
+    from pipelines.commands.push import measured_in_project
     from qvgen.hub.push import plan
     from qvgen.hub.push import push as run
     from qvgen.hub.resolve import model_folder
 
-    planned = plan(model_folder(model), repository)
+    folder = model_folder(model)
+    planned = plan(folder, repository, measured_in_project(folder))
     print(planned)
     print("nothing was sent: --dry-run" if dry_run else run(planned, private=private))

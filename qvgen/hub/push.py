@@ -19,6 +19,7 @@ class Plan:
     folder: Path
     repository: str
     files: dict[str, int]  # path in the repository -> bytes
+    card: bytes  # README.md as it is sent
 
     def __str__(self) -> str:
         width = max(map(len, self.files))
@@ -27,18 +28,25 @@ class Plan:
         return "\n".join([f"model repository {self.repository} (created if it is not there)", *rows, total + " bytes"])
 
 
-def plan(folder: Path, repository: str) -> Plan:
-    """Every file of a packed folder. Raises ValueError for a repository id that is none, a folder that is not whole, as
-    `qvgen verify` finds it, and for a pickle or a link out of the folder."""
+def plan(folder: Path, repository: str, measured: str = "") -> Plan:
+    """Every file of a packed folder; `measured` is added to the model card, which was written before anything was.
+
+    Raises ValueError for a repository id that is none, a folder that is not whole, as `qvgen verify` finds it, and for a
+    pickle or a link out of the folder.
+    """
     from qvgen.checkpoint.declared import weight_files
     from qvgen.checkpoint.packed import verify_folder
+    from qvgen.models.generic import denoisers
     from qvgen.packing.record import verify
 
     if not _ID.fullmatch(repository):
         raise ValueError(f"{repository!r:.200} is no repository of Hugging Face: write ORG/NAME")
     verify_folder(folder)
-    if not verify(weight_files(folder / "transformer")):  # whatever QVGEN_VERIFY says
-        raise ValueError(f"{folder}: its files record no hashes, so nobody who downloads it could check them; pack it again")
+    for component in denoisers(folder):
+        if not verify(weight_files(folder / component)):  # whatever QVGEN_VERIFY says
+            raise ValueError(
+                f"{folder / component} records no hashes, so nobody who downloads it could check it; pack it again"
+            )
     if not (folder / _CARD).is_file():
         raise ValueError(f"{folder} has no {_CARD}, which says whose model this is and under which licence")
     files = {}
@@ -51,7 +59,8 @@ def plan(folder: Path, repository: str) -> Plan:
         if not path.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{path} is a link to {path.resolve()}, outside the folder: put the file itself there")
         files[name.as_posix()] = path.stat().st_size
-    return Plan(folder, repository, files)
+    card = (folder / _CARD).read_bytes() + (f"\n{measured.rstrip()}\n".encode() if measured else b"")
+    return Plan(folder, repository, files | {_CARD: len(card)}, card)
 
 
 def push(planned: Plan, *, private: bool) -> str:
@@ -67,12 +76,11 @@ def push(planned: Plan, *, private: bool) -> str:
     api = huggingface_hub.HfApi()
     try:
         api.create_repo(planned.repository, repo_type="model", private=private, exist_ok=True)
-        done = api.upload_folder(
-            repo_id=planned.repository,
-            folder_path=planned.folder,
-            allow_patterns=[re.sub(r"([*?\[])", r"[\1]", name) for name in planned.files],
-            commit_message="Packed by qvgen",
-        )
+        added = [
+            huggingface_hub.CommitOperationAdd(name, planned.card if name == _CARD else planned.folder / name)
+            for name in planned.files
+        ]
+        done = api.create_commit(planned.repository, added, commit_message="Packed by qvgen")
     except HfHubHTTPError as error:
         raise ValueError(f"{planned.repository}: {error}") from None
-    return str(done)
+    return str(done.commit_url)

@@ -1,7 +1,9 @@
 """What a push to Hugging Face would send, what it refuses to, and that it sends nothing without being asked and allowed."""
 
+import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -9,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipelines.cli import app
+from pipelines.commands.push import measured_in_project
 from qvgen.hub.push import plan, push
 from tests.support.packed_model import make_packed
 
@@ -34,9 +37,9 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         def create_repo(self, repo_id: str, **options: Any) -> None:
             calls.append((repo_id, options))
 
-        def upload_folder(self, **options: Any) -> str:
-            calls.append(options)
-            return "https://address/of/the/commit"
+        def create_commit(self, repo_id: str, operations: Any, **options: Any) -> Any:
+            calls.append((repo_id, operations))
+            return SimpleNamespace(commit_url="https://address/of/the/commit")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a token")
@@ -58,14 +61,37 @@ def test_a_dry_run_lists_everything_and_sends_nothing(folder: Path, sent: list[A
 
 
 def test_what_is_sent_is_what_was_shown(folder: Path, sent: list[Any]) -> None:
-    planned = plan(folder, "someone/tiny-wan")
+    planned = plan(folder, "someone/tiny-wan", "## Measured\n\nslowly")
     assert push(planned, private=True) == "https://address/of/the/commit"
-    (repository, options), upload = sent
-    assert repository == upload["repo_id"] == "someone/tiny-wan" and options["private"] and options["exist_ok"]
-    assert upload["folder_path"] == folder
+    (repository, options), (again, operations) = sent
+    assert repository == again == "someone/tiny-wan" and options["private"] and options["exist_ok"]
     names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-    chosen = huggingface_hub.utils.filter_repo_objects([*names, ".git/x"], allow_patterns=upload["allow_patterns"])
-    assert sorted(chosen) == sorted(names) == sorted(planned.files)
+    content = {}
+    for operation in operations:
+        with operation.as_file() as file:
+            content[operation.path_in_repo] = file.read()
+    assert sorted(content) == sorted(names) == sorted(planned.files)
+    card = (folder / "README.md").read_bytes() + b"\n## Measured\n\nslowly\n"
+    assert all(content[name] == (card if name == "README.md" else (folder / name).read_bytes()) for name in names)
+    assert {name: len(data) for name, data in content.items()} == planned.files
+
+
+def test_the_card_of_a_project_has_its_measurements_and_lineage(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "project"
+    (root / "metrics").mkdir(parents=True)
+    (root / "dvc.yaml").touch()
+    shutil.copytree(folder, root / "artifacts/packed")
+    monkeypatch.chdir(root)
+    assert measured_in_project(root / "artifacts/packed") == ""
+    (root / "metrics/evaluate.json").write_text(json.dumps({"prompts": 7, "full_precision": {}, "packed": {"psnr_db": 31.25}}))
+    (root / "metrics/register.json").write_text(json.dumps({"name": "ours", "version": 3, "run_id": "abc123"}))
+    text = measured_in_project(root / "artifacts/packed")
+    assert "| PSNR, dB | " in text and "31.25" in text and "version 3 of ours, run abc123" in text
+    assert measured_in_project(folder) == ""
+    monkeypatch.chdir(folder)
+    assert measured_in_project(root / "artifacts/packed") == ""
 
 
 def test_without_credentials_nothing_is_created(folder: Path, sent: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
