@@ -25,7 +25,8 @@ def count_(model: Any) -> None:
 
 def keep_exact_in_float32(model_class: Any) -> None:
     """List the packed layers' scales and clips among what a class keeps in float32 while it loads, if it has such a list:
-    diffusers' way to say that they do not follow `dtype`. Full-precision models have no tensors of these names."""
+    diffusers' way to say that they do not follow `dtype`. The list is the class's, of this process; full-precision models
+    have no tensors of these names."""
     kept = model_class._keep_in_fp32_modules
     if isinstance(kept, list):
         model_class._keep_in_fp32_modules = [*kept, *(name for name in _FLOAT32 if name not in kept)]

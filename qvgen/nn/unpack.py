@@ -18,6 +18,8 @@ from qvgen.nn.targets import replace_module
 from qvgen.nn.timestep import _enter, _leave
 from qvgen.quant.rotation import rotate
 
+_ADAPTED = ".base_layer"  # peft's name for the layer inside an adapter's
+
 
 def effective_weight(layer: PackedLinear) -> torch.Tensor:
     """The weight W (N, K), float32."""
@@ -37,13 +39,14 @@ def effective_weight(layer: PackedLinear) -> torch.Tensor:
 def unpack_(model: nn.Module, dtype: torch.dtype) -> list[str]:
     """Replace every PackedLinear by an nn.Linear and return their names; what told the layers the timestep goes too.
 
-    A layer has the dtype of its bias, or `dtype` without one. Raises ValueError, naming the layer, if its weight is beyond
-    what that dtype holds, or if an adapter reads the same input; layers before it are then unpacked already.
+    A layer has the dtype of its bias, or `dtype` without one. Raises ValueError, naming the layer, if an adapter reads the
+    same input, and if its weight is beyond what that dtype holds; then layers before it are unpacked already.
     """
-    names = []
-    for name, layer in list(packed_layers(model)):
-        if name.endswith(".base_layer"):
-            raise ValueError(f"{name}: an adapter is loaded beside this packed layer: unload it, unpack, and load it again")
+    layers, names = list(packed_layers(model)), []
+    if adapted := [name for name, _ in layers if name.endswith(_ADAPTED)]:
+        name = adapted[0].removesuffix(_ADAPTED)
+        raise ValueError(f"{name}: an adapter is loaded beside this packed layer; unload it, unpack, and load it again")
+    for name, layer in layers:
         replace_module(model, name, _linear(name, layer, dtype if layer.bias is None else layer.bias.dtype))
         names.append(name)
     for hooks, ours in ((model._forward_pre_hooks, _enter), (model._forward_hooks, _leave)):
