@@ -35,10 +35,12 @@ if TYPE_CHECKING:
     from qvgen.sampling.sample import sample
     from qvgen.sampling.settings import read_settings
     from qvgen.sampling.video import write_video
+    from qvgen.training.sampled import calibrate_while
 
 __all__ = [
     "QuantArgs",
     "QuantScheme",
+    "calibrate_while",
     "convert_",
     "export_pipeline",
     "load_family",
@@ -55,6 +57,7 @@ __getattr__ = lazy(
     {
         "QuantArgs": "qvgen.quant.scheme",
         "QuantScheme": "qvgen.quant.scheme",
+        "calibrate_while": "qvgen.training.sampled",
         "convert_": "qvgen.nn.swap",
         "export_pipeline": "qvgen.checkpoint.packed",
         "load_family": "qvgen.models.registry",

@@ -19,6 +19,8 @@ from torch import nn
 from qvgen.checkpoint.declared import first_line
 from qvgen.checkpoint.pipeline import load_transformer
 from qvgen.models.files import GENERATION, MANIFEST, SourceError, check_safetensors, read_json
+from qvgen.models.generic import DENOISERS, denoisers
+from qvgen.models.registry import families
 from qvgen.nn.packed_linear import PackedLinear, packed_layers
 from qvgen.packing.config import to_config
 from qvgen.packing.layout import EXACT_NAMES
@@ -52,13 +54,7 @@ def export_pipeline(
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; export to a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    for entry in sorted(source.iterdir()):
-        if entry.name in (_TRANSFORMER, _CARD, MANIFEST) or entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            shutil.copytree(entry, out / entry.name, copy_function=shutil.copyfile)  # new files: the umask's mode
-        else:
-            shutil.copyfile(entry, out / entry.name)
+    copy_all_but_transformer(source, out)
     _write_transformer(transformer, scheme, names, out / _TRANSFORMER, dtype)
     if guidance_stop < 1:
         settings = read_json(out / GENERATION) if (out / GENERATION).is_file() else {}
@@ -66,17 +62,28 @@ def export_pipeline(
     (out / _CARD).write_text(_model_card(source, scheme, len(names), method, guidance_stop), encoding="utf-8")
 
 
-def load_packed_transformer(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
-    """The transformer of a packed pipeline, verified, on the CPU, in evaluation mode.
+def copy_all_but_transformer(source: Path, out: Path) -> None:
+    """What a pipeline made of another takes over as it is: all but transformers, model card, manifest and hidden files."""
+    for entry in sorted(source.iterdir()):
+        if entry.name in (*DENOISERS, _CARD, MANIFEST) or entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            shutil.copytree(entry, out / entry.name, copy_function=shutil.copyfile)  # new files: the umask's mode
+        else:
+            shutil.copyfile(entry, out / entry.name)
+
+
+def load_packed_transformer(folder: str | Path, dtype: torch.dtype | None = None, component: str = _TRANSFORMER) -> Any:
+    """The transformer of a packed pipeline, or one of its two, verified, on the CPU, in evaluation mode.
 
     Activations and the tensors outside the packed layers are in `dtype`, by default float32. Raises ValueError for a
     folder that is not a packed pipeline and for damaged, missing or inconsistent tensors, naming them.
     """
-    transformer = Path(folder) / _TRANSFORMER
+    transformer = Path(folder) / component
     _check_config(transformer)
     _check_files(transformer)
     try:
-        return load_transformer(folder, dtype)
+        return load_transformer(folder, dtype, component=component)
     except (ValueError, MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:  # diffusers raises all kinds for files that are not what config.json says
@@ -84,18 +91,21 @@ def load_packed_transformer(folder: str | Path, dtype: torch.dtype | None = None
 
 
 def verify_folder(folder: str | Path) -> int:
-    """Load and check everything in a packed pipeline's transformer and return the number of packed layers.
+    """Load and check everything in a packed pipeline's transformers and return the number of packed layers.
 
     Raises ValueError, naming file or tensor, if a file is truncated, a tensor is missing, left over, of another shape or
     dtype, holds NaN or Inf, or if codes do not add up to their stored sums.
     """
     if not (Path(folder) / "model_index.json").is_file():
         raise ValueError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
-    transformer = load_packed_transformer(folder)
-    for name, tensor in transformer.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{name}: holds NaN or Inf; the checkpoint is damaged, export it again")
-    return len(list(packed_layers(transformer)))
+    count = 0
+    for component in denoisers(Path(folder)):
+        transformer = load_packed_transformer(folder, component=component)
+        for name, tensor in transformer.state_dict().items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise ValueError(f"{name}: holds NaN or Inf; the checkpoint is damaged, export it again")
+        count += len(list(packed_layers(transformer)))
+    return count
 
 
 def _packed_names(transformer: nn.Module, scheme: QuantScheme) -> list[str]:
@@ -139,7 +149,7 @@ def _write_transformer(transformer: Any, scheme: QuantScheme, names: list[str], 
 def _check_config(folder: Path) -> None:
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder.parent} is not a packed pipeline: it has no {_TRANSFORMER}/config.json")
+        raise ValueError(f"{folder.parent} is not a packed pipeline: it has no {folder.name}/config.json")
     config = read_json(path)
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "qvgen":
@@ -181,6 +191,13 @@ def _snippet(pipeline_class: str, guidance_stop: float) -> str:
     return "\n".join([*lines, "", *load])
 
 
+def _pipeline_tag(source: Path, facts: Any) -> str | None:
+    """Every family is text-to-video; of other pipelines only their own card knows."""
+    name = read_json(source / "model_index.json").get("_class_name")
+    known = any(name in family.pipelines for family in families().values())
+    return "text-to-video" if known else facts.get("pipeline_tag")
+
+
 def _model_card(source: Path, scheme: QuantScheme, layers: int, method: str, guidance_stop: float) -> str:
     given = ModelCard.load(source / _CARD, ignore_metadata_errors=True) if (source / _CARD).is_file() else None
     facts = given.data if given is not None else ModelCardData()
@@ -192,7 +209,7 @@ def _model_card(source: Path, scheme: QuantScheme, layers: int, method: str, gui
         license_link=facts.get("license_link"),
         base_model=facts.get("base_model"),
         library_name="diffusers",
-        pipeline_tag="text-to-video",
+        pipeline_tag=_pipeline_tag(source, facts),
         tags=["qvgen", "quantized", scheme.name.lower()],
     )
     index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))

@@ -16,6 +16,7 @@ import torch
 import qvgen.integrations.diffusers  # noqa: F401  (lets diffusers load packed transformers)
 from qvgen.checkpoint.declared import check_packed
 from qvgen.models.files import read_json
+from qvgen.models.generic import DENOISERS
 
 PARTS = ("text_encoder", "vae", "transformer")  # what a pipeline has of models: the rest is small
 
@@ -34,8 +35,9 @@ def load_pipeline(
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    if (Path(folder) / "transformer" / "config.json").is_file():
-        check_packed(Path(folder) / "transformer")
+    for component in DENOISERS:
+        if (Path(folder) / component / "config.json").is_file():
+            check_packed(Path(folder) / component)
     diffusers_logging.disable_progress_bar()  # bars for files that load in milliseconds
     transformers_logging.disable_progress_bar()
     pipeline = DiffusionPipeline.from_pretrained(Path(folder), dtype=dtype, local_files_only=True, use_safetensors=True)
@@ -73,22 +75,28 @@ def _without_weights(folder: str | Path) -> Any:
     return found.from_config(config).eval()
 
 
-def load_transformer(folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Any:
+def load_transformer(
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    component: str = "transformer",
+) -> Any:
     """The transformer of a pipeline folder, in evaluation mode, on `device` (None: the CPU); no other component is read.
 
-    `dtype`: of the parameters, packed layers excepted; None: float32. diffusers keeps some small ones in float32 anyway.
+    `component`: of pipelines with two experts, "transformer_2" is the other one. `dtype`: of the parameters, packed layers
+    excepted; None: float32. diffusers keeps some small ones in float32 anyway.
     """
-    found = transformer_class(folder)
-    check_packed(Path(folder) / "transformer")
-    model = found.from_pretrained(Path(folder) / "transformer", dtype=dtype, local_files_only=True, use_safetensors=True)
+    found = transformer_class(folder, component)
+    check_packed(Path(folder) / component)
+    model = found.from_pretrained(Path(folder) / component, dtype=dtype, local_files_only=True, use_safetensors=True)
     return model.eval() if device is None else model.eval().to(device)
 
 
-def transformer_class(folder: str | Path) -> Any:
-    """The diffusers class that transformer/config.json names. Raises ValueError if diffusers does not have it."""
+def transformer_class(folder: str | Path, component: str = "transformer") -> Any:
+    """The diffusers class that the transformer's config.json names. Raises ValueError if diffusers does not have it."""
     import diffusers
 
-    path = Path(folder) / "transformer" / "config.json"
+    path = Path(folder) / component / "config.json"
     name = str(read_json(path).get("_class_name"))
     found = getattr(diffusers, name, None)
     if found is None:

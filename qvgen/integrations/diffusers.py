@@ -29,7 +29,8 @@ from diffusers.utils import is_peft_available
 from torch import nn
 
 from qvgen.integrations.fused import fuse_
-from qvgen.integrations.projections import refuse_fusing_
+from qvgen.integrations.plain import count_, keep_exact_in_float32, plain_
+from qvgen.integrations.projections import join_without_copies_
 from qvgen.nn.packed_linear import PackedLinear, packed_layers
 from qvgen.nn.targets import match_linears, replace_module
 from qvgen.nn.timestep import track_timestep
@@ -115,6 +116,7 @@ class QVGenQuantizer(DiffusersQuantizer):
                 f"{type(model).__name__}; the config was edited or belongs to another model"
             )
         track_timestep(model, scheme.timestep_groups)
+        keep_exact_in_float32(type(model))
         for name in names:
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
@@ -171,11 +173,15 @@ class QVGenQuantizer(DiffusersQuantizer):
         for name, layer in packed_layers(model):
             layer.validate(name)
         fuse_(model)
-        refuse_fusing_(model)
+        join_without_copies_(model)
+        count_(model)
         model.register_state_dict_post_hook(_note_config)
         # diffusers refuses model.to(dtype) for quantized models; packed layers keep their grid by themselves.
         model.is_quantized = False  # type: ignore[assignment]
         return model
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        return plain_(model, _note_config)
 
 
 def _note_config(model: Any, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ class PackedLoraLinear(lora.Linear):
         """Raises ValueError: see the module's text."""
         raise ValueError(
             "LoRA weights cannot be merged into packed ones (fuse_lora, merge): leave them loaded as adapters, or fuse them "
-            "into the full-precision pipeline (load_lora_weights, fuse_lora, save_pretrained) and pack that: fetch.source"
+            "into the full-precision pipeline before packing: `qvgen fuse` or `qvgen pack`, --lora FILE@SCALE"
         )
 
 

@@ -19,12 +19,14 @@ from qvgen.lazy import lazy
 if TYPE_CHECKING:
     from qvgen.training.loop import StepRecord, Trainer
     from qvgen.training.recipe import Sources, build_trainer, calibrate, finish
+    from qvgen.training.sampled import calibrate_while
 
-__all__ = ["Sources", "StepRecord", "Trainer", "build_trainer", "calibrate", "finish"]
+__all__ = ["Sources", "StepRecord", "Trainer", "build_trainer", "calibrate", "calibrate_while", "finish"]
 
 __getattr__ = lazy(
     {
         **dict.fromkeys(("StepRecord", "Trainer"), "qvgen.training.loop"),
         **dict.fromkeys(("Sources", "build_trainer", "calibrate", "finish"), "qvgen.training.recipe"),
+        "calibrate_while": "qvgen.training.sampled",
     }
 )

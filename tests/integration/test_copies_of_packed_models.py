@@ -14,6 +14,7 @@ import torch
 
 from qvgen.checkpoint.packed import export_pipeline, load_packed_transformer
 from qvgen.checkpoint.pipeline import load_transformer
+from qvgen.integrations.projections import JointProjections
 from qvgen.models.registry import load_family
 from qvgen.models.tiny import tiny_pipeline
 from qvgen.nn.packed_linear import PackedLinear, packed_layers
@@ -114,10 +115,18 @@ def test_a_copied_layer_belongs_to_no_backend(packed: Any) -> None:
     assert twin.state_dict().keys() == layer.state_dict().keys()
 
 
-def test_fusing_projections_is_refused_in_words(packed: Any) -> None:
+def test_joined_projections_call_the_packed_layers(packed: Any) -> None:
     model, family, expected = packed
-    with pytest.raises(ValueError, match=r"blocks\.0\.attn1: the projections are packed and cannot be joined; leave out"):
-        model.fuse_qkv_projections()
-    assert torch.equal(predict(family, model), expected)
-    with pytest.raises(ValueError, match="cannot be joined"):
-        pickle.loads(pickle.dumps(model)).fuse_qkv_projections()
+    twin = copy.deepcopy(model)  # unfusing leaves CogVideoX another processor
+    before = twin.state_dict().keys()
+    twin.fuse_qkv_projections()
+    twin.fuse_qkv_projections()
+    joint = [name for name, module in twin.named_modules() if isinstance(module, JointProjections)]
+    assert len(joint) == {"wan": 4, "cogvideox": 2}[family.name]
+    again = pickle.loads(pickle.dumps(twin))
+    again.get_submodule(joint[0]).attention.to_v.bias.data.add_(1)  # its own attention's layers, whatever they are now
+    assert float((predict(family, again) - expected).abs().max()) > 1e-3
+    torch.testing.assert_close(predict(family, twin), expected, rtol=1e-5, atol=1e-5)
+    assert twin.state_dict().keys() == before  # so that a joined model saves and loads
+    twin.unfuse_qkv_projections()
+    torch.testing.assert_close(predict(family, twin), expected, rtol=1e-5, atol=1e-5)

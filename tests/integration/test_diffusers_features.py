@@ -1,5 +1,6 @@
 """What diffusers can do with any transformer, done with a packed one."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -103,3 +104,23 @@ def test_another_attention_backend(folder: Path) -> None:
     expected = predict(folder, model)
     model.set_attention_backend("native")
     assert relative(predict(folder, model), expected) < ROUNDING
+
+
+def test_the_logical_number_of_parameters(folder: Path) -> None:
+    model, full = load_packed_transformer(folder), load_transformer(folder.parent / "source")
+    assert model.num_parameters() == full.num_parameters() == copy.deepcopy(model).num_parameters()
+    trained = model.get_parameter("proj_out.weight").requires_grad_(True)
+    model.get_parameter("proj_out.bias").requires_grad_(False)
+    others = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and not name.startswith("proj_out"))
+    assert model.num_parameters(only_trainable=True) == trained.numel() + others
+
+
+def test_half_precision_spares_what_is_listed_as_float32(folder: Path) -> None:
+    model = WanTransformer3DModel.from_pretrained(folder / "transformer", dtype=torch.float16)
+    kept = WanTransformer3DModel._keep_in_fp32_modules
+    assert kept is not None and len(set(kept)) == len(kept)
+    stored = model.state_dict()
+    assert any(name.endswith("weight_scale") for name in stored)
+    for name, tensor in stored.items():
+        if tensor.is_floating_point():
+            assert tensor.dtype is (torch.float32 if set(name.split(".")) & set(kept) else torch.float16), name

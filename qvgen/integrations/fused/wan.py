@@ -39,6 +39,18 @@ def fuse_wan_(model: nn.Module) -> int:
     return len(blocks)
 
 
+def unfuse_wan_(model: nn.Module) -> None:
+    """Undo `fuse_wan_`, for a model whose layers are packed no more; a backend or processor set by the user stays."""
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, partial) and forward.func is _block_forward:
+            del module.__dict__["forward"]
+        if isinstance(module, WanAttention) and type(module.processor) is PackedWanAttnProcessor:
+            plain = WanAttnProcessor()
+            vars(plain).update(vars(module.processor))
+            module.set_processor(cast(Any, plain))
+
+
 def _has_packed_layers(block: nn.Module) -> bool:
     return any(isinstance(module, PackedLinear) for module in block.modules())
 
