@@ -31,10 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
         for m, k, n in (LAYERS[:1] if options.smallest else LAYERS)
     ]
     if chosen.attention_ms:
-        ours = "cpu" if chosen.compiled_attention else "reference"
+        kernels = [name for name in chosen.attention_ms if name != choice.PYTORCH]
         with torch.no_grad():
             lengths = QUERIES[:1] if options.smallest else QUERIES
-            rows += [(f"attention {q}", ours, choice.measure_attention(q)) for q in lengths]
+            rows += [(f"attention {q}", chosen.attention, choice.measure_attention(kernels, q)) for q in lengths]
     lost = [what for what, name, ms in rows if ms[name] > NOISE * min(ms.values())]
     cells = []
     for what, name, ms in rows:

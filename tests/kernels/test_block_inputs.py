@@ -89,7 +89,7 @@ def test_one_value_for_all_places(backend: str, name: str) -> None:
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_number_of_threads(isa: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name == "attention" and not (dtype == torch.bfloat16 and library.load().qvgen_attention_supported(SIZE)):
+    if name == "attention" and not (dtype == torch.bfloat16 and library.attention_kernels(SIZE)):
         pytest.skip("PyTorch's attention runs here, whose rounding may depend on threads (docs/kernels.md)")
     monkeypatch.setenv("QVGEN_KERNELS", "cpu")
     arguments = [

@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -32,6 +33,7 @@ from qvgen.kernels.cpu import library
 
 M, K, N, BITS = 256, 1024, 1024, 4  # of the linear layer, inputs in bfloat16, one thread
 QUERIES, HEADS, FEATURES = 512, 4, 128  # of attention, in bfloat16, with PyTorch's threads
+PYTORCH = "pytorch"
 NOISE = 1.05  # times as slow counts as equal: the order of names decides
 ROUNDS, ATTENTION_ROUNDS = 10, 6
 HOPELESS = 4.0  # times the fastest, after one call: not measured further
@@ -40,10 +42,16 @@ UNSTEADY = 1.15  # between the halves of a measurement: something else slowed th
 
 class Choice(NamedTuple):
     isa: str
-    compiled_attention: bool
+    attention: str  # the instruction set of the compiled kernel, or PYTORCH
     linear_ms: Mapping[str, float]  # by instruction set
-    attention_ms: Mapping[str, float]  # "cpu" and "reference"; empty: no compiled attention here
+    attention_ms: Mapping[str, float]  # by instruction set, and PYTORCH; empty: no compiled attention here
     path: str  # of the file that holds it; empty: none could be written
+
+    @property
+    def compiled_attention(self) -> str:
+        """The fastest of the compiled kernels, whether PyTorch's is faster or not; empty: there are none."""
+        compiled = {name: ms for name, ms in self.attention_ms.items() if name != PYTORCH}
+        return min(compiled, key=compiled.__getitem__, default="")
 
 
 _lock = threading.Lock()
@@ -64,11 +72,13 @@ def choice(again: bool = False) -> Choice:
 
 def _measure(names: Sequence[str]) -> Choice:
     linear = measure_linear(names)
-    attention = measure_attention() if library.load().qvgen_attention_supported(FEATURES) else {}
-    fastest = min(linear.values())
-    isa = next(name for name in linear if linear[name] <= NOISE * fastest)
-    compiled = bool(attention) and attention["cpu"] <= NOISE * attention["reference"]
-    return Choice(isa, compiled, linear, attention, "")
+    kernels = [name for name in library.attention_kernels(FEATURES) if name in names]
+    attention = measure_attention(kernels) if kernels else {}
+    return Choice(_first_of_the_fastest(linear), _first_of_the_fastest(attention or {PYTORCH: 0.0}), linear, attention, "")
+
+
+def _first_of_the_fastest(ms: Mapping[str, float]) -> str:
+    return next(name for name in ms if ms[name] <= NOISE * min(ms.values()))
 
 
 def measure_linear(names: Sequence[str], m: int = M, k: int = K, n: int = N) -> dict[str, float]:
@@ -99,8 +109,8 @@ def measure_linear(names: Sequence[str], m: int = M, k: int = K, n: int = N) -> 
     return _fastest({name: call(name) for name in names}, ROUNDS, time.thread_time)
 
 
-def measure_attention(queries: int = QUERIES) -> dict[str, float]:
-    """Milliseconds of attention, as many keys as queries, in the compiled kernel ("cpu") and in PyTorch ("reference")."""
+def measure_attention(names: Sequence[str], queries: int = QUERIES) -> dict[str, float]:
+    """Milliseconds of attention, as many keys as queries, in the compiled kernels `names` and in PyTorch."""
     from qvgen.kernels.cpu import block_functions
 
     generator = torch.Generator().manual_seed(0)
@@ -110,7 +120,8 @@ def measure_attention(queries: int = QUERIES) -> dict[str, float]:
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         y.transpose(1, 2).contiguous()
 
-    actions: dict[str, Callable[[], object]] = {"cpu": lambda: block_functions.attention(q, k, v), "reference": pytorch}
+    actions: dict[str, Callable[[], object]] = {name: partial(block_functions.attention, q, k, v, name) for name in names}
+    actions[PYTORCH] = pytorch
     with torch.no_grad():
         return _fastest(actions, ATTENTION_ROUNDS, time.perf_counter)
 
@@ -162,10 +173,10 @@ def _read(path: Path, names: Sequence[str]) -> Choice | None:
     try:
         content = json.loads(path.read_text())
         linear, attention = ({str(k): float(v) for k, v in content[key].items()} for key in ("linear_ms", "attention_ms"))
-        found = Choice(content["isa"], content["compiled_attention"], linear, attention, str(path))
+        found = Choice(content["isa"], content["attention"], linear, attention, str(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return found if found.isa in names and isinstance(found.compiled_attention, bool) else None
+    return found if found.isa in names and found.attention in (*names, PYTORCH) else None
 
 
 def _keep(measured: Choice, path: Path, names: Sequence[str], replace: bool) -> Choice:

@@ -36,7 +36,7 @@ def candidates() -> list[str]:
 
 def pretend(monkeypatch: pytest.MonkeyPatch, linear: dict[str, float], attention: dict[str, float] | None = None) -> None:
     monkeypatch.setattr(choice, "measure_linear", lambda names: linear)
-    monkeypatch.setattr(choice, "measure_attention", lambda: attention or {"cpu": 1.0, "reference": 2.0})
+    monkeypatch.setattr(choice, "measure_attention", lambda _: attention or {"avx512bf16": 1.0, choice.PYTORCH: 2.0})
 
 
 def another_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +107,7 @@ def test_the_first_of_two_processes_decides_for_both(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"isa": "sse9", "compiled_attention": true, "linear_ms": {}, "attention_ms": {}}']
+    "content", ["", "{", "[]", '{"isa": "sse9", "attention": "pytorch", "linear_ms": {}, "attention_ms": {}}']
 )
 def test_a_file_that_is_not_ours_is_replaced(content: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = candidates()[-1]
@@ -137,11 +137,11 @@ def test_other_instruction_sets_are_measured_for_themselves(folder: Path, monkey
 
 
 def test_attention_goes_to_pytorch_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not library.load().qvgen_attention_supported(choice.FEATURES):
-        pytest.skip("the compiled attention needs AVX512_BF16, which this machine does not have")
+    if not library.attention_kernels(choice.FEATURES):
+        pytest.skip("the compiled attention needs AVX512_BF16 or AMX, which this machine does not have")
     for ours, chosen in ((1.04, True), (1.06, False), (5.0, False)):
-        pretend(monkeypatch, {candidates()[-1]: 1.0}, {"cpu": ours, "reference": 1.0})
-        assert choice.choice(again=True).compiled_attention == chosen
+        pretend(monkeypatch, {candidates()[-1]: 1.0}, {"avx512bf16": ours, choice.PYTORCH: 1.0})
+        assert choice.choice(again=True).attention == ("avx512bf16" if chosen else choice.PYTORCH)
         assert block_functions.attention_supported(Q, Q, Q) == chosen
         assert bool(block_functions.refusal("attention")) != chosen
     assert block_functions.refusal("attention") == "slower on this processor than PyTorch's: 5.00 ms against 1.00 (measured)"

@@ -80,9 +80,11 @@ int qvgen_add_gated(
     int64_t group_rows, void* out, int threads);
 
 // softmax(q k^T * scale) v in bfloat16 with float32 sums: q, out (samples, queries, heads, features), k, v (samples, keys, ...).
-int qvgen_attention_supported(int64_t features);
+// Kernels by the names of their instruction sets, end with null.
+const char* const* qvgen_attention_kernels();
+int qvgen_attention_supported(const char* kernel, int64_t features);
 int qvgen_attention(
-    const void* q, const void* k, const void* v, int64_t samples, int64_t queries, int64_t keys, int64_t heads,
+    const char* kernel, const void* q, const void* k, const void* v, int64_t samples, int64_t queries, int64_t keys, int64_t heads,
     int64_t features, float scale, void* out, int threads);
 
 // Multiply-adds per cycle of one core, of the instruction this path is made of, by measurement; 0: not known.
