@@ -85,7 +85,7 @@ def test_attention(samples: int, queries: int, keys: int, heads: int, size: int,
 
 def test_attention_is_compiled_where_that_is_faster() -> None:
     if not block_functions.attention_kernel():
-        pytest.skip("PyTorch's attention runs here: " + block_functions.refusal("attention"))
+        pytest.skip("PyTorch's attention runs here: " + block_functions.attention_refusal())
     q = rand(1, 5, 2, 128, dtype=torch.bfloat16)
     assert block_functions.attention_supported(q, q, q)
     assert not block_functions.attention_supported(q.float(), q.float(), q.float())

@@ -20,13 +20,13 @@ def available() -> bool:
     return not _library_refusal()
 
 
-def refusal(op: str) -> str:
-    """Why this machine cannot run the compiled `op`, worded for a user; empty if it can."""
+def attention_refusal() -> str:
+    """Why the compiled attention does not run on this machine, worded for a user; empty if it does."""
     if reason := _library_refusal():
         return reason
-    if op == "attention" and not choice().compiled_attention:
+    if not choice().compiled_attention:
         return "its instructions, AVX512_BF16 or AMX, are not in this machine or not in this build"
-    if op == "attention" and not attention_kernel():
+    if not attention_kernel():
         measured = choice()
         ours, pytorch = measured.attention_ms[measured.compiled_attention], measured.attention_ms[PYTORCH]
         return f"slower on this processor than PyTorch's: {ours:.2f} ms against {pytorch:.2f} (measured)"
@@ -175,11 +175,8 @@ def _takes_sum(x: Tensor, y: Tensor, gate: Tensor | None) -> bool:
 
 
 BLOCK_OPS = {
-    name: BlockOp(run, lambda name=name: refusal(name), takes)
-    for name, run, takes in [
-        ("layer_norm_modulate", layer_norm_modulate, _takes_rows),
-        ("rms_norm_rotary", rms_norm_rotary, _takes_rotary),
-        ("add_gated", add_gated, _takes_sum),
-        ("attention", attention, attention_supported),
-    ]
+    "layer_norm_modulate": BlockOp(layer_norm_modulate, _library_refusal, _takes_rows),
+    "rms_norm_rotary": BlockOp(rms_norm_rotary, _library_refusal, _takes_rotary),
+    "add_gated": BlockOp(add_gated, _library_refusal, _takes_sum),
+    "attention": BlockOp(attention, attention_refusal, attention_supported),
 }

@@ -55,19 +55,18 @@ class Choice(NamedTuple):
 
 
 _lock = threading.Lock()
-_known: dict[tuple[str, ...], Choice] = {}
+_known: list[Choice] = []  # at most one: asked for with each attention
 
 
 def choice(again: bool = False) -> Choice:
     """The measurement on this machine, from the cache if there is one; `again` takes it anew."""
-    names = [name for name in library.supported_isas() if not library.load().qvgen_isa_emulated(name.encode())]
-    key = tuple(names)
     with _lock:
-        if again or key not in _known:
+        if again or not _known:
+            names = [name for name in library.supported_isas() if not library.load().qvgen_isa_emulated(name.encode())]
             path = _path(names)
             found = None if again else _read(path, names)
-            _known[key] = found or _keep(_measure(names), path, names, again)
-        return _known[key]
+            _known[:] = [found or _keep(_measure(names), path, names, again)]
+        return _known[0]
 
 
 def _measure(names: Sequence[str]) -> Choice:
