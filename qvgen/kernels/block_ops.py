@@ -52,7 +52,7 @@ def _define(name: str, schema: str, check: Callable[..., None]) -> Callable[...,
             return expression(*args)
         if nobody_watches(args[0]):
             check(*args)
-            return registry.block_op(name, args)(*args)
+            return registry.block_op(name, args)(*args).contiguous()
         return op(*args)
 
     call.__name__, call.__doc__ = name, f"qvgen::{name}{schema}"
