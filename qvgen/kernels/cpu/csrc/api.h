@@ -24,7 +24,7 @@ struct qvgen_layer {
   const void* bias;           // (N,) or null
   void* out;                  // (M, N); for the first layer of qvgen_feed_forward: unused
   int64_t in_features, out_features, groups, clips;
-  int32_t activation_bits, activation_symmetric;
+  int32_t activation_bits, activation_symmetric;  // 0: inputs are not quantized, and the clips not read
   int32_t bias_dtype, out_dtype;  // 0 float32, 1 bfloat16
   int32_t gelu;                   // 1: GELU (tanh) after the bias
 };
