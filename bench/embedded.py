@@ -7,7 +7,8 @@ assets/tiny-wan is packed by plain rounding with the scheme of params.yaml, whic
     packed             float32 around the packed layers, likewise
 
 Steps are taken in turn. The fastest call of each counts, because on a busy machine the others were disturbed: in CPU time
-with one thread and in wall time with several, as in bench/linear.py. `--guided` times both evaluations of a guided step, one after the other and as one batch of two.
+with one thread and in wall time with several, as in bench/linear.py. `--guided` times both evaluations of a guided step, one
+after the other and as one batch of two.
 """
 
 from __future__ import annotations

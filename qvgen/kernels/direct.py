@@ -18,7 +18,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def nobody_watches(x: Any) -> bool:
-    """Whether an op whose first argument is x may be called directly: x is an ordinary tensor on the CPU without a gradient."""
+    """Whether an op whose first argument is x may be called directly: x is an ordinary tensor on the CPU, no gradient asked."""
     return (
         not torch.compiler.is_compiling()
         and type(x) in _PLAIN

@@ -10,6 +10,7 @@ import torch
 
 from qvgen.kernels import checked
 from qvgen.kernels.cpu import block_functions, library
+from qvgen.kernels.cpu.choice import PYTORCH, choice
 from qvgen.kernels.registry import Arguments, BlockOp, LayerTensors, PackedWeight, PreparedWeight
 from qvgen.packing.bits import packed_words
 
@@ -37,6 +38,14 @@ class CpuBackend:
         # Sums of (a - z_a)(q - z_w) are kept in 32 bits.
         most = (_INT32 - 1) // (layer.activations.max_code * layer.args.max_code)
         return "" if layer.in_features <= most else f"in_features {layer.in_features} is more than {most}"
+
+    def slower(self, layer: PackedWeight) -> str:
+        """Of weight-only layers, on processors whose PyTorch multiplies bfloat16 so fast that it makes up for unpacking."""
+        measured = choice()
+        if layer.activations is not None or measured.compiled_weight_only:
+            return ""
+        ours, pytorch = measured.weight_only_ms["cpu"], measured.weight_only_ms[PYTORCH]
+        return f"slower on this processor than PyTorch's: {ours:.2f} ms against {pytorch:.2f} (measured, inputs not quantized)"
 
     def prepare(self, layer: PackedWeight) -> PreparedWeight:
         _check_stored(layer)

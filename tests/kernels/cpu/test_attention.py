@@ -29,7 +29,9 @@ def kernel(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def inputs(samples: int, queries: int, keys: int, heads: int, width: int, spread: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(
+    samples: int, queries: int, keys: int, heads: int, width: int, spread: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(queries + keys + width)
     shapes = [(samples, tokens, heads, width) for tokens in (queries, keys, keys)]
     q, k, v = ((spread * torch.randn(shape, generator=generator)).bfloat16() for shape in shapes)

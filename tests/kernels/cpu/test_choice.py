@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from qvgen.kernels.cpu import block_functions, choice, library
-from qvgen.kernels.registry import ENVIRONMENT
+from qvgen.kernels.registry import ENVIRONMENT, KernelPreference
+from qvgen.quant.scheme import QuantArgs, QuantScheme
+from tests.support.packed_reference import build, scheme_of
 
 Q = torch.ones(1, 4, 2, 64, dtype=torch.bfloat16)
 MOST_SECONDS = 0.5  # of CPU time, measuring included
@@ -34,9 +36,15 @@ def candidates() -> list[str]:
     return [name for name in library.supported_isas() if not library.load().qvgen_isa_emulated(name.encode())]
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, linear: dict[str, float], attention: dict[str, float] | None = None) -> None:
+def pretend(
+    monkeypatch: pytest.MonkeyPatch,
+    linear: dict[str, float],
+    attention: dict[str, float] | None = None,
+    weight_only: dict[str, float] | None = None,
+) -> None:
     monkeypatch.setattr(choice, "measure_linear", lambda names: linear)
     monkeypatch.setattr(choice, "measure_attention", lambda _: attention or {"avx512bf16": 1.0, choice.PYTORCH: 2.0})
+    monkeypatch.setattr(choice, "measure_weight_only", lambda _: weight_only or {"cpu": 1.0, choice.PYTORCH: 2.0})
 
 
 def another_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +157,20 @@ def test_attention_goes_to_pytorch_where_that_is_faster(monkeypatch: pytest.Monk
     monkeypatch.setenv(ENVIRONMENT, "cpu")
     assert block_functions.attention_supported(Q, Q, Q)
     assert block_functions.attention_refusal() == ""
+
+
+def test_weight_only_layers_go_to_pytorch_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, _ = build(QuantScheme(weights=QuantArgs(), input_activations=None), 5, 32)
+    for ours, chosen in ((1.04, "cpu"), (1.06, "reference")):
+        pretend(monkeypatch, {candidates()[-1]: 1.0}, weight_only={"cpu": ours, choice.PYTORCH: 1.0})
+        choice.choice(again=True)
+        layer.prepare_backend()
+        assert layer.backend == chosen
+    layer.prepare_backend(KernelPreference.CPU)
+    assert layer.backend == "cpu"
+    quantized, _ = build(scheme_of(QuantArgs(), 4, 4, symmetric=False), 5, 32)
+    quantized.prepare_backend()
+    assert quantized.backend == "cpu"
 
 
 def test_a_measurement_whose_halves_differ_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
