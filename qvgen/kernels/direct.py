@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 _C = torch._C
+_functorch: Any = _C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def nobody_watches(x: Any) -> bool:
-    """Whether an op whose first argument is x may be called directly: x is an ordinary tensor on the CPU, no gradient asked."""
+    """Whether an op whose first argument is x may be called directly: x is an ordinary tensor on the CPU without gradient."""
     return (
         not torch.compiler.is_compiling()
         and type(x) in _PLAIN
@@ -28,7 +29,7 @@ def nobody_watches(x: Any) -> bool:
         and not _C._len_torch_function_stack()
         and not torch.autograd._profiler_enabled()
         and _C._get_tracing_state() is None
-        and _C._functorch.peek_interpreter_stack() is None
+        and _functorch.peek_interpreter_stack() is None
     )
 
 

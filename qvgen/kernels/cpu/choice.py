@@ -203,8 +203,8 @@ def _read(path: Path, names: Sequence[str]) -> Choice | None:
     try:
         content = json.loads(path.read_text())
         kinds = ("linear_ms", "attention_ms", "weight_only_ms")
-        measured = [{str(k): float(v) for k, v in content[kind].items()} for kind in kinds]
-        found = Choice(content["isa"], content["attention"], *measured, str(path))
+        linear, attention, weight_only = ({str(k): float(v) for k, v in content[kind].items()} for kind in kinds)
+        found = Choice(content["isa"], content["attention"], linear, attention, weight_only, str(path))
         assert set(found.weight_only_ms) == {"cpu", PYTORCH}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
         return None
