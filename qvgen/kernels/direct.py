@@ -34,9 +34,14 @@ def nobody_watches(x: Any) -> bool:
 
 
 def with_shortcut(op: Callable[..., Any], implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """`op`, which calls `implementation` itself where nobody watches."""
+    """`op`, which calls `implementation` itself where nobody watches. Arguments of a wrong type are refused by the schema."""
 
     def call(*args: Any) -> Any:
-        return implementation(*args) if nobody_watches(args[0]) else op(*args)
+        if nobody_watches(args[0]):
+            try:
+                return implementation(*args)
+            except TypeError:
+                pass
+        return op(*args)
 
     return call
