@@ -20,7 +20,7 @@ import platform
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -34,7 +34,7 @@ from qvgen.kernels.reference import ReferenceBackend
 from qvgen.kernels.registry import Arguments, LayerTensors
 
 M, K, N, BITS = 256, 1024, 1024, 4  # of the linear layer, inputs in bfloat16, one thread
-QUERIES, HEADS, FEATURES = 512, 4, 128  # of attention, in bfloat16, with PyTorch's threads
+QUERIES, HEADS, FEATURES = 512, 4, 128  # of attention, in bfloat16, one thread
 PYTORCH = "pytorch"
 NOISE = 1.05  # times as slow counts as equal: the order of names decides
 ROUNDS, ATTENTION_ROUNDS, WEIGHT_ONLY_ROUNDS = 10, 6, 4
@@ -91,14 +91,14 @@ def _first_of_the_fastest(ms: Mapping[str, float]) -> str:
 
 def measure_linear(names: Sequence[str], m: int = M, k: int = K, n: int = N) -> dict[str, float]:
     """Milliseconds of CPU time of one linear layer (m, k) -> (m, n) in each instruction set."""
-    call = _linear_call(m, k, n, BITS, threads=1)
+    call = _linear_call(m, k, n, BITS)
     return _fastest({name: partial(call, name) for name in names}, ROUNDS, time.thread_time)
 
 
 def measure_weight_only(isa: str, m: int = M, k: int = K, n: int = N) -> dict[str, float]:
     """Milliseconds of one layer (m, k) -> (m, n) with packed weights and inputs in bfloat16, here and in the reference
     backend, which unpacks the weight and leaves the rest to PyTorch."""
-    call = _linear_call(m, k, n, 0, threads=torch.get_num_threads())
+    call = _linear_call(m, k, n, 0)
     codes = torch.zeros(n, k, dtype=torch.int8)
     layer = LayerTensors(codes, torch.full((n, 1), 0.01), None, torch.zeros(n, 1, dtype=torch.int32), None, None, None)
     x, y = torch.zeros(m, k, dtype=torch.bfloat16), torch.empty(m, n, dtype=torch.bfloat16)
@@ -107,12 +107,12 @@ def measure_weight_only(isa: str, m: int = M, k: int = K, n: int = N) -> dict[st
     def pytorch() -> None:
         reference.linear(x, [layer], arguments, [y], False)
 
-    with torch.no_grad():
-        return _fastest({"cpu": partial(call, isa), PYTORCH: pytorch}, WEIGHT_ONLY_ROUNDS, time.perf_counter)
+    with torch.no_grad(), _one_thread():
+        return _fastest({"cpu": partial(call, isa), PYTORCH: pytorch}, WEIGHT_ONLY_ROUNDS, time.thread_time)
 
 
-def _linear_call(m: int, k: int, n: int, activation_bits: int, threads: int) -> Callable[[str], None]:
-    """A function that runs a layer of random weights in an instruction set."""
+def _linear_call(m: int, k: int, n: int, activation_bits: int) -> Callable[[str], None]:
+    """A function that runs a layer of random weights in an instruction set, in this thread."""
     functions = library.load()
     generator = torch.Generator().manual_seed(0)  # of its own: the caller's random numbers stay as they are
     words = torch.randint(-(2**31), 2**31, (n, k * BITS // 32), dtype=torch.int32, generator=generator)
@@ -134,7 +134,7 @@ def _linear_call(m: int, k: int, n: int, activation_bits: int, threads: int) -> 
     layer.alive, source.alive = (weight, clip, y), (x, group)  # for as long as the call points to them
 
     def call(name: str) -> None:
-        library.check(functions.qvgen_linear(name.encode(), ctypes.byref(layer), 1, ctypes.byref(source), threads))
+        library.check(functions.qvgen_linear(name.encode(), ctypes.byref(layer), 1, ctypes.byref(source), 1))
 
     return call
 
@@ -152,8 +152,20 @@ def measure_attention(names: Sequence[str], queries: int = QUERIES) -> dict[str,
 
     actions: dict[str, Callable[[], object]] = {name: partial(block_functions.attention, q, k, v, name) for name in names}
     actions[PYTORCH] = pytorch
-    with torch.no_grad():
-        return _fastest(actions, ATTENTION_ROUNDS, time.perf_counter)
+    with torch.no_grad(), _one_thread():
+        return _fastest(actions, ATTENTION_ROUNDS, time.thread_time)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Several threads wait for each other, and on a busy machine the kernel that was measured in a bad moment would lose: CPU
+    time of one does not count that."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _fastest(actions: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
