@@ -1,8 +1,8 @@
 """`python -m bench.choice`: whether the kernels that `auto` takes on this machine are the fastest at other sizes too.
 
-`auto` decides by one linear layer and one attention (qvgen/kernels/cpu/choice.py). Here every instruction set runs layers of
-other sizes, and attention runs at other lengths, measured as there. Ends with status 1 if the one chosen is anywhere slower
-than another by more than noise.
+`auto` decides by one linear layer, one attention and one weight-only layer (qvgen/kernels/cpu/choice.py). Here every
+instruction set runs layers of other sizes, attention runs at other lengths, and so on, measured as there. Ends with status 1
+if the one chosen is anywhere slower than another by more than noise.
 """
 
 from __future__ import annotations
@@ -31,10 +31,15 @@ def main(arguments: list[str] | None = None) -> int:
         for m, k, n in (LAYERS[:1] if options.smallest else LAYERS)
     ]
     if chosen.attention_ms:
-        ours = "cpu" if chosen.compiled_attention else "reference"
+        kernels = [name for name in chosen.attention_ms if name != choice.PYTORCH]
         with torch.no_grad():
             lengths = QUERIES[:1] if options.smallest else QUERIES
-            rows += [(f"attention {q}", ours, choice.measure_attention(q)) for q in lengths]
+            rows += [(f"attention {q}", chosen.attention, choice.measure_attention(kernels, q)) for q in lengths]
+    ours = "cpu" if chosen.compiled_weight_only else choice.PYTORCH
+    rows += [
+        (f"weight-only {m} x {k} x {n}", ours, choice.measure_weight_only(chosen.isa, m, k, n))
+        for m, k, n in (LAYERS[:1] if options.smallest else LAYERS)
+    ]
     lost = [what for what, name, ms in rows if ms[name] > NOISE * min(ms.values())]
     cells = []
     for what, name, ms in rows:

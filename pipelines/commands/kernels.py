@@ -132,5 +132,6 @@ def measured_line(measured: dict[str, Any]) -> str:
     parts = [f"Measured here: one linear layer {figures(measured['linear_ms'])}"]
     if measured["attention_ms"]:
         parts.append(f"attention {figures(measured['attention_ms'])}")
+    parts.append(f"weight-only layer {figures(measured['weight_only_ms'])}")
     parts.append(f"kept in {measured['path']}" if measured["path"] else "not kept: the cache folder cannot be written to")
     return "; ".join(parts)

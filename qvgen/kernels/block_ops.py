@@ -29,6 +29,7 @@ from torch import Tensor
 
 from qvgen.kernels import registry
 from qvgen.kernels.checked import with_fake_input
+from qvgen.kernels.direct import nobody_watches
 from qvgen.kernels.expressions import EXPRESSIONS
 
 OPS = registry.BLOCK_OPS
@@ -49,6 +50,9 @@ def _define(name: str, schema: str, check: Callable[..., None]) -> Callable[...,
     def call(*args: Any) -> Tensor:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return expression(*args)
+        if nobody_watches(args[0]):
+            check(*args)
+            return registry.block_op(name, args)(*args).contiguous()
         return op(*args)
 
     call.__name__, call.__doc__ = name, f"qvgen::{name}{schema}"

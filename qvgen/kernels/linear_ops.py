@@ -33,6 +33,7 @@ from torch import Tensor
 
 from qvgen.kernels import registry
 from qvgen.kernels.checked import check_layer, shape_of, with_fake_input
+from qvgen.kernels.direct import with_shortcut
 from qvgen.kernels.registry import Arguments, LayerTensors, PreparedWeight
 from qvgen.packing.bits import MAX_BITS, MIN_BITS, unpack
 from qvgen.quant.primitives import dequantize
@@ -233,8 +234,11 @@ def _fake_dequantized(weight: Tensor, weight_scale: Tensor, *rest: Any) -> Tenso
     return weight_scale.new_empty((weight_scale.shape[0], rest[2]))
 
 
-quantized_linear = _define(
-    registry.OP, f"(Tensor x, {_LAYER}, {_ARGUMENTS}, bool gelu, ScalarType? out_dtype) -> Tensor", _linear, _fake_linear
+quantized_linear = with_shortcut(
+    _define(
+        registry.OP, f"(Tensor x, {_LAYER}, {_ARGUMENTS}, bool gelu, ScalarType? out_dtype) -> Tensor", _linear, _fake_linear
+    ),
+    _linear,
 )
 quantized_linear_out = _define(
     f"{registry.OP}_out",
@@ -242,9 +246,12 @@ quantized_linear_out = _define(
     _linear_out,
     lambda *_: None,
 )
-quantized_linears = _define(f"{registry.OP}s", f"(Tensor x, {_LAYERS}, {_ARGUMENTS}) -> Tensor[]", _linears, _fake_linears)
-quantized_feed_forward = _define(
-    "quantized_feed_forward", f"(Tensor x, {_LAYERS}, {_ARGUMENTS}) -> Tensor", _feed_forward, _fake_feed_forward
+quantized_linears = with_shortcut(
+    _define(f"{registry.OP}s", f"(Tensor x, {_LAYERS}, {_ARGUMENTS}) -> Tensor[]", _linears, _fake_linears), _linears
+)
+quantized_feed_forward = with_shortcut(
+    _define("quantized_feed_forward", f"(Tensor x, {_LAYERS}, {_ARGUMENTS}) -> Tensor", _feed_forward, _fake_feed_forward),
+    _feed_forward,
 )
 dequantized_weight = _define(
     "dequantized_weight",

@@ -38,6 +38,9 @@ class ReferenceBackend:
     def supports(self, layer: PackedWeight) -> str:
         return ""
 
+    def slower(self, layer: PackedWeight) -> str:
+        return ""
+
     def prepare(self, layer: PackedWeight) -> PreparedWeight:
         """Codes (N, K) uint8, or as int8 without their zero point where that is the same for all (symmetric)."""
         weight = unpack(layer.words, layer.args.num_bits, layer.in_features)

@@ -95,6 +95,10 @@ class Backend(Protocol):
         """Why it cannot run this layer; empty if it can."""
         ...
 
+    def slower(self, layer: PackedWeight) -> str:
+        """Why `auto` passes it over although it can run this layer; empty if it does not."""
+        ...
+
     def prepare(self, layer: PackedWeight) -> PreparedWeight:
         """Repack a stored weight, on its device. May be slow: happens once, at load."""
         ...
@@ -133,6 +137,9 @@ class NotBuilt:
         return self.reason
 
     def supports(self, layer: PackedWeight) -> str:
+        return ""
+
+    def slower(self, layer: PackedWeight) -> str:
         return ""
 
     def prepare(self, layer: PackedWeight) -> PreparedWeight:
@@ -216,7 +223,7 @@ def choose(layer: PackedWeight, wanted: KernelPreference | None = None) -> Backe
     for backend in _backends.values():
         if not _serves(backend, device):
             continue
-        if not (reason := backend.available() or backend.supports(layer)):
+        if not (reason := backend.available() or backend.supports(layer) or backend.slower(layer)):
             _announce(backend, device, passed_over)
             return backend
         passed_over.append(f"{backend.name}: {reason}")

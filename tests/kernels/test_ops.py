@@ -11,7 +11,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qvgen.kernels import registry
-from qvgen.kernels.linear_ops import quantized_feed_forward, quantized_linear, quantized_linear_out, quantized_linears
 from qvgen.kernels.reference import ReferenceBackend
 from qvgen.kernels.registry import KernelPreference, NotBuilt, PackedWeight, backends, choose, explain
 from qvgen.nn.layers_together import feed_forward, linears
@@ -79,11 +78,11 @@ def calls(scheme: QuantScheme, x: torch.Tensor, backend: str, bias: bool = True)
     arguments = layers[0]._arguments(x)
     out = torch.empty(*x.shape[:-1], 5)
     return [
-        (quantized_linear, (x, *five, *arguments, False, None)),
-        (quantized_linear, (x, *five, *arguments, True, torch.float32)),
-        (quantized_linear_out, (x, *five, *arguments, out, True)),
-        (quantized_linears, (x, *map(list, zip(five, seven, strict=True)), *arguments)),
-        (quantized_feed_forward, (x, *map(list, zip(up, down, strict=True)), *arguments)),
+        (torch.ops.qvgen.quantized_linear.default, (x, *five, *arguments, False, None)),
+        (torch.ops.qvgen.quantized_linear.default, (x, *five, *arguments, True, torch.float32)),
+        (torch.ops.qvgen.quantized_linear_out.default, (x, *five, *arguments, out, True)),
+        (torch.ops.qvgen.quantized_linears.default, (x, *map(list, zip(five, seven, strict=True)), *arguments)),
+        (torch.ops.qvgen.quantized_feed_forward.default, (x, *map(list, zip(up, down, strict=True)), *arguments)),
     ]
 
 

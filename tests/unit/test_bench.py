@@ -183,15 +183,19 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
 def test_a_slower_choice_is_reported(
     slowed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    taken = choice.Choice("b", False, {"a": 1.0, "b": 1.0}, {"cpu": 2.0, "reference": 1.0}, "")
+    taken = choice.Choice(
+        "b", choice.PYTORCH, {"a": 1.0, "b": 1.0}, {"a": 2.0, choice.PYTORCH: 1.0}, {"cpu": 2.0, choice.PYTORCH: 1.0}, ""
+    )
     monkeypatch.setattr(choice, "choice", lambda: taken)
     monkeypatch.setattr(library, "supported_isas", lambda: ["a", "b", "c"])
     monkeypatch.setattr(choice, "measure_linear", lambda names, *_: {"a": 1.0, "b": 2.0 if slowed else 1.05})
-    monkeypatch.setattr(choice, "measure_attention", lambda *_: {"cpu": 2.0, "reference": 1.0})
+    monkeypatch.setattr(choice, "measure_attention", lambda *_: {"a": 2.0, choice.PYTORCH: 1.0})
+    monkeypatch.setattr(choice, "measure_weight_only", lambda *_: {"cpu": 2.0, choice.PYTORCH: 1.0})
     assert bench_choice.main([]) == slowed
     said = capsys.readouterr().out
     assert said.count("slower") == (len(bench_choice.LAYERS) if slowed else 0)
     assert "attention 1560" in said
+    assert "weight-only 1560" in said
 
 
 def test_choices_are_measured() -> None:

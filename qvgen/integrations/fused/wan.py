@@ -76,14 +76,16 @@ class PackedWanAttnProcessor(WanAttnProcessor):
         cosine, sine = (None, None) if rotary_emb is None else rotary_emb
         query = rms_norm_rotary(query, attn.norm_q.weight, cosine, sine, attn.heads, _eps(attn.norm_q, query))
         key = rms_norm_rotary(key, attn.norm_k.weight, cosine, sine, attn.heads, _eps(attn.norm_k, key))
-        query, key, value = (t.unflatten(2, (attn.heads, -1)) for t in (query, key, value))
+        query, key, value = (t.view(*t.shape[:2], attn.heads, -1) for t in (query, key, value))
         if self._attention_backend is None and self._parallel_config is None:
             hidden_states = attention(query, key, value)
         else:
             parallel = self._parallel_config if encoder_hidden_states is None else None
             hidden_states = dispatch_attention_fn(query, key, value, backend=self._attention_backend, parallel_config=parallel)
         hidden_states = hidden_states.flatten(2, 3).type_as(query)
-        return attn.to_out[1](attn.to_out[0](hidden_states))
+        projection, dropout = attn.to_out
+        hidden_states = projection(hidden_states)
+        return dropout(hidden_states) if dropout.training else hidden_states
 
 
 def _block_forward(

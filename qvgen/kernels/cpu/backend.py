@@ -10,6 +10,7 @@ import torch
 
 from qvgen.kernels import checked
 from qvgen.kernels.cpu import block_functions, library
+from qvgen.kernels.cpu.choice import PYTORCH, choice
 from qvgen.kernels.registry import Arguments, BlockOp, LayerTensors, PackedWeight, PreparedWeight
 from qvgen.packing.bits import packed_words
 
@@ -33,10 +34,18 @@ class CpuBackend:
 
     def supports(self, layer: PackedWeight) -> str:
         if layer.activations is None:
-            return "its inputs are not quantized (A16), and integer kernels multiply integers"
+            return ""
         # Sums of (a - z_a)(q - z_w) are kept in 32 bits.
         most = (_INT32 - 1) // (layer.activations.max_code * layer.args.max_code)
         return "" if layer.in_features <= most else f"in_features {layer.in_features} is more than {most}"
+
+    def slower(self, layer: PackedWeight) -> str:
+        """Of weight-only layers, on processors whose PyTorch multiplies bfloat16 so fast that it makes up for unpacking."""
+        measured = choice()
+        if layer.activations is not None or measured.compiled_weight_only:
+            return ""
+        ours, pytorch = measured.weight_only_ms["cpu"], measured.weight_only_ms[PYTORCH]
+        return f"slower on this processor than PyTorch's: {ours:.2f} ms against {pytorch:.2f} (measured, inputs not quantized)"
 
     def prepare(self, layer: PackedWeight) -> PreparedWeight:
         _check_stored(layer)
@@ -166,7 +175,7 @@ def _layer(
             known.described = bytes(layer)
     layer.out, layer.out_dtype = (None, 0) if output is None else (output.data_ptr(), _DTYPES[output.dtype])
     layer.in_features, layer.gelu = in_features, gelu
-    layer.activation_bits, layer.activation_symmetric = arguments.activation_bits, arguments.activation_symmetric
+    layer.activation_bits, layer.activation_symmetric = arguments.activation_bits or 0, arguments.activation_symmetric
     return layer
 
 
@@ -175,19 +184,19 @@ def _described(tensors: LayerTensors) -> library.Layer:
     bias = tensors.bias
     if bias is not None and bias.dtype not in _DTYPES:
         bias = bias.to(torch.float32)
-    lower, upper = tensors.clip_lower, tensors.clip_upper
-    assert lower is not None and upper is not None
-    if not (lower.is_contiguous() and upper.is_contiguous() and (bias is None or bias.is_contiguous())):
-        lower, upper, bias = lower.contiguous(), upper.contiguous(), None if bias is None else bias.contiguous()
+    parts = tensors.clip_lower, tensors.clip_upper, bias
+    if not all(part is None or part.is_contiguous() for part in parts):
+        parts = tuple(None if part is None else part.contiguous() for part in parts)
+    lower, upper, bias = parts
     layer = library.Layer(
         weight=tensors.weight.data_ptr(),
         weight_bytes=tensors.weight.numel(),
-        clip_lower=lower.data_ptr(),
-        clip_upper=upper.data_ptr(),
+        clip_lower=_pointer(lower),
+        clip_upper=_pointer(upper),
         bias=_pointer(bias),
         out_features=tensors.weight_scale.shape[0],
         groups=tensors.weight_scale.shape[1],
-        clips=lower.shape[0],
+        clips=0 if lower is None else lower.shape[0],
         bias_dtype=0 if bias is None else _DTYPES[bias.dtype],
     )
     layer.alive = lower, upper, bias  # for as long as the structure points to it
@@ -195,17 +204,16 @@ def _described(tensors: LayerTensors) -> library.Layer:
 
 
 def _input(x: torch.Tensor, arguments: Arguments) -> library.Input:
-    group = arguments.timestep_group
-    assert group is not None
-    group = group.contiguous()
+    group = None if arguments.activation_bits is None else arguments.timestep_group
+    group = None if group is None else group.contiguous()
     samples = x.shape[0] if x.ndim > 1 else 1
     rows = x.shape[:-1].numel()
     source = library.Input(
         x=x.data_ptr(),
         samples=samples,
         tokens=rows // samples if samples else 0,
-        timestep_group=group.data_ptr(),
-        timestep_groups=group.shape[0],
+        timestep_group=_pointer(group),
+        timestep_groups=0 if group is None else group.shape[0],
         dtype=_DTYPES[x.dtype],
     )
     source.alive = x, group

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qvgen.kernels.cpu import library
-from qvgen.kernels.cpu.choice import choice
+from qvgen.kernels.cpu.choice import PYTORCH, choice
 from qvgen.kernels.registry import BlockOp, KernelPreference, preference
 
 VECTOR = 16  # elements; rotary embedding wants heads of whole vectors
@@ -20,21 +20,25 @@ def available() -> bool:
     return not _library_refusal()
 
 
-def refusal(op: str) -> str:
-    """Why this machine cannot run the compiled `op`, worded for a user; empty if it can."""
+def attention_refusal() -> str:
+    """Why the compiled attention does not run on this machine, worded for a user; empty if it does."""
     if reason := _library_refusal():
         return reason
-    if op == "attention" and not library.load().qvgen_attention_supported(VECTOR):
-        return "its instructions, AVX512_BF16, are not in this machine or not in this build"
-    if op == "attention" and not _attention_chosen():
-        ms = choice().attention_ms
-        return f"slower on this processor than PyTorch's: {ms['cpu']:.2f} ms against {ms['reference']:.2f} (measured)"
+    if not choice().compiled_attention:
+        return "its instructions, AVX512_BF16 or AMX, are not in this machine or not in this build"
+    if not attention_kernel():
+        measured = choice()
+        ours, pytorch = measured.attention_ms[measured.compiled_attention], measured.attention_ms[PYTORCH]
+        return f"slower on this processor than PyTorch's: {ours:.2f} ms against {pytorch:.2f} (measured)"
     return ""
 
 
-def _attention_chosen() -> bool:
-    """Whether the compiled attention runs where it can: on processors where PyTorch's is faster, only if asked for."""
-    return preference() == KernelPreference.CPU or choice().compiled_attention
+def attention_kernel() -> str:
+    """The compiled attention that runs: on processors where PyTorch's is faster, only if asked for. Empty: none."""
+    measured = choice()
+    if preference() == KernelPreference.CPU:
+        return measured.compiled_attention
+    return "" if measured.attention == PYTORCH else measured.attention
 
 
 def _library_refusal() -> str:
@@ -114,16 +118,19 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
 
 def attention_supported(q: Tensor, k: Tensor, v: Tensor) -> bool:
     bfloat16 = q.dtype == k.dtype == v.dtype == torch.bfloat16
-    supported = bfloat16 and k.shape[1] > 0 and bool(library.load().qvgen_attention_supported(q.shape[-1]))
-    return supported and _attention_chosen()
+    if not bfloat16 or not k.shape[1] or not (kernel := attention_kernel()):
+        return False
+    return bool(library.load().qvgen_attention_supported(kernel.encode(), q.shape[-1]))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str = "") -> Tensor:
+    """`kernel`: one of library.attention_kernels; by default the one chosen."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
     samples, queries, heads, features = q.shape
     library.check(
         library.load().qvgen_attention(
+            (kernel or attention_kernel()).encode(),
             q.data_ptr(),
             k.data_ptr(),
             v.data_ptr(),
@@ -168,11 +175,8 @@ def _takes_sum(x: Tensor, y: Tensor, gate: Tensor | None) -> bool:
 
 
 BLOCK_OPS = {
-    name: BlockOp(run, lambda name=name: refusal(name), takes)
-    for name, run, takes in [
-        ("layer_norm_modulate", layer_norm_modulate, _takes_rows),
-        ("rms_norm_rotary", rms_norm_rotary, _takes_rotary),
-        ("add_gated", add_gated, _takes_sum),
-        ("attention", attention, attention_supported),
-    ]
+    "layer_norm_modulate": BlockOp(layer_norm_modulate, _library_refusal, _takes_rows),
+    "rms_norm_rotary": BlockOp(rms_norm_rotary, _library_refusal, _takes_rotary),
+    "add_gated": BlockOp(add_gated, _library_refusal, _takes_sum),
+    "attention": BlockOp(attention, attention_refusal, attention_supported),
 }

@@ -1,9 +1,9 @@
 """Which of the kernels that can run here are fastest: measured once per processor and build, never guessed from names.
 
 The same instruction is fast on one processor and slow on another (vdpbf16ps: 64 multiply-adds per cycle on Zen 5, 15 on
-Sapphire Rapids), so instruction sets in order of age are a wrong list. Two short measurements at first use, together below
-half a second, decide: one linear layer in every instruction set, and attention here and in PyTorch. The integers of linear
-layers are the same whichever is chosen; attention differs by rounding.
+Sapphire Rapids), so instruction sets in order of age are a wrong list. Three short measurements at first use, together below
+half a second, decide: one linear layer in every instruction set, then attention and a weight-only layer here and in PyTorch.
+The integers of linear layers are the same whichever is chosen; the others differ by rounding.
 
 The result is kept in a file of the user's cache, one per processor, build of the kernels and version of PyTorch. The first of
 several processes that measure at once decides for all. `qvgen kernels --measure` measures again.
@@ -20,7 +20,8 @@ import platform
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -29,50 +30,89 @@ import torch
 import torch.nn.functional as F
 
 from qvgen.kernels.cpu import library
+from qvgen.kernels.reference import ReferenceBackend
+from qvgen.kernels.registry import Arguments, LayerTensors
 
 M, K, N, BITS = 256, 1024, 1024, 4  # of the linear layer, inputs in bfloat16, one thread
-QUERIES, HEADS, FEATURES = 512, 4, 128  # of attention, in bfloat16, with PyTorch's threads
+QUERIES, HEADS, FEATURES = 512, 4, 128  # of attention, in bfloat16, one thread
+PYTORCH = "pytorch"
 NOISE = 1.05  # times as slow counts as equal: the order of names decides
-ROUNDS, ATTENTION_ROUNDS = 10, 6
+ROUNDS, ATTENTION_ROUNDS, WEIGHT_ONLY_ROUNDS = 10, 6, 4
 HOPELESS = 4.0  # times the fastest, after one call: not measured further
 UNSTEADY = 1.15  # between the halves of a measurement: something else slowed the processor, so measure again
 
 
 class Choice(NamedTuple):
     isa: str
-    compiled_attention: bool
+    attention: str  # the instruction set of the compiled kernel, or PYTORCH
     linear_ms: Mapping[str, float]  # by instruction set
-    attention_ms: Mapping[str, float]  # "cpu" and "reference"; empty: no compiled attention here
+    attention_ms: Mapping[str, float]  # by instruction set, and PYTORCH; empty: no compiled attention here
+    weight_only_ms: Mapping[str, float]  # "cpu", in `isa`, and PYTORCH
     path: str  # of the file that holds it; empty: none could be written
+
+    @property
+    def compiled_weight_only(self) -> bool:
+        return self.weight_only_ms["cpu"] <= NOISE * self.weight_only_ms[PYTORCH]
+
+    @property
+    def compiled_attention(self) -> str:
+        """The fastest of the compiled kernels, whether PyTorch's is faster or not; empty: there are none."""
+        compiled = {name: ms for name, ms in self.attention_ms.items() if name != PYTORCH}
+        return min(compiled, key=compiled.__getitem__, default="")
 
 
 _lock = threading.Lock()
-_known: dict[tuple[str, ...], Choice] = {}
+_known: list[Choice] = []  # at most one: asked for with each attention
 
 
 def choice(again: bool = False) -> Choice:
     """The measurement on this machine, from the cache if there is one; `again` takes it anew."""
-    names = [name for name in library.supported_isas() if not library.load().qvgen_isa_emulated(name.encode())]
-    key = tuple(names)
     with _lock:
-        if again or key not in _known:
+        if again or not _known:
+            names = [name for name in library.supported_isas() if not library.load().qvgen_isa_emulated(name.encode())]
             path = _path(names)
             found = None if again else _read(path, names)
-            _known[key] = found or _keep(_measure(names), path, names, again)
-        return _known[key]
+            _known[:] = [found or _keep(_measure(names), path, names, again)]
+        return _known[0]
 
 
 def _measure(names: Sequence[str]) -> Choice:
     linear = measure_linear(names)
-    attention = measure_attention() if library.load().qvgen_attention_supported(FEATURES) else {}
-    fastest = min(linear.values())
-    isa = next(name for name in linear if linear[name] <= NOISE * fastest)
-    compiled = bool(attention) and attention["cpu"] <= NOISE * attention["reference"]
-    return Choice(isa, compiled, linear, attention, "")
+    kernels = [name for name in library.attention_kernels(FEATURES) if name in names]
+    attention = measure_attention(kernels) if kernels else {}
+    isa = _first_of_the_fastest(linear)
+    fastest_attention = _first_of_the_fastest(attention or {PYTORCH: 0.0})
+    return Choice(isa, fastest_attention, linear, attention, measure_weight_only(isa), "")
+
+
+def _first_of_the_fastest(ms: Mapping[str, float]) -> str:
+    return next(name for name in ms if ms[name] <= NOISE * min(ms.values()))
 
 
 def measure_linear(names: Sequence[str], m: int = M, k: int = K, n: int = N) -> dict[str, float]:
     """Milliseconds of CPU time of one linear layer (m, k) -> (m, n) in each instruction set."""
+    call = _linear_call(m, k, n, BITS)
+    return _fastest({name: partial(call, name) for name in names}, ROUNDS, time.thread_time)
+
+
+def measure_weight_only(isa: str, m: int = M, k: int = K, n: int = N) -> dict[str, float]:
+    """Milliseconds of one layer (m, k) -> (m, n) with packed weights and inputs in bfloat16, here and in the reference
+    backend, which unpacks the weight and leaves the rest to PyTorch."""
+    call = _linear_call(m, k, n, 0)
+    codes = torch.zeros(n, k, dtype=torch.int8)
+    layer = LayerTensors(codes, torch.full((n, 1), 0.01), None, torch.zeros(n, 1, dtype=torch.int32), None, None, None)
+    x, y = torch.zeros(m, k, dtype=torch.bfloat16), torch.empty(m, n, dtype=torch.bfloat16)
+    reference, arguments = ReferenceBackend(), Arguments(None, BITS, None, False, "reference")
+
+    def pytorch() -> None:
+        reference.linear(x, [layer], arguments, [y], False)
+
+    with torch.no_grad(), _one_thread():
+        return _fastest({"cpu": partial(call, isa), PYTORCH: pytorch}, WEIGHT_ONLY_ROUNDS, time.thread_time)
+
+
+def _linear_call(m: int, k: int, n: int, activation_bits: int) -> Callable[[str], None]:
+    """A function that runs a layer of random weights in an instruction set, in this thread."""
     functions = library.load()
     generator = torch.Generator().manual_seed(0)  # of its own: the caller's random numbers stay as they are
     words = torch.randint(-(2**31), 2**31, (n, k * BITS // 32), dtype=torch.int32, generator=generator)
@@ -86,21 +126,21 @@ def measure_linear(names: Sequence[str], m: int = M, k: int = K, n: int = N) -> 
     clip, group = torch.ones(1), torch.zeros(1, dtype=torch.int64)
     layer = library.Layer(
         weight=weight.data_ptr(), weight_bytes=size, clip_lower=clip.data_ptr(), clip_upper=clip.data_ptr(), out=y.data_ptr(),
-        in_features=k, out_features=n, groups=1, clips=1, activation_bits=BITS, out_dtype=1,
+        in_features=k, out_features=n, groups=1, clips=1, activation_bits=activation_bits, out_dtype=1,
     )  # fmt: skip
     source = library.Input(
         x=x.data_ptr(), samples=1, tokens=m, timestep_group=group.data_ptr(), timestep_groups=1, dtype=1
     )  # fmt: skip
+    layer.alive, source.alive = (weight, clip, y), (x, group)  # for as long as the call points to them
 
-    def call(name: str) -> Callable[[], None]:
-        arguments = name.encode(), ctypes.byref(layer), 1, ctypes.byref(source), 1
-        return lambda: library.check(functions.qvgen_linear(*arguments))
+    def call(name: str) -> None:
+        library.check(functions.qvgen_linear(name.encode(), ctypes.byref(layer), 1, ctypes.byref(source), 1))
 
-    return _fastest({name: call(name) for name in names}, ROUNDS, time.thread_time)
+    return call
 
 
-def measure_attention(queries: int = QUERIES) -> dict[str, float]:
-    """Milliseconds of attention, as many keys as queries, in the compiled kernel ("cpu") and in PyTorch ("reference")."""
+def measure_attention(names: Sequence[str], queries: int = QUERIES) -> dict[str, float]:
+    """Milliseconds of attention, as many keys as queries, in the compiled kernels `names` and in PyTorch."""
     from qvgen.kernels.cpu import block_functions
 
     generator = torch.Generator().manual_seed(0)
@@ -110,9 +150,22 @@ def measure_attention(queries: int = QUERIES) -> dict[str, float]:
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         y.transpose(1, 2).contiguous()
 
-    actions: dict[str, Callable[[], object]] = {"cpu": lambda: block_functions.attention(q, k, v), "reference": pytorch}
-    with torch.no_grad():
-        return _fastest(actions, ATTENTION_ROUNDS, time.perf_counter)
+    actions: dict[str, Callable[[], object]] = {name: partial(block_functions.attention, q, k, v, name) for name in names}
+    actions[PYTORCH] = pytorch
+    with torch.no_grad(), _one_thread():
+        return _fastest(actions, ATTENTION_ROUNDS, time.thread_time)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Several threads wait for each other, and on a busy machine the kernel that was measured in a bad moment would lose: CPU
+    time of one does not count that."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _fastest(actions: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
@@ -161,11 +214,13 @@ def _read(path: Path, names: Sequence[str]) -> Choice | None:
     """The content of the cache file; None if there is none, or it is not one of ours."""
     try:
         content = json.loads(path.read_text())
-        linear, attention = ({str(k): float(v) for k, v in content[key].items()} for key in ("linear_ms", "attention_ms"))
-        found = Choice(content["isa"], content["compiled_attention"], linear, attention, str(path))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        kinds = ("linear_ms", "attention_ms", "weight_only_ms")
+        linear, attention, weight_only = ({str(k): float(v) for k, v in content[kind].items()} for kind in kinds)
+        found = Choice(content["isa"], content["attention"], linear, attention, weight_only, str(path))
+        assert set(found.weight_only_ms) == {"cpu", PYTORCH}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
         return None
-    return found if found.isa in names and isinstance(found.compiled_attention, bool) else None
+    return found if found.isa in names and found.attention in (*names, PYTORCH) else None
 
 
 def _keep(measured: Choice, path: Path, names: Sequence[str], replace: bool) -> Choice:

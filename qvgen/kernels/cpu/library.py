@@ -11,9 +11,11 @@ import ctypes
 import importlib.metadata
 import os
 import sys
+from collections.abc import Iterator
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -129,8 +131,9 @@ def _declare(library: ctypes.CDLL) -> None:
             [c_char_p, c_void_p, c_int, c_int64, c_int64, c_float, *[c_void_p] * 3, c_int64, c_int64, c_void_p, c_int],
         ),
         "qvgen_add_gated": (c_int, [c_char_p, *[c_void_p] * 3, c_int, c_int64, c_int64, c_int64, c_void_p, c_int]),
-        "qvgen_attention_supported": (c_int, [c_int64]),
-        "qvgen_attention": (c_int, [c_void_p, c_void_p, c_void_p, *[c_int64] * 5, c_float, c_void_p, c_int]),
+        "qvgen_attention_kernels": (POINTER(c_char_p), []),
+        "qvgen_attention_supported": (c_int, [c_char_p, c_int64]),
+        "qvgen_attention": (c_int, [c_char_p, *[c_void_p] * 3, *[c_int64] * 5, c_float, c_void_p, c_int]),
         "qvgen_integer_part": (c_int, [c_char_p, c_void_p, c_int64, c_void_p, c_int64, c_int, c_void_p]),
         "qvgen_quantize_tokens": (c_int, [c_char_p, layers, source, c_void_p, c_void_p, c_void_p, c_void_p]),
     }
@@ -151,18 +154,24 @@ def _openmp() -> int | None:
 def supported_isas() -> list[str]:
     """Instruction sets that this build has code for and this machine can run, best first."""
     library = load()
-    names: list[str] = []
-    for name in iter(iter(library.qvgen_isas()).__next__, None):
-        if library.qvgen_isa_supported(name):
-            names.append(name.decode())
-    return names
+    return [name.decode() for name in _names(library.qvgen_isas()) if library.qvgen_isa_supported(name)]
+
+
+def attention_kernels(features: int) -> list[str]:
+    """Instruction sets that have attention for heads of `features` and can run here."""
+    library = load()
+    names = _names(library.qvgen_attention_kernels())
+    return [name.decode() for name in names if library.qvgen_attention_supported(name, features)]
+
+
+def _names(ending_with_null: Any) -> Iterator[bytes]:
+    return iter(iter(ending_with_null).__next__, None)
 
 
 def refusals() -> dict[str, str]:
     """Why those that cannot run here cannot, where more is to be said than that the processor lacks them."""
     library = load()
-    names = (name for name in iter(iter(library.qvgen_isas()).__next__, None))
-    told = {name.decode(): library.qvgen_isa_refusal(name) for name in names}
+    told = {name.decode(): library.qvgen_isa_refusal(name) for name in _names(library.qvgen_isas())}
     return {name: reason.decode() for name, reason in told.items() if reason}
 
 

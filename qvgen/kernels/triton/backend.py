@@ -38,6 +38,9 @@ class TritonBackend:
         most = (_INT32 - 1) // (layer.activations.max_code * layer.args.max_code)
         return "" if layer.in_features <= most else f"in_features {layer.in_features} is more than {most}"
 
+    def slower(self, layer: PackedWeight) -> str:
+        return ""
+
     def prepare(self, layer: PackedWeight) -> PreparedWeight:
         n, groups = layer.row_sum.shape
         weight = to_planes(layer.words, layer.in_features, groups, layer.args.num_bits)

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from qvgen.kernels.cpu import block_functions, choice, library
-from qvgen.kernels.registry import ENVIRONMENT
+from qvgen.kernels.registry import ENVIRONMENT, KernelPreference
+from qvgen.quant.scheme import QuantArgs, QuantScheme
+from tests.support.packed_reference import build, scheme_of
 
 Q = torch.ones(1, 4, 2, 64, dtype=torch.bfloat16)
 MOST_SECONDS = 0.5  # of CPU time, measuring included
@@ -24,7 +26,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in (ENVIRONMENT, library.ISA_ENVIRONMENT):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(choice, "_known", {})
+    monkeypatch.setattr(choice, "_known", [])
     library.isa.cache_clear()
     yield tmp_path / "qvgen" / "kernels"
     library.isa.cache_clear()
@@ -34,13 +36,19 @@ def candidates() -> list[str]:
     return [name for name in library.supported_isas() if not library.load().qvgen_isa_emulated(name.encode())]
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, linear: dict[str, float], attention: dict[str, float] | None = None) -> None:
+def pretend(
+    monkeypatch: pytest.MonkeyPatch,
+    linear: dict[str, float],
+    attention: dict[str, float] | None = None,
+    weight_only: dict[str, float] | None = None,
+) -> None:
     monkeypatch.setattr(choice, "measure_linear", lambda names: linear)
-    monkeypatch.setattr(choice, "measure_attention", lambda: attention or {"cpu": 1.0, "reference": 2.0})
+    monkeypatch.setattr(choice, "measure_attention", lambda _: attention or {"avx512bf16": 1.0, choice.PYTORCH: 2.0})
+    monkeypatch.setattr(choice, "measure_weight_only", lambda _: weight_only or {"cpu": 1.0, choice.PYTORCH: 2.0})
 
 
 def another_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "_known", {})
+    monkeypatch.setattr(choice, "_known", [])
 
 
 def test_what_was_measured_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +115,7 @@ def test_the_first_of_two_processes_decides_for_both(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"isa": "sse9", "compiled_attention": true, "linear_ms": {}, "attention_ms": {}}']
+    "content", ["", "{", "[]", '{"isa": "sse9", "attention": "pytorch", "linear_ms": {}, "attention_ms": {}}']
 )
 def test_a_file_that_is_not_ours_is_replaced(content: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = candidates()[-1]
@@ -132,22 +140,37 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.
 def test_other_instruction_sets_are_measured_for_themselves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = {Path(choice.choice().path)}
     monkeypatch.setattr(library, "supported_isas", lambda: ["portable"])  # say, a sandbox that allows no tiles
+    another_process(monkeypatch)
     assert choice.choice().isa == "portable"
     assert set(folder.iterdir()) == expected | {Path(choice.choice().path)}
 
 
 def test_attention_goes_to_pytorch_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not library.load().qvgen_attention_supported(choice.FEATURES):
-        pytest.skip("the compiled attention needs AVX512_BF16, which this machine does not have")
+    if not library.attention_kernels(choice.FEATURES):
+        pytest.skip("the compiled attention needs AVX512_BF16 or AMX, which this machine does not have")
     for ours, chosen in ((1.04, True), (1.06, False), (5.0, False)):
-        pretend(monkeypatch, {candidates()[-1]: 1.0}, {"cpu": ours, "reference": 1.0})
-        assert choice.choice(again=True).compiled_attention == chosen
+        pretend(monkeypatch, {candidates()[-1]: 1.0}, {"avx512bf16": ours, choice.PYTORCH: 1.0})
+        assert choice.choice(again=True).attention == ("avx512bf16" if chosen else choice.PYTORCH)
         assert block_functions.attention_supported(Q, Q, Q) == chosen
-        assert bool(block_functions.refusal("attention")) != chosen
-    assert block_functions.refusal("attention") == "slower on this processor than PyTorch's: 5.00 ms against 1.00 (measured)"
+        assert bool(block_functions.attention_refusal()) != chosen
+    assert block_functions.attention_refusal() == "slower on this processor than PyTorch's: 5.00 ms against 1.00 (measured)"
     monkeypatch.setenv(ENVIRONMENT, "cpu")
     assert block_functions.attention_supported(Q, Q, Q)
-    assert block_functions.refusal("attention") == ""
+    assert block_functions.attention_refusal() == ""
+
+
+def test_weight_only_layers_go_to_pytorch_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, _ = build(QuantScheme(weights=QuantArgs(), input_activations=None), 5, 32)
+    for ours, chosen in ((1.04, "cpu"), (1.06, "reference")):
+        pretend(monkeypatch, {candidates()[-1]: 1.0}, weight_only={"cpu": ours, choice.PYTORCH: 1.0})
+        choice.choice(again=True)
+        layer.prepare_backend()
+        assert layer.backend == chosen
+    layer.prepare_backend(KernelPreference.CPU)
+    assert layer.backend == "cpu"
+    quantized, _ = build(scheme_of(QuantArgs(), 4, 4, symmetric=False), 5, 32)
+    quantized.prepare_backend()
+    assert quantized.backend == "cpu"
 
 
 def test_a_measurement_whose_halves_differ_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:

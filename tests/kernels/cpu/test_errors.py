@@ -16,7 +16,7 @@ from qvgen.kernels.registry import KernelPreference, choose
 from qvgen.nn.layers_together import linears
 from qvgen.nn.packed_linear import PackedLinear
 from qvgen.nn.timestep import set_timestep
-from qvgen.quant.scheme import QuantArgs, QuantScheme
+from qvgen.quant.scheme import QuantArgs
 from tests.support.cpu_weights import stored_weight
 from tests.support.packed_reference import GROUPS, build, scheme_of
 
@@ -54,12 +54,6 @@ def test_too_long_sums() -> None:
     assert CpuBackend().supports(eight._replace(in_features=most + 1)) == reason
     with pytest.raises(RuntimeError, match=f"'cpu' was asked for and cannot run: {reason}"):
         choose(eight._replace(in_features=most + 1), KernelPreference.CPU)
-
-
-def test_inputs_that_are_not_quantized() -> None:
-    layer, _ = build(QuantScheme(weights=QuantArgs(), input_activations=None), 5, 32)
-    with pytest.raises(RuntimeError, match=r"'cpu' was asked for and cannot run: its inputs are not quantized \(A16\)"):
-        layer.prepare_backend(KernelPreference.CPU)
 
 
 def test_too_many_layers() -> None:

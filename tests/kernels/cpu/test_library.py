@@ -53,7 +53,7 @@ def test_what_every_processor_runs_uses_no_newer_registers() -> None:
     """Loading asks for every instruction set; what answers is compiled with the flags of that set."""
     if not (objdump := shutil.which("objdump")):
         pytest.skip("objdump (binutils) is not installed")
-    for name in (*built_isas(), "attention_avx512bf16"):
+    for name in (*built_isas(), "attention_avx512bf16", "attention_amx"):
         function = name if name.startswith("attention") else f"isa_{name}"
         symbol = f"_ZN5qvgen{len(function)}{function}Ev"
         command = [objdump, "--disassemble=" + symbol, "--no-show-raw-insn", library.load()._name]

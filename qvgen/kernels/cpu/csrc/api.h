@@ -24,7 +24,7 @@ struct qvgen_layer {
   const void* bias;           // (N,) or null
   void* out;                  // (M, N); for the first layer of qvgen_feed_forward: unused
   int64_t in_features, out_features, groups, clips;
-  int32_t activation_bits, activation_symmetric;
+  int32_t activation_bits, activation_symmetric;  // 0: inputs are not quantized, and the clips not read
   int32_t bias_dtype, out_dtype;  // 0 float32, 1 bfloat16
   int32_t gelu;                   // 1: GELU (tanh) after the bias
 };
@@ -80,9 +80,11 @@ int qvgen_add_gated(
     int64_t group_rows, void* out, int threads);
 
 // softmax(q k^T * scale) v in bfloat16 with float32 sums: q, out (samples, queries, heads, features), k, v (samples, keys, ...).
-int qvgen_attention_supported(int64_t features);
+// Kernels by the names of their instruction sets, end with null.
+const char* const* qvgen_attention_kernels();
+int qvgen_attention_supported(const char* kernel, int64_t features);
 int qvgen_attention(
-    const void* q, const void* k, const void* v, int64_t samples, int64_t queries, int64_t keys, int64_t heads,
+    const char* kernel, const void* q, const void* k, const void* v, int64_t samples, int64_t queries, int64_t keys, int64_t heads,
     int64_t features, float scale, void* out, int threads);
 
 // Multiply-adds per cycle of one core, of the instruction this path is made of, by measurement; 0: not known.

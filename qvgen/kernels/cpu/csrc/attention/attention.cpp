@@ -1,6 +1,8 @@
 // Attention shared out among threads: first the panels of all heads, then blocks of queries.
 #include "attention/attention.h"
 
+#include <cstring>
+
 #include "api.h"
 #include "threads/parallel.h"
 #include "threads/workspace.h"
@@ -10,9 +12,14 @@ namespace {
 
 thread_local Workspace panel_memory, state_memory;
 
-const AttentionKernel* find_kernel(int64_t features) {
-  const AttentionKernel* kernel = attention_avx512bf16();
-  return kernel && features % 16 == 0 && features <= kernel->most_features && kernel->supported() ? kernel : nullptr;
+const AttentionKernel* const KERNELS[] = {attention_amx(), attention_avx512bf16()};
+constexpr int COUNT = sizeof KERNELS / sizeof *KERNELS;
+
+const AttentionKernel* find_kernel(const char* name, int64_t features) {
+  for (const AttentionKernel* kernel : KERNELS)
+    if (kernel && !strcmp(kernel->name, name) && features % 16 == 0 && features <= kernel->most_features && kernel->supported())
+      return kernel;
+  return nullptr;
 }
 
 }  // namespace
@@ -20,15 +27,27 @@ const AttentionKernel* find_kernel(int64_t features) {
 
 using namespace qvgen;
 
-int qvgen_attention_supported(int64_t features) { return find_kernel(features) != nullptr; }
+const char* const* qvgen_attention_kernels() {
+  static const char* names[COUNT + 1] = {};
+  static const bool filled = [] {
+    int count = 0;
+    for (const AttentionKernel* kernel : KERNELS)
+      if (kernel) names[count++] = kernel->name;
+    return true;
+  }();
+  (void)filled;
+  return names;
+}
+
+int qvgen_attention_supported(const char* name, int64_t features) { return find_kernel(name, features) != nullptr; }
 
 int qvgen_attention(
-    const void* q, const void* k, const void* v, int64_t samples, int64_t queries, int64_t keys, int64_t heads,
+    const char* name, const void* q, const void* k, const void* v, int64_t samples, int64_t queries, int64_t keys, int64_t heads,
     int64_t features, float scale, void* out, int threads) {
-  const AttentionKernel* kernel = find_kernel(features);
+  const AttentionKernel* kernel = find_kernel(name, features);
   if (!kernel || keys < 1) return QVGEN_UNSUPPORTED_ISA;
   const AttentionShape s = {samples, queries, keys, heads, features, scale};
-  const int64_t key_panels = s.key_panels(), blocks = (queries + ATTENTION_QUERIES - 1) / ATTENTION_QUERIES;
+  const int64_t key_panels = s.key_panels(), most = kernel->most_queries, blocks = (queries + most - 1) / most;
   // First element of sample and head `index`.
   auto offset = [&](int64_t tokens, int64_t index) {
     return index / heads * tokens * s.stride() + index % heads * features;
@@ -44,10 +63,10 @@ int qvgen_attention(
     });
     if (status) return status;
     return parallel_for(threads, samples * heads * blocks, [&](int64_t i) {
-      const int64_t index = i / blocks, first = i % blocks * ATTENTION_QUERIES, left = queries - first;
+      const int64_t index = i / blocks, first = i % blocks * most, left = queries - first;
       const int64_t at = offset(queries, index) + first * s.stride();
       kernel->attend(
-          s, static_cast<const uint16_t*>(q) + at, left < ATTENTION_QUERIES ? left : ATTENTION_QUERIES,
+          s, static_cast<const uint16_t*>(q) + at, left < most ? left : most,
           words + index * s.head_words(), static_cast<uint16_t*>(out) + at, state_memory.get(kernel->state_bytes));
     });
   } catch (const std::bad_alloc&) {

@@ -5,17 +5,15 @@
 // multiplies them. Then blocks of queries pass over blocks of keys that stay in the second-level cache, with the softmax
 // kept up to date from block to block (Milakov and Gimelshein, arXiv 1805.02867). Sums and the softmax are in float32;
 // probabilities are rounded to bfloat16 before they meet the values, as in PyTorch.
-#include "attention/attention.h"
-
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 
-#include "isa/vec.h"
+#include "attention/panels.h"
 
 namespace {
 
 #define INLINE inline __attribute__((always_inline))
 
-constexpr int64_t WIDTH = qvgen::ATTENTION_WIDTH, QUERIES = qvgen::ATTENTION_QUERIES;
+constexpr int64_t WIDTH = qvgen::ATTENTION_WIDTH, QUERIES = 96;
 constexpr int64_t ROWS = 6;         // of a tile
 constexpr int64_t KEY_PANELS = 10;  // at most, in a block
 constexpr int64_t MOST_FEATURES = 256;
@@ -76,43 +74,7 @@ void tile(int64_t rows, const uint16_t* a, int64_t stride, const uint32_t* b, in
   }
 }
 
-// 2^v: e^v without its first multiplication.
-INLINE f32v power_of_two(f32v v) {
-  v = maximum(v, splat(-126.0f));
-  const f32v raised = v + ROUNDER, r = v - (raised - ROUNDER);
-  f32v p = splat(1.3333558e-3f);  // 2^r on [-1/2, 1/2]
-  p = p * r + 9.6181291e-3f;
-  p = p * r + 5.5504109e-2f;
-  p = p * r + 2.4022651e-1f;
-  p = p * r + 6.9314718e-1f;
-  p = p * r + 1.0f;
-  return p * (f32v)(((s32v)raised - (ROUNDER_BITS - 127)) << 23);
-}
-
 using Shape = qvgen::AttentionShape;
-
-// One panel of keys, [pair of features][key], and of values, [panel of features][pair of keys][feature].
-void lay_out(const Shape& s, const uint16_t* k, const uint16_t* v, int64_t panel, uint32_t* keys, uint32_t* values) {
-  const int64_t first = panel * WIDTH, count = s.keys - first < WIDTH ? s.keys - first : WIDTH;
-  for (int64_t key = 0; key < WIDTH; key++) {
-    const uint16_t* row = k + (first + key) * s.stride();
-    for (int64_t pair = 0; pair < s.features / 2; pair++) {
-      uint32_t word = 0;
-      if (key < count) __builtin_memcpy(&word, row + 2 * pair, 4);
-      keys[pair * WIDTH + key] = word;
-    }
-  }
-  for (int64_t p = 0; p < s.feature_panels(); p++)
-    for (int64_t pair = 0; pair < WIDTH / 2; pair++, values += WIDTH) {
-      const int64_t width = s.features - p * WIDTH < WIDTH ? s.features - p * WIDTH : WIDTH;
-      const uint16_t* low = v + (first + 2 * pair) * s.stride() + p * WIDTH;
-      for (int64_t f = 0; f < WIDTH; f++) {
-        const uint32_t even = f < width && 2 * pair < count ? low[f] : 0;
-        const uint32_t odd = f < width && 2 * pair + 1 < count ? low[s.stride() + f] : 0;
-        values[f] = even | odd << 16;
-      }
-    }
-}
 
 struct alignas(64) State {  // of a block of queries
   float out[QUERIES][MOST_FEATURES];
@@ -190,11 +152,12 @@ bool supported() {
 }  // namespace
 
 const qvgen::AttentionKernel* qvgen::attention_avx512bf16() {
-  static constexpr AttentionKernel kernel = {supported, MOST_FEATURES, int64_t(sizeof(State)), lay_out, attend};
+  static constexpr AttentionKernel kernel = {"avx512bf16", supported, MOST_FEATURES, QUERIES, int64_t(sizeof(State)), lay_out, attend};
   return &kernel;
 }
 
 #else
+#include "attention/attention.h"
 
 const qvgen::AttentionKernel* qvgen::attention_avx512bf16() { return nullptr; }
 

@@ -56,6 +56,9 @@ struct RmsNorm {
 
 struct TileKernel;
 
+// Weights of a weight-only layer for its products: float32, float32 rounded to bfloat16, or pairs of bfloat16, (k / 2, PANEL).
+enum class Dense : int { floats, rounded, pairs };
+
 struct Isa {
   const char* name;
   bool (*supported)();
@@ -84,6 +87,16 @@ struct Isa {
   void (*add_product)(const int32_t* product, int sign, const int32_t* start, int32_t* total);
   // As many of the instructions that tiles are made of as can run at a time, and nothing else; returns the multiply-adds.
   int64_t (*burst)(int64_t rounds);
+  // Weight-only layers: `steps` of a panel, as (k, PANEL); (rows, PANEL) set to or added to by rows, `stride` bytes apart, of
+  // words (a float or a pair of bfloat16) times (words, PANEL).
+  void (*dequantize)(
+      int lane_bits, int weight_bits, const uint8_t* w, int64_t steps, const float* scale, const float* zero_point, Dense form,
+      void* out);
+  void (*dense_tile)(
+      Dense form, int rows, const void* a, int64_t stride, const void* b, int64_t words, bool first, float* out);
+  // As `burst`, of the instructions of dense tiles; pairs: null where there is none.
+  int64_t (*burst_floats)(int64_t rounds);
+  int64_t (*burst_pairs)(int64_t rounds);
   const TileKernel* tiles;  // products of larger tiles, with instructions made for them (tiles/tiles.h); null: none
 };
 

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "block/block.h"
+#include "linear/dense.h"
 #include "threads/parallel.h"
 #include "strassen/strassen.h"
 #include "threads/workspace.h"
@@ -97,6 +98,11 @@ bool all_strassen(const Isa& isa, const qvgen_layer* layers, int count, int64_t 
 }
 
 int linear(const Isa& isa, const qvgen_layer* layers, int count, const Tokens& tokens, int64_t total, int threads) {
+  if (layers[0].activation_bits == 0) {  // inputs stay in floating point
+    for (int i = 0; i < count; i++)
+      if (int status = dense_outputs(isa, layers[i], tokens, total, threads)) return status;
+    return QVGEN_OK;
+  }
   if (tiles_pay(isa, total)) return tile_outputs(isa, layers, count, tokens, total, threads);
   if (all_strassen(isa, layers, count, total, threads)) {
     for (int i = 0; i < count; i++)

@@ -72,7 +72,16 @@ const qvgen::Isa& registers(bool emulated) {
   return *qvgen::isa_portable();
 }
 
+bool multiply_bf16() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);  // AMX-BF16
+}
+
 }  // namespace
+
+bool qvgen::tiles_multiply_bf16() {
+  return tiles_amx() && (tiles_amx()->emulated || (supported() && multiply_bf16()));
+}
 
 const qvgen::Isa* qvgen::isa_amx() {
   if (!tiles_amx()) return nullptr;

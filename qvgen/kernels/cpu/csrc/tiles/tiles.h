@@ -56,6 +56,7 @@ struct TileKernel {
 };
 
 const TileKernel* tiles_amx();  // null: not in this build
+bool tiles_multiply_bf16();     // whether "amx" can run here, and its tiles multiply bfloat16
 
 // Whether `tokens` are enough for tiles: below it the instructions of `isa` for registers are faster.
 bool tiles_pay(const Isa& isa, int64_t tokens);

@@ -1,0 +1,11 @@
+// Linear layers whose inputs are not quantized.
+#pragma once
+
+#include "block/block.h"
+
+namespace qvgen {
+
+// Outputs of `total` tokens of one layer with activation_bits 0. Returns a qvgen_status.
+int dense_outputs(const Isa& isa, const qvgen_layer& layer, const Tokens& tokens, int64_t total, int threads);
+
+}  // namespace qvgen
