@@ -14,14 +14,19 @@ import torch
 from torch import Tensor
 
 _C = torch._C
-_functorch: Any = _C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+_functorch: Any = getattr(_C, "_functorch", None)
 _PLAIN = (Tensor, torch.nn.Parameter)
+# How PyTorch tells who watches is private to it. One that tells it otherwise gets every call through its dispatcher.
+_CAN_TELL = hasattr(_functorch, "peek_interpreter_stack") and all(
+    hasattr(_C, name) for name in ("_len_torch_dispatch_stack", "_len_torch_function_stack", "_get_tracing_state")
+)
 
 
 def nobody_watches(x: Any) -> bool:
     """Whether an op whose first argument is x may be called directly: x is an ordinary tensor on the CPU without gradient."""
     return (
-        not torch.compiler.is_compiling()
+        _CAN_TELL
+        and not torch.compiler.is_compiling()
         and type(x) in _PLAIN
         and x.is_cpu
         and not (x.requires_grad and torch.is_grad_enabled())

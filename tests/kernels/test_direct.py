@@ -95,3 +95,8 @@ def test_everything_else_that_watches() -> None:
     assert seen == [False] * 3
     with torch.enable_grad():
         assert not direct.nobody_watches(nn.Parameter(X))
+
+
+def test_this_torch_tells_who_watches() -> None:
+    """Where it does not, ops take the dispatcher: right, and slower."""
+    assert direct._CAN_TELL
