@@ -169,6 +169,10 @@ class PackedLinear(nn.Module):
     def _check_input(self, x: torch.Tensor) -> None:
         if x.shape[-1] != self.in_features:
             raise ValueError(f"input has {x.shape[-1]} features, this layer takes {self.in_features}")
+        prepared, scale = self._prepared, self._buffers[layout.SCALE]
+        if prepared is not None and scale is not None and prepared.weight.device != scale.device == x.device:
+            # Offloading moved the tensors that it knows of; what a backend made of them follows.
+            self._buffers[layout.PACKED], self._prepared = self._stored_words().to(x.device), None
         self._ensure_prepared()
 
     def _tensors(self) -> LayerTensors:
