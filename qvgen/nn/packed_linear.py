@@ -169,9 +169,9 @@ class PackedLinear(nn.Module):
     def _check_input(self, x: torch.Tensor) -> None:
         if x.shape[-1] != self.in_features:
             raise ValueError(f"input has {x.shape[-1]} features, this layer takes {self.in_features}")
-        prepared, scale = self._prepared, self._buffers[layout.SCALE]
-        if prepared is not None and scale is not None and prepared.weight.device != scale.device == x.device:
-            # Offloading moved the tensors that it knows of; what a backend made of them follows.
+        scale, prepared = self._buffers[layout.SCALE], self._prepared
+        if prepared and scale is not None and prepared.weight.device != scale.device == x.device:
+            # Offloading moved what it knows of; what a backend made of that follows.
             self._buffers[layout.PACKED], self._prepared = self._stored_words().to(x.device), None
         self._ensure_prepared()
 
@@ -218,10 +218,9 @@ class PackedLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # For pickle, torch.save and copies: words as stored. What a backend prepared lies aligned for it in this process, and
         # another machine may not have that backend.
-        state = self.__dict__.copy()
-        if self._prepared is not None:
-            state |= {"_buffers": {**self._buffers, layout.PACKED: self._stored_words()}, "_prepared": None}
-        return state
+        if self._prepared is None:
+            return self.__dict__.copy()
+        return self.__dict__ | {"_buffers": {**self._buffers, layout.PACKED: self._stored_words()}, "_prepared": None}
 
     @torch.compiler.assume_constant_result
     def _ensure_prepared(self) -> None:
