@@ -128,3 +128,13 @@ def test_fake_quantization(gpu: Architecture, features: int) -> None:
     assert len(results) == 2
     check(gpu, results)
     assert all("div.rn.f32" in one.ptx and "div.full" not in one.ptx and "fma" not in one.ptx for one in results.values())
+
+
+@GPUS
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_weight_only_in_the_loop(gpu: Architecture, bits: int) -> None:
+    x, y = (torch.empty(1, SMALL, width, dtype=torch.bfloat16, device="meta") for width in (K, N))
+    (found,) = launches_of(lambda: launch.weight_only_in_loop(x, layer(bits, 1), bits, True, y))
+    result = compile_for(found, gpu.capability)
+    check(gpu, {"weight_only_kernel": result})
+    assert any("bf16" in name or "kind::f16" in name for name in result.products), result.products
