@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ("tests/kernels/triton", "tests/integration/test_diffusers_features.py")
 _LEAST_S = 1.0
+_LINES = 60  # of a failed part's output
 _MEMORY = "OutOfMemoryError"
 
 
@@ -94,6 +95,8 @@ def run(part: Part, limit: float, folder: Path) -> Result:
     content = json.loads(path.read_text()) if path.is_file() else None
     if not part.json:
         content = {"summary": _last_line(text)}
+    if code:  # the whole of what went wrong goes to the terminal, its last line to the table
+        print("\n".join(text.splitlines()[-_LINES:]), file=sys.stderr, flush=True)
     return Result(part.name, "ok" if code == 0 else _failure(code, text), seconds, content)
 
 
