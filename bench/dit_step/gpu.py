@@ -63,6 +63,7 @@ def measure(model: str, frames: int, layers: int | None, seconds: float, options
         "backend": "+".join(sorted({str(layer.backend) for _, layer in packed_layers(models[OURS])})),
         "card": torch.cuda.get_device_name(device) if device.type == "cuda" else None, "torch": torch.__version__,
         "bytes": {name: memory_bytes(models[name]) for name in (BASELINE, OURS)},
+        "bytes_of_all_layers": {name: _whole_bytes(models[name], count, whole) for name in (BASELINE, OURS)},
     } | content  # fmt: skip
 
 
@@ -127,6 +128,12 @@ def layers_that_fit(model: str, frames: int, device: torch.device) -> int:
     activations = 2 * tokens(frames) * (16 * width + 3 * config.get("ffn_dim", 4 * width))
     block, rest = (1 + _PACKED) * 2 * (sizes[1] - sizes[0]), 2 * (2 * sizes[0] - sizes[1])
     return int((_USABLE * _free(device) - activations - rest) / block)
+
+
+def _whole_bytes(model: Any, layers: int, whole: int) -> int:
+    """Of the weights with all layers, whose sizes are all the same."""
+    blocks = model.blocks if hasattr(model, "blocks") else model.transformer_blocks
+    return memory_bytes(model) + memory_bytes(blocks) * (whole - layers) // layers
 
 
 def _free(device: torch.device) -> int:

@@ -92,7 +92,7 @@ def _speedup(model: str, *names: str) -> Callable[[dict[str, Any]], float | None
 def _memory(model: str) -> Callable[[dict[str, Any]], float | None]:
     def value(content: dict[str, Any]) -> float | None:
         step = content.get(f"step-{model}-81")
-        return None if step is None else step["bytes"][OURS] / step["bytes"][BASELINE]
+        return None if step is None else step["bytes_of_all_layers"][OURS] / step["bytes_of_all_layers"][BASELINE]
 
     return value
 

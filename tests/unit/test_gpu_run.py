@@ -108,6 +108,8 @@ def test_smallest_parts_measure_what_they_say(results: list[Result]) -> None:
     assert set(step["step_ms"]) == {step_on_gpu.BASELINE, step_on_gpu.OURS} and not step["failed"]
     assert (step["layers"], step["of_layers"], step["tokens"]) == (1, 30, 1560)
     assert step["bytes"]["packed"] < step["bytes"]["bf16"]
+    shares = [step[key]["packed"] / step[key]["bf16"] for key in ("bytes", "bytes_of_all_layers")]
+    assert shares[1] < shares[0] and step["bytes_of_all_layers"]["bf16"] > step["bytes"]["bf16"]
     assert content["qat-step"]["qat_over_fine_tuning"] > 0
     assert content["embedded"]["difference"] < embedded.AGREEMENT
     assert list(content["embedded"]["stage_seconds"]) == ["load", "calibrate", "train", "pack", "evaluate"]
@@ -124,7 +126,7 @@ def test_rows_table_and_targets(results: list[Result]) -> None:
     step = {
         "layers": 3, "of_layers": 40, "frames": 81, "tokens": 32760, "step_ms": dict.fromkeys(steps, 7.0),
         "speedup_over_bf16_compiled": steps, "failed": {"packed_compiled": "RuntimeError: no"},
-        "bytes": {"bf16": 100, "packed": 28},
+        "bytes_of_all_layers": {"bf16": 100, "packed": 28},
     }  # fmt: skip
     all_results = [
         *results, Result("linear", "ok", 3.0, linear), Result("step-wan2.1-14b-81", "ok", 3.0, step),
