@@ -169,10 +169,10 @@ class PackedLinear(nn.Module):
     def _check_input(self, x: torch.Tensor) -> None:
         if x.shape[-1] != self.in_features:
             raise ValueError(f"input has {x.shape[-1]} features, this layer takes {self.in_features}")
-        scale, prepared = self._buffers[layout.SCALE], self._prepared
+        scale = self._buffers[layout.SCALE]
+        prepared = None if torch.compiler.is_compiling() else self._prepared  # a trace would not look at it again
         if prepared and scale is not None and prepared.weight.device != scale.device == x.device:
-            # Offloading moved what it knows of; what a backend made of that follows.
-            self._buffers[layout.PACKED], self._prepared = self._stored_words().to(x.device), None
+            self._buffers[layout.PACKED], self._prepared = self._stored_words().to(x.device), None  # offloading moved the rest
         self._ensure_prepared()
 
     def _tensors(self) -> LayerTensors:
