@@ -21,7 +21,7 @@ help:
 	@echo 'make test    all tests'
 	@echo 'make check   lint, types, import contracts, fast tests: before each commit'
 	@echo 'make sanitize   tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer (GCC): 10 minutes'
-	@echo 'make gpu     tests of the GPU kernels on a card, where there is one'
+	@echo 'make gpu     tests and measurements on a card, where there is one: under 9 minutes'
 	@echo 'make ui      recorded runs (MLflow, http://127.0.0.1:$(PORT)) and flows (Prefect, http://127.0.0.1:4200) in a browser'
 	@echo 'make clean   remove caches (results and .venv stay)'
 

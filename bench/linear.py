@@ -4,6 +4,8 @@ For every number of threads, M (rows of the input) and shape K x N the variants 
 two rounds of warm-up, each for at least 2 ms at a time. A speedup is the median over the rounds of the other's time over
 ours; `quartiles` holds those of the same ratios.
 
+`--device cuda`: the same against what PyTorch has there, in the GPU's own time, by its events around a turn's calls.
+
 With one thread that time is CPU time, which leaves out when other processes had the core. With several it is wall time:
 CPU time would add up threads that wait for the slowest in a busy loop, and count as a loss what is none.
 
@@ -29,11 +31,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from bench.gpu.timing import CLOCK, device_of, time_on
 from bench.machine import cycles_per_second, last_level_cache, peak_macs_per_cycle
 from bench.report import geometric_mean, print_table, write_json
-from bench.variants import OURS, VARIANTS, Problem, Unavailable, packed_layer
+from bench.variants import ON_GPUS, OURS, VARIANTS, Problem, Unavailable, packed_layer
 from qvgen.evaluation.cost.hardware import describe, hardware
-from qvgen.evaluation.cost.speed import quartiles, time_calls, torch_threads
+from qvgen.evaluation.cost.speed import quartiles, torch_threads
 from qvgen.kernels.cpu import library
 
 LEAST_SECONDS = 2e-3
@@ -45,7 +48,8 @@ Shape = tuple[int, int]
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.linear", description="packed linear layer against PyTorch's")
-    parser.add_argument("--threads", type=_numbers, default=[1, 2], help="default 1,2")
+    parser.add_argument("--device", type=device_of, default=torch.device("cpu"), help="cpu (the default) or cuda")
+    parser.add_argument("--threads", type=_numbers, help="default 1,2; none on a GPU")
     parser.add_argument("--m", type=_numbers, default=[1, 64, 512, 1560], help="rows of the input; default 1,64,512,1560")
     parser.add_argument("--shapes", type=_shapes, default=_shapes("1536x1536,1536x8960,8960x1536"), help="KxN,...")
     parser.add_argument("--weight-bits", type=int, default=4)
@@ -57,23 +61,27 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.repetitions < 2:
         parser.error("quartiles need at least 2 repetitions")
+    on_gpu = options.device.type != "cpu"
+    if on_gpu and (options.threads or options.isa or options.peak):
+        parser.error("--threads, --isa and --peak are for the CPU")
     if options.isa:
         os.environ[library.ISA_ENVIRONMENT] = options.isa
     try:
-        peak = peak_of(options.peak)
+        peak = {"isa": None, "macs_per_cycle": None, "cycles_per_second": None} if on_gpu else peak_of(options.peak)
     except ValueError as error:
         parser.error(str(error))
 
     rows = []
     # Threads in ascending order: a pool that is there waits in busy loops for a while, which is CPU time.
-    cases = [(t, m, shape) for t in sorted(options.threads) for m in options.m for shape in options.shapes]
+    every = [torch.get_num_threads()] if on_gpu else options.threads or [1, 2]
+    cases = [(t, m, shape) for t in sorted(every) for m in options.m for shape in options.shapes]
     for threads, m, (k, n) in tqdm(cases, unit="row", disable=not sys.stderr.isatty()):
         with torch_threads(threads), torch.no_grad():
-            problem = Problem.random(m, k, n, options.weight_bits, options.activation_bits)
+            problem = Problem.random(m, k, n, options.weight_bits, options.activation_bits, options.device)
             rows.append(measure(problem, threads, options.repetitions, peak))
     content = {
         "rows": rows,
-        "geometric_mean": {str(t): geometric_means([r for r in rows if r["threads"] == t]) for t in options.threads},
+        "geometric_mean": {str(t): geometric_means([r for r in rows if r["threads"] == t]) for t in every},
         "device": hardware(),
         "repetitions": options.repetitions,
     } | peak
@@ -94,10 +102,13 @@ def peak_of(given: float | None) -> dict[str, Any]:
 def measure(problem: Problem, threads: int, repetitions: int, peak: dict[str, Any]) -> dict[str, Any]:
     """One row, with torch's threads already set."""
     (m, k), n = problem.x.shape, len(problem.weight)
-    actions = {name: action for name in VARIANTS if (action := build(name, problem, threads)) is not None}
-    samples = time_calls(actions, repetitions, least_seconds=LEAST_SECONDS)
-    clock = "cpu" if threads == 1 else "wall"
-    rounds = {name: [1e3 * s for s in getattr(values, clock)] for name, values in samples.items()}
+    actions = {name: action for name in variants_of(problem) if (action := build(name, problem, threads)) is not None}
+    device = problem.x.device
+    samples = time_on(device, actions, repetitions, LEAST_SECONDS)
+    clock = CLOCK if device.type != "cpu" else "cpu" if threads == 1 else "wall"
+    rounds = {
+        name: [1e3 * s for s in getattr(values, "wall" if clock == CLOCK else clock)] for name, values in samples.items()
+    }
     ratios = {
         name: quartiles([other / ours for other, ours in zip(values, rounds[OURS], strict=True)])
         for name, values in rounds.items()
@@ -129,9 +140,13 @@ def measure(problem: Problem, threads: int, repetitions: int, peak: dict[str, An
 _reported: set[str] = set()
 
 
+def variants_of(problem: Problem) -> dict[str, Any]:
+    return VARIANTS if problem.x.device.type == "cpu" else ON_GPUS
+
+
 def build(name: str, problem: Problem, threads: int) -> Callable[[], object] | None:
     """A variant's action, rotating over copies of the layer where M = 1. None, with the reason printed once, without one."""
-    make_variant, bits = VARIANTS[name]
+    make_variant, bits = variants_of(problem)[name]
     try:
         make = make_variant(problem)
     except Unavailable as reason:
@@ -143,19 +158,28 @@ def build(name: str, problem: Problem, threads: int) -> Callable[[], object] | N
     if len(problem.x) > 1:
         return make()
     size = problem.weight.numel() * (bits or problem.weight_bits) / 8
-    count = min(MOST_COPIES, math.ceil(COLD_CACHE * last_level_cache(threads) / size))
+    count = min(MOST_COPIES, math.ceil(COLD_CACHE * _cache(problem, threads) / size))
     copies = cycle([make() for _ in range(count)])
     return lambda: next(copies)()
 
 
+def _cache(problem: Problem, threads: int) -> int:
+    if problem.x.is_cuda:
+        return torch.cuda.get_device_properties(problem.x.device).L2_cache_size
+    return last_level_cache(threads)
+
+
 def geometric_means(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Of each speedup over the rows that have it."""
-    names = [name for name in VARIANTS if any(name in row["speedup"] for row in rows)]
-    return {name: geometric_mean(row["speedup"][name] for row in rows if name in row["speedup"]) for name in names}
+    return {name: geometric_mean(row["speedup"][name] for row in rows if name in row["speedup"]) for name in others_in(rows)}
+
+
+def others_in(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row["speedup"]))
 
 
 def show(content: dict[str, Any]) -> None:
-    others = [name for name in VARIANTS if any(name in row["speedup"] for row in content["rows"])]
+    others = others_in(content["rows"])
     for threads, means in content["geometric_mean"].items():
         rows = [row for row in content["rows"] if str(row["threads"]) == threads]
         cells = [

@@ -3,7 +3,8 @@ peaks. A model, not a measurement: no kernel reaches all of it, and launches, ca
 
 Per op: bytes read and written in GPU memory once each, 2 operations per multiply-add, time = the larger of bytes / bandwidth
 and operations / peak. Packed linears read x in bfloat16 and write codes, read codes and packed weights (for many tokens the
-weight is unpacked to bytes once, written and read) and write bfloat16. Peaks are dense, each with its source in CARDS.
+weight is unpacked to bytes once, written and read) and write bfloat16. Peaks are dense, each with its source in CARDS;
+where not all of them could be confirmed, the output says so.
 """
 
 from __future__ import annotations
@@ -19,18 +20,26 @@ TEXT_TOKENS = {"wan": 512, "cogvideox": 226}
 
 class Card(NamedTuple):
     gigabytes_per_s: float
-    bf16_tflops: float
-    int8_tops: float  # of what runs products of codes there: e4m3 on B300
+    bf16_tflops: float  # float32 accumulation, dense
+    int8_tops: float  # dense; of what runs products of codes there
     source: str
+    confirmed: bool = True
 
 
+# NVIDIA's own documents could not be read when these were checked (2026-11-27); the pages named here give the same numbers, or
+# say what they would be. What no page gave is marked and printed as such.
 CARDS = {
-    "a100": Card(2039, 312, 624, "NVIDIA A100 data sheet, 80 GB SXM"),
-    "rtx3090": Card(936, 71, 284, "NVIDIA GA102 whitepaper, float32 accumulation in bf16"),
-    "rtx4090": Card(1008, 165.2, 660.6, "NVIDIA Ada whitepaper, float32 accumulation in bf16"),
-    "l40s": Card(864, 362, 733, "NVIDIA L40S data sheet, without sparsity"),
-    "h100": Card(3350, 989, 1979, "NVIDIA H100 data sheet, SXM, without sparsity"),
-}
+    "a100": Card(2039, 312, 624, "80 GB SXM; glennklockwood.com/garden/processors/A100, which cites NVIDIA's data sheet"),
+    "rtx3090": Card(936, 71, 284, "936 GB/s and 71 in bf16: half of 142 in fp16 (Tom's Hardware); int8 is four times that",
+                    confirmed=False),
+    "rtx4090": Card(1008, 165.2, 660.6, "waredb.com/processor/nvidia-geforce-rtx-4090, gigagpu.com"),
+    "l40s": Card(864, 362, 733, "366 and 733 by hmc-tech.com at its boost; bandwidth from memory", confirmed=False),
+    "h100": Card(3350, 989.4, 1978.9, "SXM; glennklockwood.com/garden/processors/h100"),
+    "h200": Card(4800, 989.4, 1978.9, "products as H100 (the same page); the bandwidth is from memory", confirmed=False),
+    "b200": Card(8000, 2250, 4500, "HGX, 1,000 W; glennklockwood.com/garden/processors/B200"),
+    "rtx5090": Card(1792, 209.5, 838, "1,792 GB/s (spheron.network); int8: a quarter of 3,352 (castromedia.org); "
+                    "bf16: a quarter of int8, as on the RTX 4090", confirmed=False),
+}  # fmt: skip
 
 
 class Model(NamedTuple):
@@ -128,7 +137,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(
         f"{options.card}: {card.gigabytes_per_s:.0f} GB/s, bf16 {card.bf16_tflops:.0f} TFLOPS, int8 {card.int8_tops:.0f} TOPS"
     )
-    print(f"({card.source}). A model at peak rates, nothing here was measured.")
+    doubt = "" if card.confirmed else " Not all of these could be confirmed."
+    print(f"({card.source}).{doubt} A model at peak rates, nothing here was measured.")
 
 
 def show(name: str, ops: list[Op], card: Card, size: str) -> None:

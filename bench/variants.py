@@ -7,6 +7,8 @@
     onednn_int8   PyTorch's dynamically quantized linear on oneDNN: 8-bit weights and inputs, float32 in and out
     int4pack      PyTorch's weight-only 4 bits: bfloat16 in and out, groups of 128 (32 where K is no multiple); it has no bias
     torchao       8-bit weights and inputs, compiled by inductor, its released path on CPUs: bfloat16 in and out
+    torchao_fp8   the same with both in e4m3, for each token and each output; on GPUs from sm_89 on
+    int8_mm       torch._int_mm between a quantization of the tokens to 8 bits and the scales, compiled by inductor on GPUs
 
 A variant prepares the weight once and then makes any number of copies of the layer; a copy is called without arguments, on
 the problem's own input, and returns y (M, N). What can be written into a buffer given beforehand, is.
@@ -47,9 +49,12 @@ class Problem:
     activation_bits: int
 
     @classmethod
-    def random(cls, m: int, k: int, n: int, weight_bits: int = 4, activation_bits: int = 4) -> Problem:
-        generator = torch.Generator().manual_seed(0)
-        x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((m, k), (n, k), (n,)))
+    def random(
+        cls, m: int, k: int, n: int, weight_bits: int = 4, activation_bits: int = 4, device: torch.device | str = "cpu"
+    ) -> Problem:
+        generator = torch.Generator(device).manual_seed(0)
+        shapes = (m, k), (n, k), (n,)
+        x, weight, bias = (torch.randn(shape, generator=generator, device=device) for shape in shapes)
         return cls(x, weight / k**0.5, bias, weight_bits, activation_bits)
 
 
@@ -61,7 +66,7 @@ def packed_layer(p: Problem) -> Callable[[], PackedLinear]:
         timestep_groups=1,
     )
     quantizer = WeightQuantizer.min_max(scheme.weights, p.weight)
-    codes, (scale, zero_point), clip = quantizer.codes(p.weight), quantizer.export(), torch.ones(1)
+    codes, (scale, zero_point), clip = quantizer.codes(p.weight), quantizer.export(), torch.ones(1, device=p.x.device)
 
     def make() -> PackedLinear:
         bias = p.bias.bfloat16()
@@ -73,8 +78,9 @@ def packed_layer(p: Problem) -> Callable[[], PackedLinear]:
 
 
 def packed(p: Problem) -> MakeCopy:
-    make_layer, x, out = packed_layer(p), p.x.bfloat16().unsqueeze(0), torch.empty(1, len(p.x), len(p.weight)).bfloat16()
-    group = torch.zeros(1, dtype=torch.int64)
+    make_layer, x = packed_layer(p), p.x.bfloat16().unsqueeze(0)
+    out = x.new_empty(1, len(p.x), len(p.weight))
+    group = torch.zeros(1, dtype=torch.int64, device=x.device)
 
     def make() -> Action:
         layer = make_layer()
@@ -100,7 +106,7 @@ def torch_bf16(p: Problem) -> MakeCopy:
 
 
 def _addmm(p: Problem, dtype: torch.dtype) -> MakeCopy:
-    x, bias, out = p.x.to(dtype), p.bias.to(dtype), torch.empty(len(p.x), len(p.weight), dtype=dtype)
+    x, bias, out = p.x.to(dtype), p.bias.to(dtype), p.x.new_empty((len(p.x), len(p.weight)), dtype=dtype)
 
     def make() -> Action:
         weight = p.weight.to(dtype, copy=True)
@@ -161,26 +167,58 @@ def int4pack(p: Problem) -> MakeCopy:
 
 
 def torchao(p: Problem) -> MakeCopy:
+    return _torchao(p, "Int8DynamicActivationInt8WeightConfig")
+
+
+def torchao_fp8(p: Problem) -> MakeCopy:
+    if not p.x.is_cuda or torch.cuda.get_device_capability(p.x.device) < (8, 9):
+        raise Unavailable("there are no products in e4m3 before sm_89")
+    return _torchao(p, "Float8DynamicActivationFloat8WeightConfig")
+
+
+def _torchao(p: Problem, config: str) -> MakeCopy:
     if importlib.util.find_spec("torchao") is None:
         raise Unavailable("it is not installed")
-    from torchao.quantization import (  # type: ignore[import-not-found]
-        Int8DynamicActivationInt8WeightConfig,
-        quantize_,
-    )
+    from torchao import quantization  # type: ignore[import-not-found]
 
+    options = {"granularity": quantization.PerRow()} if config.startswith("Float8") else {}
     torch.compiler.reset()  # or the second shape is compiled for all shapes
     linear, x = torch.compile(F.linear, dynamic=False), p.x.bfloat16()
 
     def make() -> Action:
         n, k = p.weight.shape
-        module = torch.nn.Linear(k, n).bfloat16().requires_grad_(False)
+        module = torch.nn.Linear(k, n, device=x.device).bfloat16().requires_grad_(False)
         module.weight.copy_(p.weight)
         module.bias.copy_(p.bias)
-        quantize_(module, Int8DynamicActivationInt8WeightConfig())
+        quantization.quantize_(module, getattr(quantization, config)(**options))
         weight, bias = module.weight, module.bias
         return lambda: linear(x, weight, bias)
 
     return make
+
+
+def int8_mm(p: Problem) -> MakeCopy:
+    """8-bit symmetric weights and inputs, a scale for each token and each output."""
+    if p.x.is_cuda and len(p.x) <= 16:
+        raise Unavailable("torch._int_mm wants more than 16 rows on a GPU")
+    x, bias = p.x.bfloat16(), p.bias.bfloat16()
+    if p.x.is_cuda:
+        torch.compiler.reset()
+    call = torch.compile(_int8_linear, dynamic=False) if p.x.is_cuda else _int8_linear
+
+    def make() -> Action:
+        scale = p.weight.abs().amax(1, keepdim=True) / 127
+        weight = (p.weight / scale).round().to(torch.int8)
+        return lambda: call(x, weight, scale[:, 0], bias)
+
+    return make
+
+
+def _int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:
+    values = x.float()
+    scale = values.abs().amax(1, keepdim=True) / 127
+    products = torch._int_mm((values / scale).round().to(torch.int8), weight.t())
+    return (products.float() * scale * weight_scale + bias.float()).bfloat16()
 
 
 OURS = "packed"
@@ -193,4 +231,11 @@ VARIANTS: dict[str, tuple[Callable[[Problem], MakeCopy], int | None]] = {
     "onednn_int8": (onednn_int8, 8),
     "int4pack": (int4pack, 4),
     "torchao": (torchao, 8),
+}
+ON_GPUS: dict[str, tuple[Callable[[Problem], MakeCopy], int | None]] = {
+    OURS: (packed, None),
+    "torch_bf16": (torch_bf16, 16),
+    "int8_mm": (int8_mm, 8),
+    "torchao": (torchao, 8),
+    "torchao_fp8": (torchao_fp8, 8),
 }

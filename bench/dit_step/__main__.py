@@ -13,6 +13,8 @@ bench/linear.py, and `speedup` the ratios of these. Memory and loading are measu
 (qvgen/evaluation/cost/speed.py), with the files in the page cache: `peak_memory_mb` is the resident memory after the imports,
 its peak while loading, and the peak with one step. Files are mapped, so what is read of a file counts as resident too.
 
+`--device cuda --frames N` is another measurement, of the GPU's time, against compiled bfloat16: bench/dit_step/gpu.py.
+
 Embedders are not packed and weigh as much in a model of 2 layers as in one of 30: `weight_bytes` is of the whole model as
 it was built here, `block_bytes` of its blocks alone, which is what the whole tends to with more layers.
 """
@@ -29,8 +31,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bench.dit_step import gpu
 from bench.dit_step.breakdown import breakdown_ms
-from bench.dit_step.models import ARCHITECTURES, DTYPES, inputs, load, memory_bytes, unfuse_, write_folders
+from bench.dit_step.models import ARCHITECTURES, DTYPES, ON_GPUS, inputs, load, memory_bytes, unfuse_, write_folders
+from bench.gpu.timing import device_of
 from bench.report import print_table, write_json
 from qvgen.evaluation.cost.hardware import describe, hardware
 from qvgen.evaluation.cost.size import folder_bytes
@@ -43,13 +47,29 @@ UNFUSED = "packed_unfused"
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.dit_step", description="a denoising step, packed and not")
-    parser.add_argument("--model", choices=list(ARCHITECTURES), default="wan2.1-1.3b")
+    parser.add_argument("--device", type=device_of, help="cuda: in its own time, with --frames instead of --tokens")
+    parser.add_argument("--frames", type=int, help="of a video of 480 x 832 pixels, on a GPU; 4 n + 1")
+    parser.add_argument("--seconds", type=float, default=60, help="about how long to measure, on a GPU")
+    parser.add_argument("--eager", action="store_true", help="nothing compiled, on a GPU")
+    parser.add_argument("--model", choices=list(ARCHITECTURES | ON_GPUS), default="wan2.1-1.3b")
     parser.add_argument("--tokens", type=int, default=1560, help="1560 are a frame of 480 x 832 pixels")
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, help="default: 2; on a GPU all, or as many as its memory takes")
     parser.add_argument("--threads", type=int, help="default: as many as torch takes")
     parser.add_argument("--repetitions", type=int, default=10, help="rounds that are counted")
     parser.add_argument("--json", help="file to write")
     options = parser.parse_args(arguments)
+    if options.device is not None:
+        try:
+            content = gpu.measure(options.model, options.frames or 81, options.layers, options.seconds, options)
+        except ValueError as error:
+            parser.error(str(error))
+        gpu.show(content)
+        if options.json:
+            write_json(options.json, content)
+        return
+    if options.model not in ARCHITECTURES or options.frames is not None:
+        parser.error(f"on the CPU: one of {', '.join(ARCHITECTURES)}, with --tokens; for the rest give --device cuda")
+    options.layers = 2 if options.layers is None else options.layers
     if options.repetitions < 2:
         parser.error("quartiles need at least 2 repetitions")
     if options.tokens < 1 or options.layers < 1:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from qvgen.checkpoint.packed import export_pipeline
 from qvgen.evaluation.cost.size import write_variant
+from qvgen.models.cogvideox import COGVIDEOX_2B, CogVideoXFamily
+from qvgen.models.family import Family
 from qvgen.models.wan import WAN_2_1_1_3B, WanFamily
 from qvgen.nn.packed_linear import packed_layers
 from qvgen.nn.swap import convert_, prepare_
@@ -22,6 +24,16 @@ from qvgen.quant.scheme import QuantScheme
 # The tiny one is for tests of the harness.
 _TINY = {"num_attention_heads": 2, "attention_head_dim": 32, "text_dim": 48, "freq_dim": 32, "ffn_dim": 160}
 ARCHITECTURES: dict[str, dict[str, Any]] = {"wan2.1-1.3b": WAN_2_1_1_3B, "tiny": WAN_2_1_1_3B | _TINY}
+# transformer/config.json of Wan 2.1 T2V 14B, where it differs.
+_WAN_14B = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
+# What bench.dit_step measures on a GPU: the family, and its configuration.
+ON_GPUS: dict[str, tuple[type[Family], dict[str, Any]]] = {
+    "wan2.1-1.3b": (WanFamily, WAN_2_1_1_3B),
+    "wan2.1-14b": (WanFamily, WAN_2_1_1_3B | _WAN_14B),
+    "cogvideox-2b": (CogVideoXFamily, dict(COGVIDEOX_2B)),
+    "tiny": (WanFamily, ARCHITECTURES["tiny"]),
+    "tiny-cogvideox": (CogVideoXFamily, dict(COGVIDEOX_2B) | {"num_attention_heads": 2, "text_embed_dim": 48}),
+}
 TEXT_TOKENS = 512
 FRAME = (30, 52)  # tokens of a frame of 480 x 832 pixels
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "packed": "bfloat16"}  # of everything but the packed layers
@@ -81,6 +93,20 @@ def token_grid(tokens: int) -> tuple[int, int, int]:
         return tokens // (height * width), height, width
     height = next(h for h in range(math.isqrt(tokens), 0, -1) if tokens % h == 0)
     return 1, height, tokens // height
+
+
+def family_inputs(model: str, frames: int, device: torch.device) -> dict[str, Tensor]:
+    """What one denoising step of a video of 480 x 832 pixels gets on a GPU: bfloat16, one sample."""
+    family, config = ON_GPUS[model]
+    generator, d, t = torch.Generator(device).manual_seed(0), config["in_channels"], (frames - 1) // 4 + 1
+    wan = family is WanFamily
+    latents = (1, d, t, 60, 104) if wan else (1, t, d, 60, 104)
+    text = (1, TEXT_TOKENS if wan else config["max_text_seq_length"], config["text_dim" if wan else "text_embed_dim"])
+
+    def normal(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
+
+    return {"latents": normal(latents), "timestep": torch.tensor([500.0], device=device), "text": normal(text)}
 
 
 def memory_bytes(model: nn.Module) -> int:

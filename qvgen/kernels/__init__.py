@@ -16,9 +16,12 @@ from qvgen.kernels.cpu.backend import CpuBackend
 from qvgen.kernels.reference import ReferenceBackend
 from qvgen.kernels.registry import Backend, BlockOp, KernelPreference, backends, choose, explain, register
 from qvgen.kernels.triton.backend import TritonBackend
+from qvgen.kernels.triton.training import launch
+from qvgen.quant import primitives
 
 __all__ = ["Backend", "BlockOp", "KernelPreference", "backends", "choose", "explain", "register"]
 
 register(ReferenceBackend())
 register(CpuBackend())
 register(TritonBackend())
+primitives.fused = launch

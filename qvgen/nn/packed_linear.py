@@ -169,6 +169,10 @@ class PackedLinear(nn.Module):
     def _check_input(self, x: torch.Tensor) -> None:
         if x.shape[-1] != self.in_features:
             raise ValueError(f"input has {x.shape[-1]} features, this layer takes {self.in_features}")
+        scale = self._buffers[layout.SCALE]
+        prepared = None if torch.compiler.is_compiling() else self._prepared  # a trace would not look at it again
+        if prepared and scale is not None and prepared.weight.device != scale.device == x.device:
+            self._buffers[layout.PACKED], self._prepared = self._stored_words().to(x.device), None  # offloading moved the rest
         self._ensure_prepared()
 
     def _tensors(self) -> LayerTensors:
@@ -214,10 +218,9 @@ class PackedLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # For pickle, torch.save and copies: words as stored. What a backend prepared lies aligned for it in this process, and
         # another machine may not have that backend.
-        state = self.__dict__.copy()
-        if self._prepared is not None:
-            state |= {"_buffers": {**self._buffers, layout.PACKED: self._stored_words()}, "_prepared": None}
-        return state
+        if self._prepared is None:
+            return self.__dict__.copy()
+        return self.__dict__ | {"_buffers": {**self._buffers, layout.PACKED: self._stored_words()}, "_prepared": None}
 
     @torch.compiler.assume_constant_result
     def _ensure_prepared(self) -> None:

@@ -14,12 +14,29 @@ through), the clamp keeps its own, which together give the LSQ+ gradients of sca
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from qvgen.device import widest_float
 from qvgen.quant.scheme import QuantArgs
+
+
+class FusedFakeQuantize(Protocol):
+    """Kernels of fake quantization, which do in one pass what _FakeQuantize does in several."""
+
+    def runs(self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> bool: ...
+
+    def forward(
+        self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, args: QuantArgs, dtype: torch.dtype
+    ) -> torch.Tensor: ...
+
+    def backward(
+        self, grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, args: QuantArgs
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+
+fused: FusedFakeQuantize | None = None  # set by qvgen.kernels, which lies above this layer
 
 
 class _RoundStraightThrough(torch.autograd.Function):
@@ -79,15 +96,19 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, args: QuantArgs) -> torch.Tensor:
         ctx.save_for_backward(x, scale, zero_point)
-        ctx.args = args
+        ctx.args, kind = args, x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else scale.dtype
+        ctx.fused = fused if fused is not None and fused.runs(x, scale, zero_point) else None
+        if ctx.fused is not None:
+            return ctx.fused.forward(x, scale, zero_point, args, dtype)
         q = _unclamped_codes(x.to(scale.dtype), scale, zero_point, args).clamp_(0, args.max_code)
-        quantized = q.sub_(zero_point).mul_(scale)
-        kind = x.device.type
-        return quantized.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else quantized
+        return q.sub_(zero_point).mul_(scale).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, scale, zero_point = ctx.saved_tensors
+        if ctx.fused is not None:
+            return *ctx.fused.backward(grads[0], x, scale, zero_point, ctx.args), None
         grad, kept = grads[0].to(scale.dtype), x.to(scale.dtype)
         q = _unclamped_codes(kept, scale, zero_point, ctx.args)
         clamped = q.clamp(0, ctx.args.max_code)

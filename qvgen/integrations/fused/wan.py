@@ -23,7 +23,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnP
 from torch import Tensor, nn
 
 from qvgen.kernels.block_ops import add_gated, attention, layer_norm_modulate, rms_norm_rotary
-from qvgen.nn.layers_together import feed_forward, linears
+from qvgen.nn.layers_together import brought_for_each_call, feed_forward, linears
 from qvgen.nn.packed_linear import PackedLinear
 
 
@@ -66,7 +66,7 @@ class PackedWanAttnProcessor(WanAttnProcessor):
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        if attention_mask is not None:
+        if attention_mask is not None or brought_for_each_call(attn.norm_q):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         if encoder_hidden_states is None:
             query, key, value = _shared(hidden_states, [attn.to_q, attn.to_k, attn.to_v])
@@ -92,6 +92,8 @@ def _block_forward(
     self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: tuple[Tensor, Tensor]
 ) -> Tensor:
     """WanTransformerBlock.forward; temb (n, 6, d), or (n, s, 6, d) with a timestep per token (Wan 2.2 5B)."""
+    if brought_for_each_call(self.attn1.norm_q):
+        return WanTransformerBlock.forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb)  # type: ignore[arg-type]
     table = self.scale_shift_table if temb.ndim == 3 else self.scale_shift_table.unsqueeze(0)
     modulation = (table + temb.float()).chunk(6, dim=-2)
     if temb.ndim == 4:

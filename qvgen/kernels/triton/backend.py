@@ -65,7 +65,8 @@ class TritonBackend:
         bits = arguments.activation_bits
         if bits is None:
             for layer, y in zip(layers, outputs, strict=True):
-                y.copy_(_weight_only(x, layer, arguments.weight_bits, gelu))
+                if not launch.weight_only_in_loop(x, layer, arguments.weight_bits, gelu, y):
+                    y.copy_(_weight_only(x, layer, arguments.weight_bits, gelu))
             return
         if not x.numel():
             return  # no tokens, no outputs

@@ -47,6 +47,13 @@ def gemm(architecture: Architecture, tokens: int, groups: int, group_size: int, 
     return Gemm(128, 128, 128 if architecture.shared_bytes >= 150_000 else 64, 8, 3)
 
 
+def weight_only(tokens: int, bits: int) -> Gemm:
+    """Of a product that reads bit planes beside 16-bit inputs. At 2 bits, with four products to a tile of bytes, 64 x 64
+    outputs spill before sm_90 and on sm_120."""
+    rows = 16 if tokens <= 16 else 32 if tokens <= 32 or bits < 4 else 64
+    return Gemm(rows, 32, 32, 4, 2) if bits == 3 else Gemm(rows, 64, 64, 4, 3)
+
+
 def row_warps(block: int) -> int:
     """Warps for a row of `block` values in registers."""
     return min(16, max(1, block // ROW_VALUES_PER_WARP))

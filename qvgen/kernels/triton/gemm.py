@@ -1,4 +1,4 @@
-"""The integer product of a packed layer, with everything that follows it in one pass over the outputs."""
+"""The products of packed layers, integer and weight-only, with what follows in one pass over the outputs."""
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 # A kernel's launch takes num_warps and the like, and its language is Triton's, neither of which pyright can know.
 
@@ -142,3 +142,65 @@ def _corrected(
         integer = products - a_zero_point[:, None] * (w_sum - CENTRE * GROUP_SIZE)[None, :]
         part = integer.to(tl.float32)
     return part * tl.load(w_scale_ptr + columns * GROUPS + g)[None, :]
+
+
+@triton.jit
+def weight_only_kernel(
+    x_ptr,
+    w_ptr,
+    w_scale_ptr,
+    w_zero_point_ptr,
+    bias_ptr,
+    y_ptr,
+    M,
+    N,
+    X_STRIDE: tl.constexpr,
+    W_STRIDE: tl.constexpr,
+    K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WEIGHT_BITS: tl.constexpr,
+    PLANES: tl.constexpr,
+    ASYMMETRIC: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y = s_w [sum x (q_w - c) - (z_w - c) sum x] + bias, c = 2^(WEIGHT_BITS - 1): one program per BLOCK_M x BLOCK_N outputs.
+
+    x           (M, X_STRIDE) bfloat16 or float16, which hold q_w - c exactly
+    w           bit planes (layout.py), unpacked in the loop; w_scale, w_zero_point (N,) float32; bias (N,) any float
+    y           (M, N) any float
+
+    Sums are float32; the weight itself is never rounded to x's dtype, as the reference rounds it.
+    """
+    CENTRE: tl.constexpr = 2 ** (WEIGHT_BITS - 1)
+    tiles = tl.cdiv(N, BLOCK_N)
+    m = (tl.program_id(0) // tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # What lies outside is computed from row 0, which is there, and not written.
+    rows, columns = tl.where(m < M, m, 0).to(tl.int64), tl.where(n < N, n, 0).to(tl.int64)
+    x_rows, w_columns = x_ptr + rows[:, None] * X_STRIDE, w_ptr + columns[None, :] * W_STRIDE
+    j = tl.arange(0, BLOCK_K)
+    products, sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, WIDTH, BLOCK_K):
+        at = start + j
+        first, second, third = load_bytes(w_columns, at[:, None], (at < WIDTH)[:, None], WIDTH, WEIGHT_BITS)
+        for p in tl.static_range(PLANES):
+            k = p * WIDTH + at
+            x = tl.load(x_rows + k[None, :], mask=((at < WIDTH) & (k < K))[None, :], other=0.0)
+            w = plane(first, second, third, p, WEIGHT_BITS).to(x.dtype)
+            products = tl.dot(x, w, products)
+            if ASYMMETRIC:
+                sums += tl.sum(x.to(tl.float32), 1)
+    if ASYMMETRIC:
+        zero_point = tl.load(w_zero_point_ptr + columns) - CENTRE
+        products -= sums[:, None] * zero_point[None, :]
+    y = products * tl.load(w_scale_ptr + columns)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + columns).to(tl.float32)[None, :]
+    if GELU:
+        y = gelu(y)
+    out = m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])

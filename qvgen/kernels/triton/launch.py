@@ -19,7 +19,7 @@ from torch import Tensor
 from qvgen.kernels.registry import Arguments, LayerTensors
 from qvgen.kernels.triton import configurations
 from qvgen.kernels.triton.architectures import ARCHITECTURES, Architecture, of
-from qvgen.kernels.triton.gemm import integer_gemm_kernel
+from qvgen.kernels.triton.gemm import integer_gemm_kernel, weight_only_kernel
 from qvgen.kernels.triton.layout import PLANES, planes
 from qvgen.kernels.triton.planes import unpack_kernel
 from qvgen.kernels.triton.tokens import quantize_tokens_kernel
@@ -188,3 +188,42 @@ def integer_linear(codes: Codes, layer: LayerTensors, weight_bits: int, k: int, 
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
+
+
+def weight_only_in_loop(x: Tensor, layer: LayerTensors, weight_bits: int, gelu: bool, y: Tensor) -> bool:
+    """Write the layer's output of a 16-bit x (n, ..., K) to y (..., N), its weight unpacked inside the product. Returns False,
+    and writes nothing, where a whole layer is better unpacked first, or x is wider."""
+    rows, (n, groups) = rows_of(x), layer.weight_scale.shape
+    m, k = rows.shape
+    if x.dtype not in (torch.bfloat16, torch.float16) or not configurations.unpacks_in_loop(m, groups, weight_bits):
+        return False
+    if not m:
+        return True
+    count, width, _ = planes(k, weight_bits)
+    tile = configurations.weight_only(m, weight_bits)
+    with on(y.device):
+        weight_only_kernel[(triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)](
+            rows,
+            layer.weight,
+            layer.weight_scale,
+            layer.weight_scale if layer.weight_zero_point is None else layer.weight_zero_point,
+            layer.weight_scale if layer.bias is None else layer.bias.contiguous(),
+            y,
+            m,
+            n,
+            X_STRIDE=rows.stride(0),
+            W_STRIDE=layer.weight.shape[1],
+            K=k,
+            WIDTH=width,
+            WEIGHT_BITS=weight_bits,
+            PLANES=count,
+            ASYMMETRIC=layer.weight_zero_point is not None,
+            HAS_BIAS=layer.bias is not None,
+            GELU=gelu,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return True

@@ -12,6 +12,8 @@ from qvgen.kernels.registry import Arguments, LayerTensors
 from qvgen.kernels.triton import block_functions, launch
 from qvgen.kernels.triton.architectures import ARCHITECTURES, Architecture
 from qvgen.kernels.triton.layout import PLANES, row_bytes
+from qvgen.kernels.triton.training import launch as training
+from qvgen.quant.scheme import QuantArgs
 from tests.support.offline_triton import Compiled, compile_for, launches_of
 
 K, N, LARGE, SMALL = 1536, 1536, 4096, 64
@@ -111,3 +113,28 @@ def test_what_lies_between_products(gpu: Architecture, monkeypatch: pytest.Monke
     results = {one.kernel.__name__: compile_for(one, gpu.capability) for one in launches_of(run)}
     assert len(results) == 4
     check(gpu, results)
+
+
+@GPUS
+@pytest.mark.parametrize("features", [8960, 13824])
+def test_fake_quantization(gpu: Architecture, features: int) -> None:
+    x = torch.empty(1, 64, features, dtype=torch.bfloat16, device="meta")
+    grid, args = torch.empty(1, 64, 1, device="meta"), QuantArgs(strategy="token")
+
+    def run() -> None:
+        training.backward(training.forward(x, grid, grid, args, torch.bfloat16), x, grid, grid, args)
+
+    results = {one.kernel.__name__: compile_for(one, gpu.capability) for one in launches_of(run)}
+    assert len(results) == 2
+    check(gpu, results)
+    assert all("div.rn.f32" in one.ptx and "div.full" not in one.ptx and "fma" not in one.ptx for one in results.values())
+
+
+@GPUS
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_weight_only_in_the_loop(gpu: Architecture, bits: int) -> None:
+    x, y = (torch.empty(1, SMALL, width, dtype=torch.bfloat16, device="meta") for width in (K, N))
+    (found,) = launches_of(lambda: launch.weight_only_in_loop(x, layer(bits, 1), bits, True, y))
+    result = compile_for(found, gpu.capability)
+    check(gpu, {"weight_only_kernel": result})
+    assert any("bf16" in name or "kind::f16" in name for name in result.products), result.products

@@ -136,13 +136,44 @@ def test_shared_inputs_feed_forward_gelu_and_outputs() -> None:
 )
 # Not bfloat16: the interpreter cuts float32 off there instead of rounding it.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_weight_only_equals_the_reference(weight: QuantArgs, dtype: torch.dtype) -> None:
+def test_weight_only_unpacked_whole_equals_the_reference(
+    weight: QuantArgs, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configurations, "SCRATCH_FROM", 0)
     scheme = QuantScheme(weights=weight, input_activations=None)
     ours, theirs = (build(scheme, 10, 64)[0].to(DEVICE) for _ in range(2))
     ours.prepare_backend(KernelPreference.TRITON)
     theirs.prepare_backend(KernelPreference.REFERENCE)
     x = moved(2, 3, 64).to(dtype)
     assert torch.equal(ours(x), theirs(x))
+
+
+# Float32 sums of 130 products and one rounding to float16, which a GELU follows in float32.
+WEIGHT_ONLY = {"sums": 130 * 2**-23, "output": 2**-11}
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("weight", [*WEIGHTS[:3], WEIGHTS[4]], ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_weight_only_unpacked_in_the_loop(bits: int, weight: QuantArgs, gelu: bool) -> None:
+    scheme = QuantScheme(weights=weight.model_copy(update={"num_bits": bits}), input_activations=None)
+    layer, dense = build(scheme, 66, 130)
+    layer.to(DEVICE).prepare_backend(KernelPreference.TRITON)
+    x = inputs(2, 17, 130).half()
+    out = torch.empty(2, 17, 66, device=DEVICE)
+    layer.forward_into(x.to(DEVICE), out, gelu=gelu)
+    assert layer.bias is not None
+    expected = x.double() @ dense.double().T + layer.bias.cpu().double()
+    if gelu:
+        expected = F.gelu(expected, approximate="tanh")
+    # The zero point's share is taken off a sum that is larger: x times the largest code.
+    size = x.double().abs().sum(-1, keepdim=True) * 2**bits * layer.weight_scale.cpu().double().max() + 1
+    assert ((out.cpu().double() - expected).abs() <= WEIGHT_ONLY["sums"] * size).all()
+    half = layer(x.to(DEVICE)).cpu()
+    if not gelu:
+        assert half.dtype == torch.float16
+        rounding = WEIGHT_ONLY["output"] * expected.abs() + 2**-24
+        assert ((half.double() - expected).abs() <= WEIGHT_ONLY["sums"] * size + rounding).all()
 
 
 def test_opcheck_and_one_graph() -> None:

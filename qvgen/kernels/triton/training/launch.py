@@ -1,0 +1,67 @@
+"""Where the fused fake quantization runs, and its launches. Triton is imported once it does."""
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# As triton/launch.py.
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qvgen.kernels import registry
+from qvgen.kernels.triton.backend import device_refusal, refusal
+from qvgen.quant.scheme import QuantArgs
+
+MOST_FEATURES = 2**15  # of a row, which a program keeps in registers
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def runs(x: Tensor, scale: Tensor, zero_point: Tensor) -> bool:
+    """Whether x is on a GPU that has the kernels, with a grid for each row; QVGEN_KERNELS=reference turns them off."""
+    if not x.is_cuda or registry.preference() is registry.KernelPreference.REFERENCE or refusal():
+        return False
+    return takes(x, scale, zero_point) and not device_refusal(torch.cuda.get_device_capability(x.device))
+
+
+def takes(x: Tensor, scale: Tensor, zero_point: Tensor) -> bool:
+    grid = (*x.shape[:-1], 1)
+    whole = scale.shape == zero_point.shape == grid and scale.dtype == zero_point.dtype == torch.float32
+    return whole and x.dtype in _DTYPES and 0 < x.shape[-1] <= MOST_FEATURES and x.numel() > 0
+
+
+def forward(x: Tensor, scale: Tensor, zero_point: Tensor, args: QuantArgs, dtype: torch.dtype) -> Tensor:
+    """The quantized x in `dtype`."""
+    from qvgen.kernels.triton.launch import on
+    from qvgen.kernels.triton.training.kernels import fake_quantize_kernel
+
+    x, y = x.contiguous(), torch.empty(x.shape, dtype=dtype, device=x.device)
+    with on(x.device):
+        fake_quantize_kernel[(scale.numel(),)](x, scale.contiguous(), zero_point.contiguous(), y, **_options(x, args))
+    return y
+
+
+def backward(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, in its dtype, of scale and of zero_point."""
+    from qvgen.kernels.triton.launch import on
+    from qvgen.kernels.triton.training.kernels import fake_quantize_backward_kernel
+
+    x = x.contiguous()
+    results = torch.empty_like(x), torch.empty(scale.shape, device=x.device), torch.empty(scale.shape, device=x.device)
+    with on(x.device):
+        fake_quantize_backward_kernel[(scale.numel(),)](
+            grad.contiguous(), x, scale.contiguous(), zero_point.contiguous(), *results, **_options(x, args)
+        )
+    return results
+
+
+def _options(x: Tensor, args: QuantArgs) -> dict[str, Any]:
+    from qvgen.kernels.triton.configurations import row_warps
+
+    k = x.shape[-1]
+    block = 1 << (k - 1).bit_length()
+    return {
+        "K": k, "BLOCK": block, "LARGEST": args.max_code, "FLOAT_ZERO_POINT": args.zero_point_domain == "float",
+        "num_warps": row_warps(block), "enable_fp_fusion": False,
+    }  # fmt: skip
