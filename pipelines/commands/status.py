@@ -61,6 +61,7 @@ def show(root: Path, targets: Sequence[str] = ()) -> None:
     count = sum(status.runs for status in found)
     print(f"\n{count} of {len(found)} stages would run; one whose inputs turn out equal is skipped then")
 
+
 def _reasons(stage: Any, facts: dict[Path, str]) -> Iterator[str]:
     """Reasons from DVC's status of a stage: texts, and {"changed deps" or "changed outs": {path: what}}. `facts` is what
     stage observe would write now; DVC knows only what it wrote last."""

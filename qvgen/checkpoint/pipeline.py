@@ -7,7 +7,9 @@ nothing unpickled. safetensors are memory-mapped: a weight takes memory once.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 
 import qvgen.integrations.diffusers  # noqa: F401  (lets diffusers load packed transformers)
 from qvgen.checkpoint.declared import check_packed
+from qvgen.device import release_memory
 from qvgen.models.files import read_json
 from qvgen.models.generic import DENOISERS
 
@@ -47,8 +50,8 @@ def load_pipeline(
 
 def load_parts(folder: str | Path, parts: Collection[str], device: torch.device | str) -> Any:
     """The pipeline of a folder with some of its models, `parts` of PARTS, on `device`, a text encoder as it is stored, the
-    VAE in float32. The others are None; a transformer that is not read is there without its weights (on the meta device),
-    because pipelines read its config."""
+    others in float32. Of those that are not read the text encoder and the VAE are None, and the transformer is there without
+    its weights (on the meta device), because pipelines read its config."""
     import diffusers
 
     index, components = read_json(Path(folder) / "model_index.json"), {}
@@ -57,22 +60,65 @@ def load_parts(folder: str | Path, parts: Collection[str], device: torch.device 
             continue
         if not isinstance(value, list):  # a setting of the pipeline
             components[name] = value
-        elif value[0] is None or (name in PARTS and name not in parts):
+        elif value[0] is None or (name == "text_encoder" and name not in parts):
             components[name] = None
+        elif name == "transformer" and name in parts:
+            components[name] = load_transformer(folder, device=device)
+        elif name in PARTS and name not in parts:
+            components[name] = _without_weights(folder, name, value[1])
         else:
             components[name] = load_component(folder, name)
         if name in parts:
             components[name] = components[name].eval().to(device)
-    if "transformer" not in parts:
-        with torch.device("meta"):
-            components["transformer"] = _without_weights(folder)
-    return getattr(diffusers, index["_class_name"])(**components)
+    pipeline = getattr(diffusers, index["_class_name"])(**components)
+    if "vae" not in parts:
+        pipeline.vae = None  # its factors have been read, and a pipeline computes where its first model is
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
-def _without_weights(folder: str | Path) -> Any:
-    found = transformer_class(folder)
-    config = {k: v for k, v in read_json(Path(folder) / "transformer" / "config.json").items() if k != "quantization_config"}
-    return found.from_config(config).eval()
+def _without_weights(folder: str | Path, name: str, class_name: str) -> Any:
+    import diffusers
+
+    found = transformer_class(folder) if name == "transformer" else getattr(diffusers, class_name)
+    config = {k: v for k, v in read_json(Path(folder) / name / "config.json").items() if k != "quantization_config"}
+    with torch.device("meta"):
+        return found.from_config(config).eval()
+
+
+@dataclass(frozen=True)
+class PipelineFolder:
+    """A pipeline of which one model is in memory at a time: a text encoder may be larger than what it feeds.
+
+    `change_` is applied to the transformer when it is loaded, as to quantize it. `tiling`: the VAE decodes in tiles, whose
+    seams are blended. `progress`: options of the pipeline's bar.
+    """
+
+    folder: str | Path
+    device: torch.device | str = "cpu"
+    change_: Callable[[Any], object] = lambda transformer: None
+    tiling: bool = False
+    progress: Mapping[str, Any] = field(default_factory=lambda: {"disable": True})
+
+
+@contextmanager
+def holding(model: Any, part: str) -> Iterator[Any]:
+    """A pipeline that has `part` of PARTS, and no other of them if `model` is a PipelineFolder; `part` is released when the
+    block ends. A pipeline that is loaded already stays as it is."""
+    if not isinstance(model, PipelineFolder):
+        yield model
+        return
+    pipeline = load_parts(model.folder, (part,), model.device)
+    if part == "transformer":
+        model.change_(pipeline.transformer)
+        pipeline.set_progress_bar_config(**model.progress)
+    if part == "vae" and model.tiling:
+        pipeline.vae.enable_tiling()
+    try:
+        yield pipeline
+    finally:
+        setattr(pipeline, part, None)
+        release_memory(torch.device(model.device))
 
 
 def load_transformer(

@@ -37,8 +37,8 @@ class Inputs:
         self.changed = False  # whether `seen` holds more or less than what was known
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """Stage -> {"files", "bytes", "sha256"} of what it reads; the hash covers names, sizes and contents. A stage that reads
-        no such folder, or one that is missing (its own error says so), has no files."""
+        """Stage -> {"files", "bytes", "sha256"} of what it reads; the hash covers names, sizes and contents. A stage that
+        reads no such folder, or one that is missing (its own error says so), has no files."""
         try:
             params = read_yaml(self.root / "params.yaml")
             fetch, prepare = (params.get(name) or {} for name in ("fetch", "prepare"))
@@ -50,8 +50,8 @@ class Inputs:
         return found
 
     def _listing(self, folder: Any, files: Callable[[Path], Iterator[Path]]) -> dict[str, Any]:
-        place = self.root / folder if isinstance(folder, str) else None
-        paths = sorted(files(place)) if place is not None and place.is_dir() else []
+        place = self.root / (folder if isinstance(folder, str) else "")
+        paths = sorted(files(place)) if isinstance(folder, str) and place.is_dir() else []
         states = {path: _state(path) for path in paths}
         new = [path for path in paths if self._known.get(str(path), [None])[0] != states[path]]
         if (size := sum(states[path][0] for path in new)) > TOLD:

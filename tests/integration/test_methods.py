@@ -14,6 +14,7 @@ from torch import nn
 from qvgen.checkpoint.packed import export_pipeline, load_packed_transformer
 from qvgen.checkpoint.pipeline import load_pipeline
 from qvgen.checkpoint.training import load_training_state, save_training_state
+from qvgen.data.latents import save_text
 from qvgen.evaluation.quality.modules import module_errors
 from qvgen.methods.registry import METHODS
 from qvgen.models.registry import load_family
@@ -48,7 +49,7 @@ def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         shard = {"latents": latents, "caption_index": torch.arange(8) % 2}
         save_file(shard, folder / "data" / part / "shard-00000.safetensors")
     (folder / "data" / "captions.json").write_text(json.dumps(captions))
-    save_file({"embeddings": text.detach().float().contiguous()}, folder / "data" / "text.safetensors")
+    save_text(folder / "data" / "text" / "shard-00000.safetensors", text.detach().float().unbind())
     return SimpleNamespace(family=request.param, model=model, data=folder / "data")
 
 

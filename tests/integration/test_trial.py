@@ -131,7 +131,7 @@ def test_a_trial_repeats_captions_with_new_seeds_when_there_are_few() -> None:
     trial = Trial.from_params(params, held_out)
     assert trial.prompts[:4] == ("b", "a", "b", "a") and len(trial.prompts) == params.evaluate.prompts
     assert len(set(trial.seeds)) == params.evaluate.prompts
-    assert trial.text.flatten().tolist() == [1.0, 0.0]
+    assert trial.text[:].flatten().tolist() == [1.0, 0.0]
 
 
 def test_timesteps_are_spread_over_the_whole_range() -> None:

@@ -28,7 +28,10 @@ def sha256(root: Path) -> dict[str, Any]:
 def test_content_names_and_files_count_and_nothing_else(tmp_path: Path) -> None:
     root = project(tmp_path)
     first = Inputs(root).describe()
-    assert {stage: (found["files"], found["bytes"]) for stage, found in first.items()} == {"fetch": (2, 43), "prepare": (3, 45)}
+    assert {stage: (found["files"], found["bytes"]) for stage, found in first.items()} == {
+        "fetch": (2, 43),
+        "prepare": (3, 45),
+    }
 
     before = sha256(root)
     os.utime(root / "clips/a.mp4", (1, 1))
@@ -67,7 +70,9 @@ def test_a_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len(read) == 11
 
 
-@pytest.mark.parametrize("text", ["", "fetch: 3\n", "a: [", "fetch: {source: org/name}\nprepare: {folder: null}\n", "prepare: {folder: 7}\n"])
+@pytest.mark.parametrize(
+    "text", ["", "fetch: 3\n", "a: [", "fetch: {source: org/name}\nprepare: {folder: null}\n", "prepare: {folder: 7}\n"]
+)
 def test_what_names_no_folder_has_no_files(text: str, tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(text)
     assert {found["files"] for found in Inputs(tmp_path).describe().values()} == {0}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qvgen.data.videos import read_captions
+from qvgen.data.captions import read_captions
 
 
 def write(folder: Path, content: str | bytes) -> Path:
