@@ -35,17 +35,23 @@ def load_pipeline(
     encoder as it is stored. Raises ValueError if config.json of a packed transformer does not describe what is beside it.
     """
     from diffusers import DiffusionPipeline
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
 
     for component in DENOISERS:
         if (Path(folder) / component / "config.json").is_file():
             check_packed(Path(folder) / component)
-    diffusers_logging.disable_progress_bar()  # bars for files that load in milliseconds
-    transformers_logging.disable_progress_bar()
+    _without_bars()
     pipeline = DiffusionPipeline.from_pretrained(Path(folder), dtype=dtype, local_files_only=True, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline if device is None else pipeline.to(device)
+
+
+def _without_bars() -> None:
+    """Of libraries, for files that load in milliseconds."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
 
 
 def load_parts(folder: str | Path, parts: Collection[str], device: torch.device | str) -> Any:
@@ -54,6 +60,7 @@ def load_parts(folder: str | Path, parts: Collection[str], device: torch.device 
     its weights (on the meta device), because pipelines read its config."""
     import diffusers
 
+    _without_bars()
     index, components = read_json(Path(folder) / "model_index.json"), {}
     for name, value in index.items():
         if name.startswith("_"):

@@ -58,10 +58,10 @@ def _rows_of_lines(lines: Path) -> Iterator[Row]:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON: {error!s:.200}") from None
-        values = [row.get(name) for name in ("file", "caption")] if isinstance(row, dict) else [None]
-        if not all(isinstance(value, str) for value in values):
+        name, caption = (row.get("file"), row.get("caption")) if isinstance(row, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(caption, str):
             raise ValueError(f'{where} must be an object with the texts "file" and "caption", found {text!s:.100}')
-        yield _checked(where, lines.parent, *values)
+        yield _checked(where, lines.parent, name, caption)
 
 
 def _texts_beside(folder: Path) -> list[Row]:
