@@ -166,7 +166,8 @@ def video_clips(params: Params, fps: float | None) -> tuple[list[str], dict[str,
                 return read_clip(path, size, fps, place)
             except ValueError as error:
                 name = path.relative_to(settings.folder or "").as_posix()
-                return name if each == 1 else f"{name} clip {place.number}", str(error)
+                reason = str(error).replace(str(path), name)  # the same wherever the folder lies
+                return name if each == 1 else f"{name} clip {place.number}", reason
 
         def batches(writer: ShardWriter) -> Iterator[ClipBatch]:
             spans = [span for span in writer.spans(settings.batch_size) if not writer.done(span)]

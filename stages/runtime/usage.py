@@ -32,7 +32,7 @@ KNOBS = {
     "evaluate": "lower evaluate.batch_size, or set prepare.vae_tiling: true",
     "benchmark": "lower benchmark.batch_size",
 }
-_WANTED = re.compile(r"(?:tried to allocate|unable to allocate) (\d+(?:\.\d+)?) ?(bytes|[KMG]i?B)", re.IGNORECASE)
+_WANTED = re.compile(r"(?:tried to allocate|unable to allocate) (\d+(?:\.\d+)?) ?(bytes|[KMGTP]i?B)", re.IGNORECASE)
 
 
 def summary(name: str, params: Params, bars: Sequence[Bar]) -> str:
