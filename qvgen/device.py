@@ -54,13 +54,15 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def release_memory(device: torch.device) -> None:
-    """Give memory that is no longer used back, after a model was dropped and before the next is loaded."""
+def release_memory(device: torch.device, in_cycles: bool = True) -> None:
+    """Give memory that is no longer used back, after a model was dropped and before the next is loaded. `in_cycles`: look for
+    what only refers to itself, which takes a third of a second."""
     import gc
 
     import torch
 
-    gc.collect()
+    if in_cycles:
+        gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

@@ -7,6 +7,7 @@ nothing unpickled. safetensors are memory-mapped: a weight takes memory once.
 from __future__ import annotations
 
 import importlib
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -124,8 +125,9 @@ def holding(model: Any, part: str) -> Iterator[Any]:
     try:
         yield pipeline
     finally:
+        held = weakref.ref(getattr(pipeline, part))
         setattr(pipeline, part, None)
-        release_memory(torch.device(model.device))
+        release_memory(torch.device(model.device), held() is not None)
 
 
 def load_transformer(

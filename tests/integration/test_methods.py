@@ -53,6 +53,31 @@ def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return SimpleNamespace(family=request.param, model=model, data=folder / "data")
 
 
+@pytest.mark.parametrize("method", ["qvgen", "qvgen+"])
+def test_training_reads_nothing_but_transformers(
+    prepared: SimpleNamespace, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text encoder may be larger than what is trained: it is read neither by calibration nor by training."""
+    import diffusers
+    import transformers
+
+    read = []
+    for base in (diffusers.ModelMixin, transformers.PreTrainedModel):
+        original = base.from_pretrained.__func__
+
+        def recorded(cls: type, *arguments: Any, original: Any = original, **options: Any) -> Any:
+            read.append(cls.__name__)
+            return original(cls, *arguments, **options)
+
+        monkeypatch.setattr(base, "from_pretrained", classmethod(recorded))
+    params, sources = settings(method), Sources(prepared.model, tmp_path / "calibration", prepared.data)
+    calibrate(params, sources)
+    trainer = build_trainer(params, sources)
+    trainer.run(params.schedule.total_steps)
+    finish(trainer, params, sources)
+    assert len(read) == 3 and len(set(read)) == 1 and read[0].endswith("Transformer3DModel")
+
+
 def settings(method: str, seed: int = 0) -> Params:
     tree: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text())
     tree |= {"method": method, "seed": seed}
