@@ -29,8 +29,10 @@ def load_pipeline(
     folder: str | Path,
     dtype: torch.dtype | dict[str, torch.dtype] | None = None,
     device: torch.device | str | None = None,
+    shared: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The diffusers pipeline of a folder in evaluation mode, on `device` (None: the CPU).
+    """The diffusers pipeline of a folder in evaluation mode, on `device` (None: the CPU), but for the components in `shared`,
+    which are taken instead of those of the folder.
 
     `dtype`: of the parameters, packed layers excepted, or one per component ("default": of the rest); None: float32, a text
     encoder as it is stored. Raises ValueError if config.json of a packed transformer does not describe what is beside it.
@@ -41,7 +43,8 @@ def load_pipeline(
         if (Path(folder) / component / "config.json").is_file():
             check_packed(Path(folder) / component)
     _without_bars()
-    pipeline = DiffusionPipeline.from_pretrained(Path(folder), dtype=dtype, local_files_only=True, use_safetensors=True)
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
+    pipeline = DiffusionPipeline.from_pretrained(Path(folder), **options, **(shared or {}))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline if device is None else pipeline.to(device)
 
