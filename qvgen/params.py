@@ -59,9 +59,7 @@ class Fetch(_Section):
 
 class Prepare(_Section):
     source: Literal["digits", "videos"]
-    folder: str | None = Field(
-        default=None, description="for source 'videos': folder with captions.csv, captions.jsonl, or a .txt beside each video"
-    )
+    folder: str | None = Field(default=None, description="of source 'videos', with captions.csv, captions.jsonl or .txt")
     frames: int = Field(ge=1, le=LARGEST)
     height: int = Field(ge=16, le=LARGEST, multiple_of=16, description="pixels")
     width: int = Field(ge=16, le=LARGEST, multiple_of=16, description="pixels")
@@ -170,12 +168,8 @@ class Compute(_Section):
         default=None, ge=1, le=LARGEST, description="clips that training runs at once; gradients add up to qat.batch_size"
     )
     checkpointing: bool = Field(default=False, description="blocks run again in the backward pass instead of being kept")
-    workers: int = Field(
-        default=0, ge=0, le=256, description="that read data ahead: processes in training, threads that decode in prepare"
-    )
-    checkpoint_seconds: float = Field(
-        default=0.0, ge=0, description="at least so long between two resume checkpoints, besides qat.checkpoint_every"
-    )
+    workers: int = Field(default=0, ge=0, le=256, description="that read ahead: processes in training, threads in prepare")
+    checkpoint_seconds: float = Field(default=0.0, ge=0, description="least time between two resume checkpoints")
 
 
 class Params(_Section):
