@@ -23,6 +23,7 @@ from qvgen.models.files import read_json
 from qvgen.models.generic import DENOISERS
 
 PARTS = ("text_encoder", "vae", "transformer")  # what a pipeline has of models: the rest is small
+EXPERT = "transformer_2"  # read with the transformer: Wan 2.2 A14B has one for each half of the noise levels
 
 
 def load_pipeline(
@@ -66,20 +67,21 @@ def load_parts(folder: str | Path, parts: Collection[str], device: torch.device 
 
     _without_bars()
     index, components = read_json(Path(folder) / "model_index.json"), {}
+    read = {*parts, *([EXPERT] if "transformer" in parts else [])}
     for name, value in index.items():
         if name.startswith("_"):
             continue
         if not isinstance(value, list):  # a setting of the pipeline
             components[name] = value
-        elif value[0] is None or (name == "text_encoder" and name not in parts):
+        elif value[0] is None or (name in ("text_encoder", EXPERT) and name not in read):
             components[name] = None
-        elif name == "transformer" and name in parts:
-            components[name] = load_transformer(folder, device=device)
+        elif name in read and name in ("transformer", EXPERT):
+            components[name] = load_transformer(folder, device=device, component=name)
         elif name in PARTS and name not in parts:
             components[name] = _without_weights(folder, name, value[1])
         else:
             components[name] = load_component(folder, name)
-        if name in parts:
+        if name in read and components[name] is not None:
             components[name] = components[name].eval().to(device)
     pipeline = getattr(diffusers, index["_class_name"])(**components)
     if "vae" not in parts:
@@ -130,6 +132,8 @@ def holding(model: Any, part: str) -> Iterator[Any]:
     finally:
         held = weakref.ref(getattr(pipeline, part))
         setattr(pipeline, part, None)
+        if part == "transformer" and getattr(pipeline, EXPERT, None) is not None:
+            setattr(pipeline, EXPERT, None)
         release_memory(torch.device(model.device), held() is not None)
 
 

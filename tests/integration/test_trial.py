@@ -192,3 +192,23 @@ def test_a_trial_repeats_captions_with_new_seeds_when_there_are_few() -> None:
 def test_timesteps_are_spread_over_the_whole_range() -> None:
     assert spread_timesteps(10) == [50.0, 150.0, 250.0, 350.0, 450.0, 550.0, 650.0, 750.0, 850.0, 950.0]
     assert spread_timesteps(1) == [500.0]
+
+
+def test_two_experts_are_read_together(tmp_path: Path) -> None:
+    """Wan 2.2 A14B: one transformer for each half of the noise levels."""
+    from diffusers import WanPipeline
+
+    from qvgen.models.wan import WanFamily, tiny_transformer
+
+    one = WanFamily.tiny_pipeline()
+    parts = {name: getattr(one, name) for name in ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")}
+    WanPipeline(**parts, transformer_2=tiny_transformer(seed=7), boundary_ratio=0.5).save_pretrained(tmp_path)
+    family = WanFamily()
+
+    def make(model: Any) -> torch.Tensor:
+        options: dict[str, Any] = {"inference_steps": 4, "guidance_scale": 2.0, "batch_size": 1}
+        return sample(model, family, [TINY_PROMPT], [0], TINY_CLIP, **options)[0]
+
+    expected = make(load_pipeline(tmp_path))
+    assert torch.equal(make(PipelineFolder(tmp_path)), expected)
+    assert not torch.equal(make(load_pipeline(tiny_pipeline("wan", tmp_path / "one"))), expected)
