@@ -1,9 +1,10 @@
 """Latents and text embeddings, computed once and read by training, calibration and evaluation.
 
 captions.json            list of the distinct captions
+text.safetensors         embeddings (captions + 1, l, d), the empty caption last, where they fill no more than one shard; else
 text/shard-00000.safetensors
-                         embeddings of captions, the empty one last: rows (r, d) of all of them together, without padding, and
-                         offsets (n + 1,) int64, where each begins; max_sequence_length in the metadata
+                         rows (r, d) of many of them together, without padding, and offsets (n + 1,) int64, where each begins;
+                         max_sequence_length in the metadata
 train/ calibration/ held_out/ shard-00000.safetensors
                          latents (n, ...), caption_index (n,) int64
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from qvgen.data.shards import ShardWriter
 from qvgen.data.stored import LENGTH, Latents, Selected, StoredLatents, StoredText, without_padding
@@ -24,7 +26,7 @@ from qvgen.models.family import Family
 from qvgen.tensors import save_tensors
 
 PARTS = ("train", "calibration", "held_out")
-TEXT, CAPTIONS = "text", "captions.json"
+TEXT, WHOLE_TEXT, CAPTIONS = "text", "text.safetensors", "captions.json"
 
 
 class LatentDataset:
@@ -42,7 +44,9 @@ class LatentDataset:
         part = Path(part)
         latents = StoredLatents(part)
         captions = json.loads((part.parent / CAPTIONS).read_text(encoding="utf-8"))
-        return cls(latents, latents.caption_index, captions, StoredText(part.parent / TEXT))
+        whole = part.parent / WHOLE_TEXT
+        text = load_file(whole)["embeddings"].float() if whole.is_file() else StoredText(part.parent / TEXT)
+        return cls(latents, latents.caption_index, captions, text)
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -79,6 +83,10 @@ def save_text(path: Path, embeddings: Sequence[torch.Tensor]) -> None:
     save_tensors(path, {"rows": torch.cat(rows), "offsets": offsets}, {LENGTH: str(len(embeddings[0]))})
 
 
+def _save_whole_text(shard: Path, embeddings: Sequence[torch.Tensor]) -> None:
+    save_tensors(shard.parent.parent / WHOLE_TEXT, {"embeddings": torch.stack(list(embeddings))})
+
+
 def text_writer(folder: Path, captions: Sequence[str], shard_size: int) -> ShardWriter:
     """Writes captions.json; what it returns holds the embeddings, of the captions and of the empty one. Raises ValueError for
     an empty list or an empty caption."""
@@ -86,7 +94,8 @@ def text_writer(folder: Path, captions: Sequence[str], shard_size: int) -> Shard
         raise ValueError("there are no captions; at least one clip with a caption is needed")
     if any(not caption.strip() for caption in captions):
         raise ValueError("a caption is empty; the empty caption is added by itself, for guidance")
-    writer = ShardWriter(folder / TEXT, len(captions) + 1, shard_size, save_text)
+    few = len(captions) < shard_size  # the embedded data's, whose bytes and results stay what they are
+    writer = ShardWriter(folder / TEXT, len(captions) + 1, shard_size, _save_whole_text if few else save_text)
     (folder / CAPTIONS).write_text(json.dumps(list(captions), indent=0, ensure_ascii=False), encoding="utf-8")
     return writer
 

@@ -68,3 +68,5 @@ def remove_records(folder: Path) -> None:
     """Of a finished folder of folders: they tell nothing that its reader needs."""
     for record in folder.glob("*/shard-*.json"):
         record.unlink()
+        if not any(record.parent.iterdir()):
+            record.parent.rmdir()

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qvgen.data.latents import LatentDataset, part_writer, save_text
-from qvgen.data.shards import ShardWriter
+from qvgen.data.latents import LatentDataset, part_writer, save_text, text_writer
+from qvgen.data.shards import ShardWriter, remove_records
 from qvgen.data.stored import StoredLatents, StoredText
 from qvgen.tensors import save_tensors
 
@@ -150,3 +150,17 @@ def test_memory_does_not_grow_with_the_number_of_clips(tmp_path: Path) -> None:
     size = (few / "shard-00000.safetensors").stat().st_size / 1e6
     assert int(clips) == 2400 and size > 25
     assert float(grown) < 2 * size, f"{grown} MB more for {100 * size:.0f} MB of clips"
+
+
+@pytest.mark.parametrize("shard_size", [4, 3, 2])
+def test_few_captions_are_one_file_and_read_alike(tmp_path: Path, shard_size: int) -> None:
+    latents_in(tmp_path / "train")
+    text = torch.randn(4, 8, 4, generator=torch.Generator().manual_seed(1))
+    text[1, 5:] = 0
+    writer = text_writer(tmp_path, ["a", "b", "c"], shard_size)
+    for span in writer.spans(3):
+        writer.add(span, {i: text[i] for i in span})
+    remove_records(tmp_path)
+    assert (tmp_path / "text.safetensors").exists() == (shard_size == 4) != (tmp_path / "text").exists()
+    data = LatentDataset.open(tmp_path / "train")
+    assert torch.equal(data.embeddings[torch.arange(4)], text) and data.captions == ["a", "b", "c"]
