@@ -111,6 +111,7 @@ def write_sources(family: str, folder: Path) -> Sources:
     """A tiny model and invented data: latents and text embeddings are noise, which is enough to move by."""
     import torch
 
+    from qvgen.data.latents import save_text
     from qvgen.models.tiny import TINY_PROMPT, tiny_pipeline
     from qvgen.tensors import save_tensors
     from qvgen.training.recipe import Sources
@@ -125,7 +126,7 @@ def write_sources(family: str, folder: Path) -> Sources:
     captions = [TINY_PROMPT, "a blue digit one moving left"]
     (folder / "data/captions.json").write_text(json.dumps(captions))
     embeddings = torch.randn((len(captions) + 1, 8, 16), generator=generator)
-    save_tensors(folder / "data/text.safetensors", {"embeddings": embeddings})
+    save_text(folder / "data/text/shard-00000.safetensors", embeddings.unbind())
     return Sources(model, folder / "calibration", folder / "data")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -53,13 +54,15 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def release_memory(device: torch.device) -> None:
-    """Give memory that is no longer used back, after a model was dropped and before the next is loaded."""
+def release_memory(device: torch.device, in_cycles: bool = True) -> None:
+    """Give memory that is no longer used back, after a model was dropped and before the next is loaded. `in_cycles`: look for
+    what only refers to itself, which takes a third of a second."""
     import gc
 
     import torch
 
-    gc.collect()
+    if in_cycles:
+        gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -69,3 +72,17 @@ def widest_float(device: torch.device) -> torch.dtype:
     import torch
 
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def peak_resident_mb() -> float:
+    """Peak resident memory of this process in MB.
+
+    Linux: VmHWM, because ru_maxrss there also counts the parent that started us, from before the exec.
+    """
+    import resource
+
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS

@@ -59,7 +59,7 @@ class Fetch(_Section):
 
 class Prepare(_Section):
     source: Literal["digits", "videos"]
-    folder: str | None = Field(default=None, description="for source 'videos': folder with captions.csv (file,caption)")
+    folder: str | None = Field(default=None, description="of source 'videos', with captions.csv, captions.jsonl or .txt")
     frames: int = Field(ge=1, le=LARGEST)
     height: int = Field(ge=16, le=LARGEST, multiple_of=16, description="pixels")
     width: int = Field(ge=16, le=LARGEST, multiple_of=16, description="pixels")
@@ -67,6 +67,11 @@ class Prepare(_Section):
         default=None, description="of clips from videos; null: what the model was trained with; native: every frame"
     )
     max_sequence_length: int = Field(ge=1, le=512, description="text tokens the model was trained with")
+    clips_per_video: int = Field(default=1, ge=1, le=LARGEST, description="spread over what a clip leaves of the video")
+    start: Literal["first", "centre", "random"] = Field(default="first", description="where in its share of the video")
+    max_skipped: Share = Field(default=0.0, description="share of clips that may be unreadable; they are listed")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="how latents and text are stored")
+    vae_tiling: bool = Field(default=False, description="the VAE works in tiles with blended seams, evaluation's too")
     train_clips: int = Field(ge=1, le=LARGEST)
     calibration_clips: int = Field(ge=1, le=LARGEST)
     held_out_clips: int = Field(ge=1, le=LARGEST)
@@ -163,6 +168,8 @@ class Compute(_Section):
         default=None, ge=1, le=LARGEST, description="clips that training runs at once; gradients add up to qat.batch_size"
     )
     checkpointing: bool = Field(default=False, description="blocks run again in the backward pass instead of being kept")
+    workers: int = Field(default=0, ge=0, le=256, description="that read ahead: processes in training, threads in prepare")
+    checkpoint_seconds: float = Field(default=0.0, ge=0, description="least time between two resume checkpoints")
 
 
 class Params(_Section):

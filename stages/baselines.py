@@ -7,13 +7,15 @@ trained model. Reads artifacts/model, artifacts/calibration, artifacts/data/held
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from typing import Any
 
 from stages.runtime.run import Stage, stage_main
 
 
 def run(stage: Stage) -> None:
     from qvgen.checkpoint.grids import load_grids
-    from qvgen.checkpoint.pipeline import load_pipeline
+    from qvgen.checkpoint.pipeline import PipelineFolder
     from qvgen.data.latents import LatentDataset
     from qvgen.evaluation.quality.trial import Trial, compare, observe
     from qvgen.models.registry import load_family
@@ -27,13 +29,18 @@ def run(stage: Stage) -> None:
     grids = load_grids(own if own.exists() else calibration / "grids.safetensors")
     starts = {"rtn": None, "mse": grids}  # None: whole ranges
     scores = {}
+    model, store = PipelineFolder(source, stage.device, tiling=params.prepare.vae_tiling), stage.checkpoint_dir
     with stage.progress((1 + len(starts)) * trial.predictions, unit="prediction") as progress:
-        reference = observe(load_pipeline(source, device=stage.device), family, trial, on_batch=progress.update)
+        reference = observe(model, family, trial, on_batch=progress.update, store=store)
         for method, start in starts.items():
-            pipeline = load_pipeline(source, device=stage.device)
-            prepare_(pipeline.transformer, params.scheme_of(method), default_targets=family.default_targets, grids=start)
-            convert_(pipeline.transformer)
-            scores[method] = compare(reference, observe(pipeline, family, trial, on_batch=progress.update), trial)
+
+            def quantize_(transformer: Any, method: str = method, start: Any = start) -> None:
+                prepare_(transformer, params.scheme_of(method), default_targets=family.default_targets, grids=start)
+                convert_(transformer)
+
+            quantized = replace(model, change_=quantize_)
+            seen = observe(quantized, family, trial, on_batch=progress.update, store=store)
+            scores[method] = compare(reference, seen, trial)
     with stage.outputs("metrics/baselines.json") as path:
         path.write_text(json.dumps(scores, indent=2) + "\n")
     stage.log_metrics({f"{method}.{k}": v for method, values in scores.items() for k, v in values.items()})

@@ -26,7 +26,9 @@ def run(stage: Stage) -> None:
     with tempfile.TemporaryDirectory(dir=stage.checkpoint_dir) as temporary, torch_threads(settings.threads):
         folders = write_variants(stage, Path(temporary))
         sizes = {name: folder_bytes(folder / "transformer") for name, folder in folders.items()}
-        pipelines = {name: load_variant(folder, DTYPES[name], stage.device) for name, folder in folders.items()}
+        pipelines: dict[str, Any] = {}
+        for name, folder in folders.items():
+            pipelines[name] = load_variant(folder, DTYPES[name], stage.device, pipelines.get("fp32"))
         inputs = write_inputs(stage, pipelines["fp32"], Path(temporary) / "inputs.safetensors")
         with stage.progress(total=len(folders), desc="memory", unit="variant") as progress:
             memory = {}

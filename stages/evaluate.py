@@ -17,7 +17,7 @@ LABELS = ("full precision", "packed")
 
 
 def run(stage: Stage) -> None:
-    from qvgen.checkpoint.pipeline import load_pipeline
+    from qvgen.checkpoint.pipeline import PipelineFolder
     from qvgen.data.latents import LatentDataset
     from qvgen.evaluation.quality.trial import ACCURACIES, Trial, compare, movement, observe, prompt_accuracy, velocity_mse
     from qvgen.models.registry import load_family
@@ -31,9 +31,11 @@ def run(stage: Stage) -> None:
     observations = []
     with stage.progress(total=len(folders) * trial.predictions, unit="prediction") as progress:
         for folder in folders:
-            pipeline, family = load_pipeline(folder, device=stage.device), load_family(folder)
-            stop = read_guidance_stop(folder)
-            observations.append(observe(pipeline, family, trial, guidance_stop=stop, on_batch=progress.update))
+            model, stop = (
+                PipelineFolder(folder, stage.device, tiling=stage.params.prepare.vae_tiling),
+                read_guidance_stop(folder),
+            )
+            observations.append(observe(model, load_family(folder), trial, stop, progress.update, stage.checkpoint_dir))
     reference, packed = observations
 
     scores = compare(reference, packed, trial)

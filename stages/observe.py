@@ -1,5 +1,6 @@
-"""Stage observe: the machine and the code, on which results depend besides parameters and data. Writes
-artifacts/hardware.json, which the benchmark depends on, and artifacts/code.json, with the fingerprint of each stage's code.
+"""Stage observe: what results depend on besides parameters and the data that dvc.yaml names. Writes artifacts/hardware.json,
+the machine, which the benchmark depends on; artifacts/code.json, with the fingerprint of each stage's code; and
+artifacts/inputs.json, with the content of the folders that params.yaml names.
 
 It runs at every `dvc repro`, so it imports nothing heavy, caches what it has read in .qvgen/, and records no run.
 """
@@ -14,10 +15,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from stages.runtime.code import code_fingerprints
+from stages.runtime.inputs import SEEN as SEEN_INPUTS
+from stages.runtime.inputs import Inputs
 from stages.runtime.machine import processor
 from stages.runtime.source import BUILD, PACKAGES, Source, is_code, summarize
 
-HARDWARE, CODE = Path("artifacts/hardware.json"), Path("artifacts/code.json")
+HARDWARE, CODE, INPUTS = (Path(f"artifacts/{name}.json") for name in ("hardware", "code", "inputs"))
 SEEN = Path(".qvgen/sources.json")
 
 
@@ -99,20 +102,22 @@ def _files(root: Path, name: str) -> list[str]:
 
 def texts(root: Path) -> dict[Path, str]:
     """What the stage would write in the checkout `root`, by path. Writes nothing."""
-    return _texts(Sources(root))
+    return _texts(Sources(root), Inputs(root))
 
 
-def _texts(sources: Sources) -> dict[Path, str]:
-    found = {HARDWARE: hardware(), CODE: {"code": _fingerprints(sources)}}
+def _texts(sources: Sources, inputs: Inputs) -> dict[Path, str]:
+    found = {HARDWARE: hardware(), CODE: {"code": _fingerprints(sources)}, INPUTS: {"inputs": inputs.describe()}}
     return {path: json.dumps(content, indent=2) + "\n" for path, content in found.items()}
 
 
 def write(root: Path) -> None:
     """Run the stage in the checkout `root`."""
-    sources = Sources(root)
-    for path, text in _texts(sources).items():
+    sources, inputs = Sources(root), Inputs(root)
+    for path, text in _texts(sources, inputs).items():
         _write(root / path, text)
     sources.remember()
+    if inputs.changed:
+        _write(root / SEEN_INPUTS, json.dumps(inputs.seen))
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,27 +1,37 @@
 """Stage prepare: clips and captions -> latents and text embeddings, for training, calibration and evaluation.
 
-Reads artifacts/model; writes artifacts/data (layout in qvgen/data/latents.py). Held-out clips of the embedded data show
-digits that no training clip shows.
+Reads artifacts/model and the folder of videos; writes artifacts/data (layout in qvgen/data/latents.py), and in
+metrics/prepare.json how many clips there are and which could not be read. Held-out clips of the embedded data show digits that
+no training clip shows. A run that is interrupted continues after the last whole shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import json
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 from stages.runtime.run import Stage, stage_main
 
 if TYPE_CHECKING:
     import torch
 
+    from qvgen.data.latents import ClipBatch
+    from qvgen.data.shards import ShardWriter
     from qvgen.params import Params
 
-Batches = Iterator[tuple["torch.Tensor", "torch.Tensor"]]
+Source = Callable[["ShardWriter"], Iterator["ClipBatch"]]  # the batches of a part that its writer does not have
 
 
 def run(stage: Stage) -> None:
+    import torch
+
     from qvgen.checkpoint.pipeline import load_parts
-    from qvgen.data.latents import write_part, write_text
+    from qvgen.data.latents import part_writer, text_writer, write_part, write_text
+    from qvgen.data.shards import remove_records
     from qvgen.device import release_memory
     from qvgen.models.family import ClipSize
     from qvgen.models.rate import frame_rate
@@ -31,7 +41,7 @@ def run(stage: Stage) -> None:
     settings = stage.params.prepare
     source = stage.root / "artifacts/model"
     check_size(source, ClipSize(settings.frames, settings.height, settings.width, settings.max_sequence_length))
-    family, device = load_family(source), stage.device
+    family, device, dtype = load_family(source), stage.device, getattr(torch, settings.dtype)
     fps = None
     if settings.source == "videos" and settings.fps != "native":
         fps = frame_rate(source) if settings.fps is None else settings.fps
@@ -41,23 +51,59 @@ def run(stage: Stage) -> None:
         "calibration": settings.calibration_clips,
         "held_out": settings.held_out_clips,
     }
-    with stage.outputs("artifacts/data") as folder, stage.progress(sum(sizes.values()), unit="clip") as progress:
+    work = stage.checkpoint_dir / "data"  # on success it becomes artifacts/data
+    work.mkdir(exist_ok=True)
+    text = text_writer(work, captions, settings.shard_size)
+    writers = {part: part_writer(work / part, size, settings.shard_size) for part, size in sizes.items()}
+    if not text.done(range(text.total)):
         pipeline = load_parts(source, ("text_encoder",), device)
-        write_text(folder, pipeline, family, captions, settings.max_sequence_length, settings.batch_size)
+        write_text(text, pipeline, family, captions, settings.max_sequence_length, settings.batch_size, dtype)
         del pipeline  # before the VAE is loaded
         release_memory(device)
+    done = sum(len(span) for writer in writers.values() for span in writer.spans(settings.batch_size) if writer.done(span))
+    with stage.progress(sum(sizes.values()), initial=done, unit="clip") as progress:
         pipeline = load_parts(source, ("vae",), device)
+        if settings.vae_tiling:
+            pipeline.vae.enable_tiling()
         for part, batches in parts.items():
-            write_part(folder / part, pipeline, family, batches, settings.shard_size, progress.update)
+            write_part(writers[part], pipeline, family, limited(batches, writers, part, settings), dtype, progress.update)
+    skipped = {f"{part}: {name}": why for part, writer in writers.items() for name, why in writer.skipped().items()}
+    read = {part: size - len(writers[part].skipped()) for part, size in sizes.items()}
+    if empty := [part for part, count in read.items() if not count]:
+        raise ValueError(f"{empty[0]}: there are no clips, none of {sizes[empty[0]]} could be read")
+    with stage.outputs("artifacts/data") as folder:
+        for made in sorted(work.iterdir()):
+            shutil.move(made, folder / made.name)
+        remove_records(folder)
+    summary = {"clips": read, "captions": len(captions), "skipped": len(skipped), "reasons": skipped}
+    with stage.outputs("metrics/prepare.json") as path:
+        path.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     rate = {} if fps is None else {"fps": fps}
-    stage.log_metrics({f"clips.{part}": n for part, n in sizes.items()} | {"captions": len(captions)} | rate)
+    counts = {"captions": len(captions), "skipped": len(skipped)}
+    stage.log_metrics({f"clips.{part}": n for part, n in read.items()} | counts | rate)
 
 
-def digit_clips(params: Params) -> tuple[list[str], dict[str, Batches]]:
+def limited(source: Source, writers: dict[str, ShardWriter], part: str, settings: Any) -> Iterator[ClipBatch]:
+    """The batches of a part. Raises ValueError once more clips are left out than `prepare.max_skipped` allows."""
+    planned = sum(writer.total for writer in writers.values())
+    before = sum(len(writer.skipped()) for writer in writers.values())
+    for batch in source(writers[part]):
+        before += len(batch.skipped)
+        if batch.skipped and before > settings.max_skipped * planned:
+            reason = next(iter(batch.skipped.values()))[1]
+            raise ValueError(
+                f"{reason} ({before} of {planned} clips cannot be read, prepare.max_skipped = {settings.max_skipped:g} allows "
+                f"{int(settings.max_skipped * planned)}: replace it, or raise prepare.max_skipped to leave such videos out)"
+            )
+        yield batch
+
+
+def digit_clips(params: Params) -> tuple[list[str], dict[str, Source]]:
     """Clips of the embedded data; captions recur equally often, in random order."""
     import torch
 
     from qvgen.data.digits import ALL_ATTRIBUTES, FRAMES, SIZE, sample_clips
+    from qvgen.data.latents import ClipBatch
 
     settings = params.prepare
     if (settings.frames, settings.height, settings.width) != (FRAMES, SIZE, SIZE):
@@ -66,48 +112,96 @@ def digit_clips(params: Params) -> tuple[list[str], dict[str, Batches]]:
             f"{settings.height}x{settings.width}"
         )
 
-    def batches(part: int, count: int, held_out: bool) -> Batches:
-        generator = torch.Generator().manual_seed(3 * params.seed + part)
-        rounds = -(-count // len(ALL_ATTRIBUTES))
-        order = torch.cat([torch.randperm(len(ALL_ATTRIBUTES), generator=generator) for _ in range(rounds)])[:count]
-        for index in order.split(settings.batch_size):
-            yield sample_clips([ALL_ATTRIBUTES[i] for i in index], generator, held_out=held_out), index
+    def source(part: int, held_out: bool) -> Source:
+        def batches(writer: ShardWriter) -> Iterator[ClipBatch]:
+            generator = torch.Generator().manual_seed(3 * params.seed + part)
+            rounds = -(-writer.total // len(ALL_ATTRIBUTES))
+            order = torch.cat([torch.randperm(len(ALL_ATTRIBUTES), generator=generator) for _ in range(rounds)])
+            for span in writer.spans(settings.batch_size):
+                index = order[span.start : span.stop]
+                # Those that are done too: the next ones are drawn after them.
+                clips = sample_clips([ALL_ATTRIBUTES[i] for i in index], generator, held_out=held_out)
+                if not writer.done(span):
+                    yield ClipBatch(span, list(span), clips, index)
+
+        return batches
 
     return [a.caption for a in ALL_ATTRIBUTES], {
-        "train": batches(0, settings.train_clips, held_out=False),
-        "calibration": batches(1, settings.calibration_clips, held_out=False),
-        "held_out": batches(2, settings.held_out_clips, held_out=True),
+        "train": source(0, held_out=False),
+        "calibration": source(1, held_out=False),
+        "held_out": source(2, held_out=True),
     }
 
 
-def video_clips(params: Params, fps: float | None) -> tuple[list[str], dict[str, Batches]]:
+def video_clips(params: Params, fps: float | None) -> tuple[list[str], dict[str, Source]]:
     """Clips of a folder of videos, split at random: no video is in two parts. `fps`: frames a second; None: every frame."""
     import torch
 
-    from qvgen.data.videos import read_captions, read_clip
+    from qvgen.data.captions import read_captions
+    from qvgen.data.latents import ClipBatch
+    from qvgen.data.videos import Place, read_clip
     from qvgen.models.family import ClipSize
 
-    settings = params.prepare
+    settings, each = params.prepare, params.prepare.clips_per_video
     assert settings.folder is not None
     rows = read_captions(settings.folder)
-    counts = (settings.held_out_clips, settings.calibration_clips, settings.train_clips)
+    clips = (settings.held_out_clips, settings.calibration_clips, settings.train_clips)
+    counts = [-(-count // each) for count in clips]  # of videos
     if sum(counts) > len(rows):
-        raise ValueError(f"{settings.folder} has {len(rows)} videos, params.yaml asks for {sum(counts)} in all parts together")
+        raise ValueError(
+            f"{settings.folder} has {len(rows)} videos, params.yaml asks for {sum(counts)} in all parts together "
+            f"({each} clips of each)"
+        )
     captions = sorted({caption for _, caption in rows})
     number = {caption: i for i, caption in enumerate(captions)}
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(params.seed))[: sum(counts)]
     size = ClipSize(settings.frames, settings.height, settings.width, settings.max_sequence_length)
 
-    def batches(index: torch.Tensor) -> Batches:
-        for some in index.split(settings.batch_size):
-            chosen = [rows[i] for i in some]
-            yield (
-                torch.stack([read_clip(path, size, fps) for path, _ in chosen]),
-                torch.tensor([number[c] for _, c in chosen]),
-            )
+    def source(index: torch.Tensor) -> Source:
+        videos = [rows[i] for i in index]
+
+        def read(position: int) -> torch.Tensor | tuple[str, str]:
+            path, place = videos[position // each][0], Place(settings.start, position % each, each, params.seed)
+            try:
+                return read_clip(path, size, fps, place)
+            except ValueError as error:
+                name = path.relative_to(settings.folder or "").as_posix()
+                reason = str(error).replace(str(path), name)  # the same wherever the folder lies
+                return name if each == 1 else f"{name} clip {place.number}", reason
+
+        def batches(writer: ShardWriter) -> Iterator[ClipBatch]:
+            spans = [span for span in writer.spans(settings.batch_size) if not writer.done(span)]
+            found = read_ahead(read, [position for span in spans for position in span], params.compute.workers)
+            for span in spans:
+                seen = {position: next(found) for position in span}
+                good = {i: clip for i, clip in seen.items() if isinstance(clip, torch.Tensor)}
+                bad = {i: why for i, why in seen.items() if not isinstance(why, torch.Tensor)}
+                index = torch.tensor([number[videos[i // each][1]] for i in good])
+                yield ClipBatch(span, list(good), torch.stack(list(good.values())) if good else None, index, bad)
+
+        return batches
 
     held_out, calibration, train = order.split(counts)
-    return captions, {"train": batches(train), "calibration": batches(calibration), "held_out": batches(held_out)}
+    return captions, {"train": source(train), "calibration": source(calibration), "held_out": source(held_out)}
+
+
+def read_ahead(read: Callable[[int], Any], items: Sequence[int], workers: int) -> Iterator[Any]:
+    """Results in order, with `workers` threads ahead of whoever takes them, two results each: FFmpeg is not bound to one."""
+    if not workers:
+        yield from map(read, items)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future[Any]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(read, item))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 if __name__ == "__main__":

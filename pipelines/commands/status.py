@@ -15,6 +15,7 @@ from stages.runtime.dvc import flatten, open_project, stage_address
 
 OBSERVE = "stages/dvc.yaml:observe"
 _WORDS = {"modified": "changed", "new": "is new", "deleted": "is missing", "not in cache": "is not in DVC's cache"}
+_FOLDERS = {"fetch": "fetch.source", "prepare": "prepare.folder"}  # stage -> the parameter that names what it reads
 _SAID = {"changed command": "the command changed"}
 
 
@@ -89,6 +90,10 @@ def _observed(stage: Any, facts: dict[Path, str]) -> Iterator[str]:
     code = json.loads(facts[observe.CODE])["code"]
     if recorded and flatten(recorded) != {f"code.{stage.name}": code.get(stage.name)}:
         yield "its code changed"
+    read, _ = _values(stage, str(observe.INPUTS))
+    inputs = json.loads(facts[observe.INPUTS])["inputs"].get(stage.name)
+    if read and inputs is not None and flatten(read) != flatten({f"inputs.{stage.name}": inputs}):
+        yield f"files of {_FOLDERS[stage.name]} changed"
     for dep in stage.deps:
         if dep.def_path == str(observe.HARDWARE) and dep.hash_info:
             now = hashlib.md5(facts[observe.HARDWARE].encode(), usedforsecurity=False).hexdigest()

@@ -7,7 +7,10 @@ nothing unpickled. safetensors are memory-mapped: a weight takes memory once.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,64 +18,123 @@ import torch
 
 import qvgen.integrations.diffusers  # noqa: F401  (lets diffusers load packed transformers)
 from qvgen.checkpoint.declared import check_packed
+from qvgen.device import release_memory
 from qvgen.models.files import read_json
 from qvgen.models.generic import DENOISERS
 
 PARTS = ("text_encoder", "vae", "transformer")  # what a pipeline has of models: the rest is small
+EXPERT = "transformer_2"  # read with the transformer: Wan 2.2 A14B has one for each half of the noise levels
 
 
 def load_pipeline(
     folder: str | Path,
     dtype: torch.dtype | dict[str, torch.dtype] | None = None,
     device: torch.device | str | None = None,
+    shared: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The diffusers pipeline of a folder in evaluation mode, on `device` (None: the CPU).
+    """The diffusers pipeline of a folder in evaluation mode, on `device` (None: the CPU), but for the components in `shared`,
+    which are taken instead of those of the folder.
 
     `dtype`: of the parameters, packed layers excepted, or one per component ("default": of the rest); None: float32, a text
     encoder as it is stored. Raises ValueError if config.json of a packed transformer does not describe what is beside it.
     """
     from diffusers import DiffusionPipeline
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
 
     for component in DENOISERS:
         if (Path(folder) / component / "config.json").is_file():
             check_packed(Path(folder) / component)
-    diffusers_logging.disable_progress_bar()  # bars for files that load in milliseconds
-    transformers_logging.disable_progress_bar()
-    pipeline = DiffusionPipeline.from_pretrained(Path(folder), dtype=dtype, local_files_only=True, use_safetensors=True)
+    _without_bars()
+    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
+    pipeline = DiffusionPipeline.from_pretrained(Path(folder), **options, **(shared or {}))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline if device is None else pipeline.to(device)
 
 
+def _without_bars() -> None:
+    """Of libraries, for files that load in milliseconds."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
 def load_parts(folder: str | Path, parts: Collection[str], device: torch.device | str) -> Any:
     """The pipeline of a folder with some of its models, `parts` of PARTS, on `device`, a text encoder as it is stored, the
-    VAE in float32. The others are None; a transformer that is not read is there without its weights (on the meta device),
-    because pipelines read its config."""
+    others in float32. Of those that are not read the text encoder and the VAE are None, and the transformer is there without
+    its weights (on the meta device), because pipelines read its config."""
     import diffusers
 
+    _without_bars()
     index, components = read_json(Path(folder) / "model_index.json"), {}
+    read = {*parts, *([EXPERT] if "transformer" in parts else [])}
     for name, value in index.items():
         if name.startswith("_"):
             continue
         if not isinstance(value, list):  # a setting of the pipeline
             components[name] = value
-        elif value[0] is None or (name in PARTS and name not in parts):
+        elif value[0] is None or (name in ("text_encoder", EXPERT) and name not in read):
             components[name] = None
+        elif name in read and name in ("transformer", EXPERT):
+            components[name] = load_transformer(folder, device=device, component=name)
+        elif name in PARTS and name not in parts:
+            components[name] = _without_weights(folder, name, value[1])
         else:
             components[name] = load_component(folder, name)
-        if name in parts:
+        if name in read and components[name] is not None:
             components[name] = components[name].eval().to(device)
-    if "transformer" not in parts:
-        with torch.device("meta"):
-            components["transformer"] = _without_weights(folder)
-    return getattr(diffusers, index["_class_name"])(**components)
+    pipeline = getattr(diffusers, index["_class_name"])(**components)
+    if "vae" not in parts:
+        pipeline.vae = None  # its factors have been read, and a pipeline computes where its first model is
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
-def _without_weights(folder: str | Path) -> Any:
-    found = transformer_class(folder)
-    config = {k: v for k, v in read_json(Path(folder) / "transformer" / "config.json").items() if k != "quantization_config"}
-    return found.from_config(config).eval()
+def _without_weights(folder: str | Path, name: str, class_name: str) -> Any:
+    import diffusers
+
+    found = transformer_class(folder) if name == "transformer" else getattr(diffusers, class_name)
+    config = {k: v for k, v in read_json(Path(folder) / name / "config.json").items() if k != "quantization_config"}
+    with torch.device("meta"):
+        return found.from_config(config).eval()
+
+
+@dataclass(frozen=True)
+class PipelineFolder:
+    """A pipeline of which one model is in memory at a time: a text encoder may be larger than what it feeds.
+
+    `change_` is applied to the transformer when it is loaded, as to quantize it. `tiling`: the VAE decodes in tiles, whose
+    seams are blended. `progress`: options of the pipeline's bar.
+    """
+
+    folder: str | Path
+    device: torch.device | str = "cpu"
+    change_: Callable[[Any], object] = lambda transformer: None
+    tiling: bool = False
+    progress: Mapping[str, Any] = field(default_factory=lambda: {"disable": True})
+
+
+@contextmanager
+def holding(model: Any, part: str) -> Iterator[Any]:
+    """A pipeline that has `part` of PARTS, and no other of them if `model` is a PipelineFolder; `part` is released when the
+    block ends. A pipeline that is loaded already stays as it is."""
+    if not isinstance(model, PipelineFolder):
+        yield model
+        return
+    pipeline = load_parts(model.folder, (part,), model.device)
+    if part == "transformer":
+        model.change_(pipeline.transformer)
+        pipeline.set_progress_bar_config(**model.progress)
+    if part == "vae" and model.tiling:
+        pipeline.vae.enable_tiling()
+    try:
+        yield pipeline
+    finally:
+        held = weakref.ref(getattr(pipeline, part))
+        setattr(pipeline, part, None)
+        if part == "transformer" and getattr(pipeline, EXPERT, None) is not None:
+            setattr(pipeline, EXPERT, None)
+        release_memory(torch.device(model.device), held() is not None)
 
 
 def load_transformer(

@@ -1,57 +1,64 @@
 """Latents and text embeddings, computed once and read by training, calibration and evaluation.
 
 captions.json            list of the distinct captions
-text.safetensors         embeddings (captions + 1, l, d) float32; the last row is the empty caption
+text.safetensors         embeddings (captions + 1, l, d), the empty caption last, where they fill no more than one shard; else
+text/shard-00000.safetensors
+                         rows (r, d) of many of them together, without padding, and offsets (n + 1,) int64, where each begins;
+                         max_sequence_length in the metadata
 train/ calibration/ held_out/ shard-00000.safetensors
-                         latents (n, ...) float32, caption_index (n,) int64
+                         latents (n, ...), caption_index (n,) int64
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from qvgen.data.shards import ShardWriter
+from qvgen.data.stored import LENGTH, Latents, Selected, StoredLatents, StoredText, without_padding
 from qvgen.models.family import Family
 from qvgen.tensors import save_tensors
 
 PARTS = ("train", "calibration", "held_out")
+TEXT, WHOLE_TEXT, CAPTIONS = "text", "text.safetensors", "captions.json"
 
 
 class LatentDataset:
-    """One part of the precomputed data, in memory."""
+    """One part of the precomputed data: in files, of which samples are read as they are asked for, or given as tensors."""
 
     def __init__(
-        self, latents: torch.Tensor, caption_index: torch.Tensor, captions: list[str], embeddings: torch.Tensor
+        self, latents: Latents, caption_index: torch.Tensor, captions: list[str], embeddings: torch.Tensor | StoredText
     ) -> None:
         self.latents, self.caption_index = latents, caption_index
         self.captions, self.embeddings = captions, embeddings
 
     @classmethod
     def open(cls, part: str | Path) -> LatentDataset:
-        """Read a folder such as artifacts/data/train. Raises ValueError if it holds no shards or NaN."""
+        """A folder such as artifacts/data/train. Raises ValueError if it holds no shards."""
         part = Path(part)
-        shards = sorted(part.glob("shard-*.safetensors"))
-        if not shards:
-            raise ValueError(f"{part} holds no shard-*.safetensors; run the prepare stage")
-        tensors = [load_file(shard) for shard in shards]
-        latents = torch.cat([t["latents"] for t in tensors])
-        if not torch.isfinite(latents).all():
-            raise ValueError(f"{part} holds NaN or Inf; run the prepare stage again and check the source clips")
-        captions = json.loads((part.parent / "captions.json").read_text())
-        embeddings = load_file(part.parent / "text.safetensors")["embeddings"]
-        return cls(latents, torch.cat([t["caption_index"] for t in tensors]), captions, embeddings)
+        latents = StoredLatents(part)
+        captions = json.loads((part.parent / CAPTIONS).read_text(encoding="utf-8"))
+        whole = part.parent / WHOLE_TEXT
+        text = load_file(whole)["embeddings"].float() if whole.is_file() else StoredText(part.parent / TEXT)
+        return cls(latents, latents.caption_index, captions, text)
 
     def __len__(self) -> int:
         return len(self.latents)
 
+    @property
+    def text_of_samples(self) -> Selected:
+        """Embeddings, indexed as samples are."""
+        return Selected(self.embeddings, self.caption_index)
+
     def text(self, index: torch.Tensor) -> torch.Tensor:
         """Embeddings (n, l, d) of samples."""
-        return self.embeddings[self.caption_index[index]]
+        return self.text_of_samples[index]
 
     def caption(self, index: int) -> str:
         return self.captions[int(self.caption_index[index])]
@@ -60,64 +67,92 @@ class LatentDataset:
         self, index: torch.Tensor, caption_dropout: float, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents and embeddings of samples; a share `caption_dropout` of the captions is replaced by the empty one."""
-        dropped = torch.rand(len(index), generator=generator) < caption_dropout
+        return self.read(index, torch.rand(len(index), generator=generator) < caption_dropout)
+
+    def read(self, index: torch.Tensor, dropped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents and embeddings of samples; those `dropped` (n,) have the empty caption."""
         caption = torch.where(dropped, len(self.captions), self.caption_index[index])
         return self.latents[index], self.embeddings[caption]
 
 
-@torch.no_grad()
-def write_text(
-    folder: Path, pipeline: Any, family: Family, captions: Sequence[str], max_sequence_length: int, batch_size: int
-) -> None:
-    """captions.json and text.safetensors. Raises ValueError for an empty list or an empty caption."""
+def save_text(path: Path, embeddings: Sequence[torch.Tensor]) -> None:
+    """A shard of embeddings (l, d), whose padding is left out."""
+    rows = [without_padding(embedding) for embedding in embeddings]
+    offsets = torch.tensor([0, *(len(part) for part in rows)]).cumsum(0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(path, {"rows": torch.cat(rows), "offsets": offsets}, {LENGTH: str(len(embeddings[0]))})
+
+
+def _save_whole_text(shard: Path, embeddings: Sequence[torch.Tensor]) -> None:
+    save_tensors(shard.parent.parent / WHOLE_TEXT, {"embeddings": torch.stack(list(embeddings))})
+
+
+def text_writer(folder: Path, captions: Sequence[str], shard_size: int) -> ShardWriter:
+    """Writes captions.json; what it returns holds the embeddings, of the captions and of the empty one. Raises ValueError for
+    an empty list or an empty caption."""
     if not captions:
         raise ValueError("there are no captions; at least one clip with a caption is needed")
     if any(not caption.strip() for caption in captions):
         raise ValueError("a caption is empty; the empty caption is added by itself, for guidance")
+    few = len(captions) < shard_size  # the embedded data's, whose bytes and results stay what they are
+    writer = ShardWriter(folder / TEXT, len(captions) + 1, shard_size, _save_whole_text if few else save_text)
+    (folder / CAPTIONS).write_text(json.dumps(list(captions), indent=0, ensure_ascii=False), encoding="utf-8")
+    return writer
+
+
+@torch.no_grad()
+def write_text(
+    writer: ShardWriter,
+    pipeline: Any,
+    family: Family,
+    captions: Sequence[str],
+    max_sequence_length: int,
+    batch_size: int,
+    dtype: torch.dtype,
+) -> None:
+    """Encode the captions, and the empty one, that `writer` does not have yet."""
     texts = [*captions, ""]
-    parts = [
-        family.encode_text(pipeline, texts[i : i + batch_size], max_sequence_length).float().cpu()
-        for i in range(0, len(texts), batch_size)
-    ]
-    (folder / "captions.json").write_text(json.dumps(list(captions), indent=0, ensure_ascii=False))
-    save_tensors(folder / "text.safetensors", {"embeddings": torch.cat(parts)})
+    for span in writer.spans(batch_size):
+        if not writer.done(span):
+            encoded = family.encode_text(pipeline, texts[span.start : span.stop], max_sequence_length).to("cpu", dtype)
+            writer.add(span, dict(zip(span, encoded.unbind(), strict=True)))
+
+
+@dataclass(frozen=True)
+class ClipBatch:
+    """Clips (n, 3, t, h, w) in [-1, 1] at `positions` of a part, out of `span`; the others of it could not be read."""
+
+    span: range
+    positions: list[int]
+    clips: torch.Tensor | None  # None: there are none
+    caption_index: torch.Tensor  # (n,)
+    skipped: dict[int, tuple[str, str]] = field(default_factory=dict)  # position -> (name, reason)
+
+
+def part_writer(folder: Path, total: int, shard_size: int) -> ShardWriter:
+    def save(path: Path, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        latents, captions = zip(*rows, strict=True)
+        save_tensors(path, {"latents": torch.stack(latents), "caption_index": torch.stack(captions)})
+
+    return ShardWriter(folder, total, shard_size, save)
 
 
 @torch.no_grad()
 def write_part(
-    folder: Path,
+    writer: ShardWriter,
     pipeline: Any,
     family: Family,
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    shard_size: int,
-    on_batch: Callable[[int], object] | None = None,
+    batches: Iterable[ClipBatch],
+    dtype: torch.dtype,
+    on_batch: Callable[[int], object] = lambda clips: None,
 ) -> None:
-    """Encode batches of (clips (n, 3, t, h, w) in [-1, 1], caption_index (n,)) into shards of at most `shard_size`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    latents: list[torch.Tensor] = []
-    index: list[torch.Tensor] = []
-    shard = 0
-
-    def flush(everything: bool) -> None:
-        nonlocal shard, latents, index
-        if not latents:
-            return
-        all_latents, all_index = torch.cat(latents), torch.cat(index)
-        while len(all_latents) >= shard_size or (everything and len(all_latents)):
-            now = {"latents": all_latents[:shard_size], "caption_index": all_index[:shard_size]}
-            save_tensors(folder / f"shard-{shard:05d}.safetensors", now)
-            all_latents, all_index, shard = all_latents[shard_size:], all_index[shard_size:], shard + 1
-        latents, index = [all_latents], [all_index]
-
-    for clips, caption_index in batches:
-        encoded = family.encode_clips(pipeline, clips).float().cpu()
-        if not torch.isfinite(encoded).all():
-            raise ValueError(f"{folder.name}: a clip gives NaN or Inf latents; check that its pixels are finite")
-        latents.append(encoded)
-        index.append(caption_index)
-        flush(everything=False)
-        if on_batch is not None:
-            on_batch(len(clips))
-    flush(everything=True)
-    if shard == 0:
-        raise ValueError(f"{folder.name}: there are no clips")
+    """Encode clips into the shards of `writer`. Raises ValueError for latents that are not finite."""
+    for batch in batches:
+        rows: dict[int, Any] = {}
+        if batch.clips is not None:
+            encoded = family.encode_clips(pipeline, batch.clips).to("cpu", dtype)
+            if not torch.isfinite(encoded).all():
+                raise ValueError(f"{writer.folder.name}: a clip gives NaN or Inf latents; check that its pixels are finite")
+            rows = dict(zip(batch.positions, zip(encoded.unbind(), batch.caption_index.unbind(), strict=True), strict=True))
+        writer.add(batch.span, rows, batch.skipped)
+        on_batch(len(batch.span))

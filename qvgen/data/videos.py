@@ -1,11 +1,12 @@
-"""Real videos with captions: a folder that holds captions.csv with columns file and caption."""
+"""Clips of real videos: frames by time, upright, in the size of the model."""
 
 from __future__ import annotations
 
-import csv
+import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import torch
@@ -14,66 +15,34 @@ import torch.nn.functional as F
 from qvgen.data.frames import TooFewFramesError, take, upright
 from qvgen.models.family import ClipSize
 
-LONGEST_NAME = 255  # bytes of a part of a path
-LONGEST_PATH = 2000  # bytes of an entry of column file; with the folder, systems allow 4095
 MOST_PIXELS = 2**25  # of a frame: 7680 x 4320, 400 MB in float32
 
 
-def read_captions(folder: str | Path) -> list[tuple[Path, str]]:
-    """Video files and captions, in the order of captions.csv (UTF-8, with or without a byte-order mark).
-
-    Raises ValueError, naming the line, for a missing or empty list, a missing file or one outside the folder, an empty
-    caption, a caption with a comma that is not quoted, and a quote that is not closed.
-    """
-    folder = Path(folder)
-    table = folder / "captions.csv"
-    if not table.is_file():
-        raise ValueError(f"{table} does not exist; write a CSV with columns file and caption, one row per video")
-    (_, header), *lines = list(_read_table(table)) or [(1, [])]
-    if not {"file", "caption"} <= set(header):
-        raise ValueError(f"{table} must have columns file and caption, found {header!s:.200}")
-    rows = []
-    for line, fields in lines:
-        if len(fields) != len(header):
-            raise ValueError(
-                f"{table} line {line} has {len(fields)} columns, the header {len(header)}: a caption with a comma needs "
-                'quotes, file.mp4,"a red ball, bouncing"'
-            )
-        row = dict(zip(header, fields, strict=True))
-        name, caption = row["file"].strip(), row["caption"].strip()
-        lengths = [len(part.encode(errors="replace")) for part in Path(name).parts]
-        if max(lengths, default=0) > LONGEST_NAME or sum(lengths) > LONGEST_PATH:
-            raise ValueError(f"{table} line {line}: {name[:40]!r}... is longer than a file name can be")
-        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
-            raise ValueError(f"{table} line {line}: {name!r} must be a path inside {folder}")
-        if not (folder / name).is_file():
-            raise ValueError(f"{table} line {line}: {folder / name} does not exist")
-        if not caption:
-            raise ValueError(f"{table} line {line}: the caption of {name} is empty")
-        rows.append((folder / name, caption))
-    if not rows:
-        raise ValueError(f"{table} lists no videos")
-    return rows
+Start = Literal["first", "centre", "random"]
 
 
-def _read_table(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Rows of a CSV that are not blank, each with the line it begins on. Raises ValueError, naming that line."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader, line = csv.reader(file, strict=True), 1
-        try:
-            for fields in reader:
-                if fields:
-                    yield line, fields
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise ValueError(f"{path} line {line}: {error}; is a quote that begins there not closed?") from None
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
+@dataclass(frozen=True)
+class Place:
+    """Where in a video a clip begins. Of the seconds that a clip leaves over, clip `number` of `clips` has an equal part to
+    begin in: at its first moment, at its centre, or at one that depends on `seed`, the video's name and the number alone."""
+
+    start: Start = "first"
+    number: int = 0
+    clips: int = 1
+    seed: int = 0
+
+    def seconds(self, name: str, spare: float) -> float:
+        drawn = hashlib.sha256(f"{self.seed}\n{self.number}\n{name}".encode(errors="surrogateescape")).digest()
+        within = {"first": 0.0, "centre": 0.5, "random": int.from_bytes(drawn[:7], "big") / 2**56}[self.start]
+        return max(0.0, spare) * (self.number + within) / self.clips
 
 
-def read_clip(path: str | Path, size: ClipSize, fps: float | None = None) -> torch.Tensor:
-    """`size.frames` frames as (3, t, h, w) float32 in [-1, 1], upright, resized to cover and cropped at the centre: the first
-    ones, or with `fps` so many a second from the first on (data/frames.py).
+BEGINNING = Place()
+
+
+def read_clip(path: str | Path, size: ClipSize, fps: float | None = None, place: Place = BEGINNING) -> torch.Tensor:
+    """`size.frames` frames as (3, t, h, w) float32 in [-1, 1], upright, resized to cover and cropped at the centre: those from
+    `place` on, or with `fps` so many a second from there on (data/frames.py).
 
     Raises ValueError if the file has no video, too few frames, too slow or too large ones.
     """
@@ -85,7 +54,10 @@ def read_clip(path: str | Path, size: ClipSize, fps: float | None = None) -> tor
             if coded is None:
                 raise ValueError(f"{path} cannot be read as a video: no decoder for its format")
             _check_pixels(path, "a frame", coded.height, coded.width)  # before the decoder takes memory for one
-            for frame in take(container.decode(video=0), size.frames, fps):
+            decoded = (
+                container.decode(video=0) if place == BEGINNING else _decode_from(container, Path(path), size, fps, place)
+            )
+            for frame in take(decoded, size.frames, fps):
                 frames.append(frames[-1] if frame is last else _cover(path, frame, size))
                 last = frame
     except TooFewFramesError as error:
@@ -93,6 +65,27 @@ def read_clip(path: str | Path, size: ClipSize, fps: float | None = None) -> tor
     except (av.FFmpegError, IndexError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a video: {error}") from None
     return torch.cat(frames).permute(1, 0, 2, 3).contiguous()
+
+
+def _decode_from(container: Any, path: Path, size: ClipSize, fps: float | None, place: Place) -> Iterator[Any]:
+    """Decoded frames from the place on. Of a file that does not say how long it lasts the packets are counted."""
+    stream = container.streams.video[0]
+    rate = fps or (float(stream.average_rate) if stream.average_rate else 0.0)
+    begins = float((stream.start_time or 0) * stream.time_base)
+    if stream.duration:
+        lasts = float(stream.duration * stream.time_base)
+    elif container.duration:
+        lasts = container.duration / av.time_base
+    else:
+        shown = [float(packet.pts * stream.time_base) for packet in container.demux(stream) if packet.pts is not None]
+        lasts = max(shown, default=begins) - begins
+        container.seek(0)
+    wanted = begins + place.seconds(path.name, lasts - size.frames / rate if rate else 0.0)
+    if wanted > begins:
+        container.seek(int(wanted / stream.time_base), stream=stream)  # to the key frame before it
+    for frame in container.decode(video=0):
+        if frame.time is None or frame.time >= wanted - 1e-6:  # microseconds: timestamps are rounded
+            yield frame
 
 
 def _cover(path: str | Path, frame: Any, size: ClipSize) -> torch.Tensor:

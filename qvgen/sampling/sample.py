@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qvgen.checkpoint.pipeline import holding
+from qvgen.data.stored import Latents, Text
 from qvgen.models.family import NUM_TRAIN_TIMESTEPS, ClipSize, Family
+from qvgen.sampling.rows import Rows
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
+PIXELS_AT_ONCE = 2**22  # of clips that are decoded together: 20 of the embedded ones are 184,320
 OnBatch = Callable[[int], object]  # told how many items a finished batch held
 
 
@@ -19,7 +25,58 @@ def silent(_items: int) -> None:
     pass
 
 
+Texts = tuple[torch.Tensor, torch.Tensor | None]  # embeddings of a batch, and those that guidance leads away from
+
+
 @torch.no_grad()
+def encode(
+    pipeline: Any, family: Family, prompts: Sequence[str], size: ClipSize, guidance_scale: float, negative_prompt: str = ""
+) -> Texts:
+    """Embeddings (n, l, d) of a batch of prompts, and with guidance as many of the negative prompt."""
+    text = family.encode_text(pipeline, prompts, size.max_sequence_length)
+    if guidance_scale <= 1:
+        return text, None
+    return text, family.encode_text(pipeline, [negative_prompt] * len(prompts), size.max_sequence_length)
+
+
+@torch.no_grad()
+def denoise(
+    pipeline: Any,
+    family: Family,
+    texts: Texts,
+    seeds: Sequence[int],
+    size: ClipSize,
+    *,
+    inference_steps: int,
+    guidance_scale: float,
+    guidance_stop: float = 1.0,
+) -> torch.Tensor:
+    """Latents (n, ...) of a batch of embeddings; of the pipeline's models the transformer alone is used. See `generate`."""
+    arguments: dict[str, Any] = {}
+    if guidance_stop < 1:
+        if not family.guidance_can_stop:
+            raise ValueError(f"family {family.name} cannot stop guidance on its way; guidance_stop must be 1")
+        arguments["callback_on_step_end"] = stop_guidance(guidance_stop)
+        arguments["callback_on_step_end_tensor_inputs"] = []
+    # In the transformer's dtype, which a text encoder that is stored in 16 bits does not give, and not every pipeline sees to.
+    transformer = pipeline.transformer
+    text, negative = (None if x is None else x.to(transformer.device, transformer.dtype) for x in texts)
+    arguments["prompt_embeds"] = text
+    if negative is not None:
+        arguments["negative_prompt_embeds"] = negative
+    return pipeline(
+        height=size.height,
+        width=size.width,
+        num_frames=size.frames,
+        max_sequence_length=size.max_sequence_length,
+        num_inference_steps=inference_steps,
+        guidance_scale=guidance_scale,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="latent",
+        **arguments,
+    ).frames
+
+
 def generate(
     pipeline: Any,
     family: Family,
@@ -38,29 +95,9 @@ def generate(
     Guidance leads away from `negative_prompt`, and is off from cleanness (1 - t / 1000) `guidance_stop` on. Raises ValueError
     for a stop below 1 with a family whose pipeline fixes guidance before its first step.
     """
-    arguments: dict[str, Any] = {}
-    if guidance_stop < 1:
-        if not family.guidance_can_stop:
-            raise ValueError(f"family {family.name} cannot stop guidance on its way; guidance_stop must be 1")
-        arguments["callback_on_step_end"] = stop_guidance(guidance_stop)
-        arguments["callback_on_step_end_tensor_inputs"] = []
-    # In the transformer's dtype, which a text encoder that is stored in 16 bits does not give, and not every pipeline sees to.
-    dtype = pipeline.transformer.dtype
-    arguments["prompt_embeds"] = family.encode_text(pipeline, prompts, size.max_sequence_length).to(dtype)
-    if guidance_scale > 1:
-        negative = family.encode_text(pipeline, [negative_prompt] * len(prompts), size.max_sequence_length)
-        arguments["negative_prompt_embeds"] = negative.to(dtype)
-    return pipeline(
-        height=size.height,
-        width=size.width,
-        num_frames=size.frames,
-        max_sequence_length=size.max_sequence_length,
-        num_inference_steps=inference_steps,
-        guidance_scale=guidance_scale,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="latent",
-        **arguments,
-    ).frames
+    texts = encode(pipeline, family, prompts, size, guidance_scale, negative_prompt)
+    options: dict[str, Any] = {"guidance_scale": guidance_scale, "guidance_stop": guidance_stop}
+    return denoise(pipeline, family, texts, seeds, size, inference_steps=inference_steps, **options)
 
 
 def stop_guidance(stop: float) -> Callable[..., dict[str, Any]]:
@@ -78,9 +115,8 @@ def stop_guidance(stop: float) -> Callable[..., dict[str, Any]]:
     return after_step
 
 
-@torch.no_grad()
 def sample(
-    pipeline: Any,
+    model: Any,
     family: Family,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -95,28 +131,91 @@ def sample(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sampled latents (n, ...) and their clips (n, 3, t, h, w) in [-1, 1], float32 on the CPU, one per prompt.
 
-    Clip i depends on prompts[i] and seeds[i] only (up to floating-point reductions), so two models compared over the
-    same prompts and seeds start from the same noise. Raises ValueError for an empty list of prompts.
+    `model`: a pipeline, or a PipelineFolder, of which one part is in memory at a time. Clip i depends on prompts[i] and
+    seeds[i] only (up to floating-point reductions), so two models compared over the same prompts and seeds start from the same
+    noise. Raises ValueError for an empty list of prompts.
     """
-    if not prompts or len(prompts) != len(seeds):
-        raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds; give at least one prompt, a seed for each")
-    latents, clips = [], []
-    for part in _batches(len(prompts), batch_size):
-        sampled = generate(
+    texts = encode_all(model, family, prompts, seeds, size, guidance_scale, batch_size, negative_prompt)
+    with holding(model, "transformer") as pipeline:
+        latents = denoise_all(
             pipeline,
             family,
-            prompts[part],
+            texts,
+            seeds,
+            size,
+            inference_steps=inference_steps,
+            guidance_scale=guidance_scale,
+            batch_size=batch_size,
+            guidance_stop=guidance_stop,
+            on_batch=on_batch,
+        )
+    return latents, decode_all(model, family, latents, size, batch_size)
+
+
+def encode_all(
+    model: Any,
+    family: Family,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    size: ClipSize,
+    guidance_scale: float,
+    batch_size: int,
+    negative_prompt: str = "",
+) -> list[Texts]:
+    """Embeddings of every batch, on the CPU."""
+    if not prompts or len(prompts) != len(seeds):
+        raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds; give at least one prompt, a seed for each")
+    with holding(model, "text_encoder") as pipeline:
+        found = []
+        for part in batches(len(prompts), batch_size):
+            text, negative = encode(pipeline, family, prompts[part], size, guidance_scale, negative_prompt)
+            found.append((text.cpu(), None if negative is None else negative.cpu()))
+    return found
+
+
+def denoise_all(
+    pipeline: Any,
+    family: Family,
+    texts: Sequence[Texts],
+    seeds: Sequence[int],
+    size: ClipSize,
+    *,
+    inference_steps: int,
+    guidance_scale: float,
+    batch_size: int,
+    guidance_stop: float = 1.0,
+    on_batch: OnBatch = silent,
+    store: Path | None = None,
+) -> torch.Tensor:
+    """Latents of every batch of `texts`, float32 on the CPU, in a file in the folder `store` if one is given."""
+    latents = Rows(len(seeds), store)
+    for part, batch in zip(batches(len(seeds), batch_size), texts, strict=True):
+        sampled = denoise(
+            pipeline,
+            family,
+            batch,
             seeds[part],
             size,
             inference_steps=inference_steps,
             guidance_scale=guidance_scale,
             guidance_stop=guidance_stop,
-            negative_prompt=negative_prompt,
         )
-        latents.append(sampled.float().cpu())
-        clips.append(family.decode_latents(pipeline, sampled, size.frames).float().cpu())
+        latents.add(sampled)
         on_batch(len(sampled))
-    return torch.cat(latents), torch.cat(clips)
+    return latents.tensor()
+
+
+@torch.no_grad()
+def decode_all(
+    model: Any, family: Family, latents: torch.Tensor, size: ClipSize, batch_size: int, store: Path | None = None
+) -> torch.Tensor:
+    """Clips (n, 3, t, h, w) of latents. Large ones are decoded one at a time: a VAE computes with many times a clip."""
+    at_once = max(1, min(batch_size, PIXELS_AT_ONCE // (size.frames * size.height * size.width)))
+    clips = Rows(len(latents), store)
+    with holding(model, "vae") as pipeline:
+        for part in batches(len(latents), at_once):
+            clips.add(family.decode_latents(pipeline, latents[part], size.frames))
+    return clips.tensor()
 
 
 def spread_timesteps(count: int) -> list[float]:
@@ -128,13 +227,14 @@ def spread_timesteps(count: int) -> list[float]:
 def velocities(
     transformer: ModelMixin,
     family: Family,
-    latents: torch.Tensor,
-    text: torch.Tensor,
+    latents: Latents,
+    text: Text,
     timesteps: Sequence[float],
     *,
     seed: int,
     batch_size: int,
     on_batch: OnBatch = silent,
+    store: Path | None = None,
 ) -> torch.Tensor:
     """Predicted velocities (timesteps, n, ...) float32, on the CPU, for clean latents (n, ...) made noisy at each timestep.
 
@@ -144,17 +244,21 @@ def velocities(
     """
     dtype, device = transformer.dtype, transformer.device
     generator = torch.Generator().manual_seed(seed)
-    predicted = []
+    count, clip = len(latents), latents.shape[1:]
+    # torch draws 16 numbers at a time: clips of such a size get the same noise drawn for all or for some.
+    separate = math.prod(clip) % 16 == 0
+    predicted = Rows(len(timesteps) * count, store)
     for timestep in timesteps:
-        noise = torch.randn(latents.shape, generator=generator)
-        for part in _batches(len(latents), batch_size):
+        noise = None if separate else torch.randn(latents.shape, generator=generator)
+        for part in batches(count, batch_size):
             clean = latents[part].to(device).float()
+            drawn = torch.randn(clean.shape, generator=generator) if noise is None else noise[part]
             t = torch.full((len(clean),), float(timestep), device=device)
-            noisy = family.add_noise(clean, noise[part].to(device), t)
-            predicted.append(family.predict(transformer, noisy.to(dtype), t, text[part].to(device, dtype)).float().cpu())
+            noisy = family.add_noise(clean, drawn.to(device), t)
+            predicted.add(family.predict(transformer, noisy.to(dtype), t, text[part].to(device, dtype)))
             on_batch(len(clean))
-    return torch.cat(predicted).unflatten(0, (len(timesteps), len(latents)))
+    return predicted.tensor().unflatten(0, (len(timesteps), count))
 
 
-def _batches(n: int, batch_size: int) -> list[slice]:
+def batches(n: int, batch_size: int) -> list[slice]:
     return [slice(start, start + batch_size) for start in range(0, n, batch_size)]

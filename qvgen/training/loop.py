@@ -21,6 +21,7 @@ from qvgen.models.family import NUM_TRAIN_TIMESTEPS, Family
 from qvgen.nn.swap import set_phi_
 from qvgen.params import Params
 from qvgen.phi.auxiliary import replace_parameters
+from qvgen.training.batches import Batch, Batches
 from qvgen.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
 
 
@@ -46,7 +47,7 @@ class Trainer:
 
     def __init__(self, student: nn.Module, teacher: nn.Module, family: Family, data: LatentDataset, params: Params) -> None:
         self.student, self.teacher = student, teacher.eval().requires_grad_(False)
-        self.family, self.data = family, data
+        self.family, self.data, self.batches = family, data, Batches(data, family, params)
         self.params, self.method, self.schedule = params, params.chosen, params.schedule
         self.step = 0
         self.device = next(student.parameters()).device
@@ -61,7 +62,8 @@ class Trainer:
         """Train from the current step up to, not including, step `until`. Raises FloatingPointError on a loss that is
         not finite, before it can reach the weights."""
         self.student.train()
-        qat = self.params.qat
+        qat, ahead = self.params.qat, self.params.compute.workers
+        batches = self.batches.between(self.step, until, ahead, pin_memory=self.device.type == "cuda")
         for step in range(self.step, until):
             started = time.perf_counter()
             phi = self.schedule.at(step)
@@ -69,7 +71,7 @@ class Trainer:
             factor = learning_rate_factor(step, self.schedule.total_steps, qat)
             set_learning_rate(self.optimizer, factor)
 
-            loss = self._backward(step)
+            loss = self._backward(next(batches))
             norm = nn.utils.clip_grad_norm_(self.student.parameters(), qat.max_grad_norm)
             reached, size = torch.stack([loss, norm]).tolist()  # the only wait for the device in a step
             if not math.isfinite(reached):
@@ -102,9 +104,8 @@ class Trainer:
         compute."""
         return self.student
 
-    def _backward(self, step: int) -> torch.Tensor:
+    def _backward(self, batch: Batch) -> torch.Tensor:
         """Gradients of a step, added up over its micro-batches. Returns the loss, detached, on the device."""
-        batch = self._batch(step)
         parts = [x.split(self.params.compute.micro_batch or len(x)) for x in batch]
         losses = []
         for part in zip(*parts, strict=True):
@@ -116,19 +117,10 @@ class Trainer:
 
     def _loss(self, step: int) -> torch.Tensor:
         """The method's loss on the whole batch of a step."""
-        return self._loss_on(*self._batch(step))
-
-    def _batch(self, step: int) -> tuple[torch.Tensor, ...]:
-        """Latents, text, timesteps and noise of a step, on the CPU; they depend on the seed and the step alone."""
-        qat, method = self.params.qat, self.method
-        generator = torch.Generator().manual_seed(_step_seed(self.params.seed, step))
-        index = torch.randint(len(self.data), (qat.batch_size,), generator=generator)
-        clean, text = self.data.batch(index, method.caption_dropout(qat.caption_dropout), generator)
-        timestep = method.timesteps(self.family, len(index), generator)
-        return clean, text, timestep, torch.randn(clean.shape, generator=generator)
+        return self._loss_on(*self.batches[step])
 
     def _loss_on(self, *batch: torch.Tensor) -> torch.Tensor:
-        clean, text, timestep, noise = (x.to(self.device) for x in batch)
+        clean, text, timestep, noise = (x.to(self.device, non_blocking=True) for x in batch)
         noisy = self.family.add_noise(clean, noise, timestep)
         target = self.family.target(clean, noise, timestep)
 
@@ -155,8 +147,3 @@ class Trainer:
         assert decay is not None
         for name, parameter in self._averaged():
             self.average[name].lerp_(parameter, 1 - decay)
-
-
-def _step_seed(seed: int, step: int) -> int:
-    """Distinct 63-bit seeds for every (seed, step); neighbouring seeds must not share steps."""
-    return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + 1) % (2**63 - 1)

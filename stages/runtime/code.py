@@ -24,6 +24,8 @@ EXCLUDED = {
     "stages.runtime.dvc": "reads what DVC knows of the running stage",
     "stages.runtime.code": "computes these fingerprints",
     "stages.runtime.source": "computes these fingerprints",
+    "stages.runtime.usage": "tells what a stage used, after the numbers are made",
+    "stages.runtime.inputs": "describes folders that params.yaml names, for stage observe alone",
 }
 # Imported by these stages, but not run: package -> stages and reason.
 NOT_RUN = {

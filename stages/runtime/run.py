@@ -12,10 +12,11 @@ import os
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from stages.record.journal import Journal
 from stages.record.seal import seal_run
 from stages.runtime.dvc import DvcFacts, output_hashes, read_dvc_facts, restore_outputs
 from stages.runtime.outputs import write_whole
+from stages.runtime.usage import out_of_memory, summary
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +48,7 @@ class Stage:
     home: Path  # the checkout that keeps journals, checkpoints and mlflow.db
     facts: DvcFacts
     journal: Journal
+    bars: list[Progress] = field(default_factory=list)  # those begun, which tell the throughput
 
     @property
     def key(self) -> str:
@@ -92,7 +95,10 @@ class Stage:
     def progress(self, total: int, desc: str = "", initial: int = 0, unit: str = "step") -> Progress:
         """A tqdm bar with the time left: `update()`, `set_postfix(loss=...)`, also a context manager. Where stderr is
         not a terminal it prints a line every 15 seconds instead."""
-        return Progress(total=total, desc=f"{self.name} {desc}".strip(), initial=initial, unit=unit)
+        bar = Progress(total=total, desc=f"{self.name} {desc}".strip(), initial=initial, unit=unit)
+        bar.counted = f"{desc} {unit}s".strip()
+        self.bars.append(bar)
+        return bar
 
     @contextmanager
     def resumable(self) -> Iterator[None]:
@@ -121,8 +127,14 @@ class Progress(tqdm):
     """tqdm that also reads well in a log file, where a bar would be one endless line."""
 
     def __init__(self, **options: Any) -> None:
-        terminal = sys.stderr.isatty()
+        terminal, self._began = sys.stderr.isatty(), time.monotonic()
         super().__init__(**options, file=sys.stderr, dynamic_ncols=terminal, mininterval=0.1 if terminal else 15)
+        self.counted, self.done, self.seconds = "", 0, 0.0
+
+    def close(self) -> None:
+        if not self.seconds:
+            self.done, self.seconds = self.n - self.initial, time.monotonic() - self._began
+        super().close()
 
     @staticmethod
     def status_printer(file: Any) -> Callable[[str], None]:
@@ -144,8 +156,8 @@ class _Terminated(KeyboardInterrupt):
 def stage_main(name: str, run: Callable[[Stage], None]) -> None:
     """Run a stage and exit: 0 done, 1 failed, 129, 130 or 143 interrupted (SIGHUP, SIGINT, SIGTERM).
 
-    Errors of input, environment and numbers (ValueError, OSError, FloatingPointError) print one message; QVGEN_DEBUG=1
-    shows the traceback, which the journal always keeps. Any other exception is a bug and shows its traceback.
+    Errors of input, environment and numbers (ValueError, OSError, FloatingPointError) and a lack of memory print one message;
+    QVGEN_DEBUG=1 shows the traceback, which the journal always keeps. Any other exception is a bug and shows its traceback.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts us with `&` would ignore it
     signal.signal(signal.SIGTERM, _terminate)
@@ -157,8 +169,12 @@ def stage_main(name: str, run: Callable[[Stage], None]) -> None:
         _say(f"\n{name}: interrupted; run again to continue")
         sys.exit(stop.code if isinstance(stop, _Terminated) else 130)
     except Exception as error:
-        if os.environ.get("QVGEN_DEBUG") == "1" or not _is_expected(error):
+        memory = out_of_memory(error, name, _params_or_none())
+        if os.environ.get("QVGEN_DEBUG") == "1" or not (memory or _is_expected(error)):
             raise
+        if memory:
+            _say(memory)
+            sys.exit(1)
         room = f"; free some room on the disk of {Path.cwd()}" if is_disk_full(error) else ""
         _say(f"{name}: {error}{room}")
         sys.exit(1)
@@ -173,7 +189,15 @@ def _execute(name: str, run: Callable[[Stage], None]) -> None:
     facts = read_dvc_facts(root, address if address.rpartition(":")[2].startswith(name) else name)
     with _alone(root, facts.name), recorded(name, params, root, home, facts) as stage:
         run(stage)
+        _say(summary(facts.name, params, stage.bars))
         stage.log_tags({f"dvc.out.{path}": value for path, value in output_hashes(root, facts).items()})
+
+
+def _params_or_none() -> Params | None:
+    try:
+        return load_params()
+    except ValueError:
+        return None
 
 
 @contextmanager

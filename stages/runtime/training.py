@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ def train(stage: Stage, trainer: Trainer, until: int) -> list[dict[str, float]]:
 
     first, checkpoint = trainer.step, stage.checkpoint_dir / STATE
     rows: list[dict[str, float]] = []
+    written = time.monotonic()  # the last checkpoint
     if checkpoint.exists():
         trainer.step = load_training_state(checkpoint, trainer.student, trainer.optimizer, trainer.average)
         rows = _read_rows(checkpoint.with_suffix(".csv"))[: trainer.step - first]
@@ -35,17 +37,20 @@ def train(stage: Stage, trainer: Trainer, until: int) -> list[dict[str, float]]:
     with stage.progress(until - first, initial=trainer.step - first) as progress:
 
         def on_step(trainer: Trainer, record: StepRecord) -> None:
+            nonlocal written
             row = record.as_dict()
             rows.append(row)
             stage.log_metrics({k: v for k, v in row.items() if k != "step"}, step=record.step)
             progress.set_postfix(loss=f"{record.loss:.4f}", rank=record.rank, grad=f"{record.gradient_norm:.3f}")
             progress.update()
-            if trainer.step % stage.params.qat.checkpoint_every == 0 and trainer.step < until:
+            due = time.monotonic() - written >= stage.params.compute.checkpoint_seconds
+            if due and trainer.step % stage.params.qat.checkpoint_every == 0 and trainer.step < until:
                 with stage.resumable():
                     # First, and whole or not at all: rows beyond the state's step are cut on resume.
                     write_rows(checkpoint.with_suffix(".new"), rows)
                     checkpoint.with_suffix(".new").replace(checkpoint.with_suffix(".csv"))
                     save_state(checkpoint, trainer)
+                written = time.monotonic()
 
         trainer.run(until, on_step)
     return rows

@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from qvgen.data.latents import save_text
 from qvgen.methods.method import Method
 from qvgen.methods.registry import METHODS
 from qvgen.models.tiny import tiny_pipeline
@@ -48,7 +49,7 @@ def data_of(model: Path, folder: Path) -> Path:
         shard = {"latents": torch.randn(8, 4, 3, 4, 4, generator=generator), "caption_index": torch.arange(8) % 2}
         save_file(shard, folder / part / "shard-00000.safetensors")
     (folder / "captions.json").write_text(json.dumps(["one", "two"]))
-    save_file({"embeddings": torch.randn(3, 6, width, generator=generator)}, folder / "text.safetensors")
+    save_text(folder / "text/shard-00000.safetensors", torch.randn(3, 6, width, generator=generator).unbind())
     return folder
 
 

@@ -19,7 +19,8 @@ import torch
 from qvgen.checkpoint.loadable import check_loadable
 from qvgen.checkpoint.packed import export_pipeline, verify_folder
 from qvgen.checkpoint.pipeline import load_transformer
-from qvgen.data.videos import read_captions, read_clip
+from qvgen.data.captions import read_captions
+from qvgen.data.videos import read_clip
 from qvgen.models.family import ClipSize
 from qvgen.models.registry import load_family
 from qvgen.models.source import check_links, read_pipeline

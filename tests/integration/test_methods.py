@@ -14,6 +14,7 @@ from torch import nn
 from qvgen.checkpoint.packed import export_pipeline, load_packed_transformer
 from qvgen.checkpoint.pipeline import load_pipeline
 from qvgen.checkpoint.training import load_training_state, save_training_state
+from qvgen.data.latents import save_text
 from qvgen.evaluation.quality.modules import module_errors
 from qvgen.methods.registry import METHODS
 from qvgen.models.registry import load_family
@@ -48,8 +49,33 @@ def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         shard = {"latents": latents, "caption_index": torch.arange(8) % 2}
         save_file(shard, folder / "data" / part / "shard-00000.safetensors")
     (folder / "data" / "captions.json").write_text(json.dumps(captions))
-    save_file({"embeddings": text.detach().float().contiguous()}, folder / "data" / "text.safetensors")
+    save_text(folder / "data" / "text" / "shard-00000.safetensors", text.detach().float().unbind())
     return SimpleNamespace(family=request.param, model=model, data=folder / "data")
+
+
+@pytest.mark.parametrize("method", ["qvgen", "qvgen+"])
+def test_training_reads_nothing_but_transformers(
+    prepared: SimpleNamespace, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text encoder may be larger than what is trained: it is read neither by calibration nor by training."""
+    import diffusers
+    import transformers
+
+    read = []
+    for base in (diffusers.ModelMixin, transformers.PreTrainedModel):
+        original = base.from_pretrained.__func__
+
+        def recorded(cls: type, *arguments: Any, original: Any = original, **options: Any) -> Any:
+            read.append(cls.__name__)
+            return original(cls, *arguments, **options)
+
+        monkeypatch.setattr(base, "from_pretrained", classmethod(recorded))
+    params, sources = settings(method), Sources(prepared.model, tmp_path / "calibration", prepared.data)
+    calibrate(params, sources)
+    trainer = build_trainer(params, sources)
+    trainer.run(params.schedule.total_steps)
+    finish(trainer, params, sources)
+    assert len(read) == 3 and len(set(read)) == 1 and read[0].endswith("Transformer3DModel")
 
 
 def settings(method: str, seed: int = 0) -> Params:

@@ -24,7 +24,7 @@ def with_compute(params: Params, **compute: object) -> Params:
 def gradients(name: str, params: Params) -> tuple[float, dict[str, torch.Tensor]]:
     run = trainer(name, params)
     run.student.train()
-    loss = run._backward(0).item()
+    loss = run._backward(run.batches[0]).item()
     return loss, {n: p.grad for n, p in run.student.named_parameters() if p.grad is not None}
 
 

@@ -207,6 +207,27 @@ def test_a_second_run_does_nothing(finished: Path) -> None:
     assert hashes(finished / "artifacts") == before
 
 
+def test_a_changed_video_runs_prepare_again(finished: Path) -> None:
+    """prepare.folder stands in params.yaml: DVC sees it through what stage observe writes. A touched file is the same file."""
+    video = finished / "videos/0.mp4"
+    whole = video.read_bytes()
+
+    def observed() -> str:
+        repro(finished, "stages/dvc.yaml:observe")
+        output, _ = dvc(finished, "status", "prepare", "fetch").communicate(timeout=SECONDS)
+        return output
+
+    try:
+        os.utime(video)
+        assert "inputs" not in observed()
+        video.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        said = observed()
+        assert "inputs.prepare" in said and "inputs.fetch" not in said
+    finally:
+        video.write_bytes(whole)
+    assert "inputs" not in observed()
+
+
 def test_tampered_and_truncated_inputs_stop_the_pipeline_and_lose_nothing(finished: Path) -> None:
     packed = hashes(finished / "artifacts/packed")
     model = hashes(finished / "artifacts/model")

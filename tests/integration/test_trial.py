@@ -1,14 +1,17 @@
 """Observing and comparing models, on both families with random weights."""
 
 import copy
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from qvgen.checkpoint.pipeline import load_pipeline
+from qvgen.checkpoint import pipeline as loading
+from qvgen.checkpoint.pipeline import PipelineFolder, load_pipeline
 from qvgen.data.latents import LatentDataset
 from qvgen.evaluation.quality.similarity import MAX_PSNR_DB
 from qvgen.evaluation.quality.trial import ACCURACIES, Trial, compare, observe, prompt_accuracy, velocity_mse
@@ -26,7 +29,8 @@ BATCH_TOLERANCE = 2e-4  # reductions of another batch size
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    pipeline = load_pipeline(tiny_pipeline(request.param, tmp_path_factory.mktemp("pipeline") / "folder"))
+    folder = tiny_pipeline(request.param, tmp_path_factory.mktemp("pipeline") / "folder")
+    pipeline = load_pipeline(folder)
     family = family_adapter(pipeline)
     with torch.no_grad():
         text = family.encode_text(pipeline, PROMPTS, TINY_CLIP.max_sequence_length)
@@ -43,7 +47,7 @@ def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         guidance_scale=2.0,
         batch_size=2,
     )
-    return SimpleNamespace(pipeline=pipeline, family=family, trial=trial, name=request.param)
+    return SimpleNamespace(pipeline=pipeline, family=family, trial=trial, name=request.param, folder=folder)
 
 
 def packed(setup: SimpleNamespace, bits: int) -> SimpleNamespace:
@@ -68,6 +72,57 @@ def test_a_model_equals_itself(setup: SimpleNamespace) -> None:
     scores = compare(reference, observe(setup.pipeline, setup.family, setup.trial), setup.trial)
     assert scores["psnr_db"] == MAX_PSNR_DB and scores["ssim"] == pytest.approx(1)
     assert scores["velocity_mse"] == scores["latent_mse"] == 0
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the models that are loaded, in order. While one is loaded none of those before it may be in memory."""
+    names: list[str] = []
+    alive: list[weakref.ref[Any]] = []
+
+    def watched(name: str) -> None:
+        original = getattr(loading, name)
+
+        def load(folder: Path, *arguments: Any, **options: Any) -> Any:
+            found = original(folder, *arguments, **options)
+            if isinstance(found, torch.nn.Module):
+                assert not [ref() for ref in alive if ref() is not None], names
+                names.append(type(found).__name__)
+                alive.append(weakref.ref(found))
+            return found
+
+        monkeypatch.setattr(loading, name, load)
+
+    watched("load_component")
+    watched("load_transformer")
+    return names
+
+
+def test_one_model_in_memory_at_a_time_gives_the_same(setup: SimpleNamespace, tmp_path: Path, loaded: list[str]) -> None:
+    """Text encoder, then transformer for videos and velocities, then VAE; answers in files or not."""
+    expected = observe(setup.pipeline, setup.family, setup.trial)
+    model = PipelineFolder(setup.folder)
+    for store in (None, tmp_path):
+        seen = observe(model, setup.family, setup.trial, store=store)
+        for name in ("latents", "clips", "velocities"):
+            assert torch.equal(getattr(seen, name), getattr(expected, name)), name
+        assert not list(tmp_path.iterdir())  # files without a name
+    kinds = {"wan": "Wan", "cogvideox": "CogVideoX"}[setup.name]
+    encoder, transformer, vae = loaded[:3]
+    assert encoder.endswith("EncoderModel") and transformer.startswith(kinds) and vae.startswith("AutoencoderKL")
+    assert loaded == loaded[:3] * 2
+
+    changed = replace(model, change_=lambda transformer: transformer.proj_out.weight.data.zero_())
+    assert observe(changed, setup.family, setup.trial).velocities.abs().max() < expected.velocities.abs().max() / 2
+
+
+def test_large_answers_are_compared_in_parts(setup: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = observe(setup.pipeline, setup.family, setup.trial)
+    candidate = observe(packed(setup, 4), setup.family, setup.trial)
+    whole = compare(reference, candidate, setup.trial)
+    for at_once in (10_000, 100):  # more and less than a clip, which has 27,648 numbers
+        monkeypatch.setattr("qvgen.evaluation.quality.similarity.AT_ONCE", at_once)
+        assert compare(reference, candidate, setup.trial) == pytest.approx(whole, rel=1e-5)
 
 
 def test_fewer_bits_are_further_away(setup: SimpleNamespace) -> None:
@@ -131,9 +186,29 @@ def test_a_trial_repeats_captions_with_new_seeds_when_there_are_few() -> None:
     trial = Trial.from_params(params, held_out)
     assert trial.prompts[:4] == ("b", "a", "b", "a") and len(trial.prompts) == params.evaluate.prompts
     assert len(set(trial.seeds)) == params.evaluate.prompts
-    assert trial.text.flatten().tolist() == [1.0, 0.0]
+    assert trial.text[:].flatten().tolist() == [1.0, 0.0]
 
 
 def test_timesteps_are_spread_over_the_whole_range() -> None:
     assert spread_timesteps(10) == [50.0, 150.0, 250.0, 350.0, 450.0, 550.0, 650.0, 750.0, 850.0, 950.0]
     assert spread_timesteps(1) == [500.0]
+
+
+def test_two_experts_are_read_together(tmp_path: Path) -> None:
+    """Wan 2.2 A14B: one transformer for each half of the noise levels."""
+    from diffusers import WanPipeline
+
+    from qvgen.models.wan import WanFamily, tiny_transformer
+
+    one = WanFamily.tiny_pipeline()
+    parts = {name: getattr(one, name) for name in ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")}
+    WanPipeline(**parts, transformer_2=tiny_transformer(seed=7), boundary_ratio=0.5).save_pretrained(tmp_path)
+    family = WanFamily()
+
+    def make(model: Any) -> torch.Tensor:
+        options: dict[str, Any] = {"inference_steps": 4, "guidance_scale": 2.0, "batch_size": 1}
+        return sample(model, family, [TINY_PROMPT], [0], TINY_CLIP, **options)[0]
+
+    expected = make(load_pipeline(tmp_path))
+    assert torch.equal(make(PipelineFolder(tmp_path)), expected)
+    assert not torch.equal(make(load_pipeline(tiny_pipeline("wan", tmp_path / "one"))), expected)

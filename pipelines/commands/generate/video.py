@@ -25,14 +25,14 @@ def generate(model: Path, prompt: str, seed: int, out: Path, negative_prompt: st
     check_seed(seed)
     settings = read_settings(model, overrides)
 
-    from qvgen.checkpoint.pipeline import load_pipeline
+    from qvgen.checkpoint.pipeline import PipelineFolder
     from qvgen.device import resolve_device
     from qvgen.models.registry import load_family
     from qvgen.sampling.clip import sample_clip
     from qvgen.sampling.video import write_video
 
-    family, pipeline = load_family(model), load_pipeline(model, device=resolve_device())
-    pipeline.set_progress_bar_config(disable=not sys.stderr.isatty(), desc="denoising")
-    clip = sample_clip(pipeline, family, settings, prompt, seed, negative_prompt)
+    bar = {"disable": not sys.stderr.isatty(), "desc": "denoising"}
+    pipeline = PipelineFolder(model, resolve_device(), progress=bar)  # one model in memory at a time
+    clip = sample_clip(pipeline, load_family(model), settings, prompt, seed, negative_prompt)
     write_video(out, clip, settings.fps)
     return settings

@@ -7,24 +7,12 @@ Run by `qvgen.evaluation.cost.speed.peak_memory_mb` in a process of its own.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
-from pathlib import Path
 
 import torch
 
-
-def peak_resident_mb() -> float:
-    """Peak resident memory of this process in MB.
-
-    Linux: VmHWM, because ru_maxrss there also counts the parent that started us, from before the exec.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024 / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
+from qvgen.device import peak_resident_mb
 
 
 @torch.no_grad()

@@ -141,8 +141,13 @@ def peak_memory_mb(
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def load_variant(folder: str | Path, dtype: str, device: torch.device | str | None = None) -> Any:
+def load_variant(folder: str | Path, dtype: str, device: torch.device | str | None = None, beside: Any = None) -> Any:
     """A pipeline whose transformer and text encoder are in `dtype` ("bfloat16", ...), packed layers excepted; the VAE
-    stays float32."""
-    reduced = getattr(torch, dtype)
-    return load_pipeline(folder, {"transformer": reduced, "text_encoder": reduced, "default": torch.float32}, device)
+    stays float32. With a pipeline of another variant of the same model `beside`, VAE and a text encoder of the same dtype are
+    shared with it."""
+    reduced, shared = getattr(torch, dtype), {}
+    if beside is not None:
+        shared["vae"] = beside.vae
+        if beside.text_encoder.dtype == reduced:
+            shared["text_encoder"] = beside.text_encoder
+    return load_pipeline(folder, {"transformer": reduced, "text_encoder": reduced, "default": torch.float32}, device, shared)

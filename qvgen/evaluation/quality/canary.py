@@ -55,24 +55,38 @@ def make_canary(
 ) -> dict[str, Any]:
     """Make the videos of the pipeline in `folder`, one at a time, and write them and their record into `out`, a folder that
     is there. Returns the record."""
-    from qvgen.checkpoint.pipeline import load_pipeline
+    from qvgen.checkpoint.pipeline import PipelineFolder, holding
     from qvgen.models.registry import load_family
-    from qvgen.sampling.clip import sample_clip
+    from qvgen.sampling.sample import decode_all, denoise_all, encode_all
     from qvgen.sampling.video import write_video
 
-    family, pipeline = load_family(folder), load_pipeline(folder)
+    family, model, size = load_family(folder), PipelineFolder(folder), settings.size
+    texts = encode_all(model, family, prompts, seeds, size, settings.guidance_scale, batch_size=1)
+    with holding(model, "transformer") as pipeline:
+        latents = denoise_all(
+            pipeline,
+            family,
+            texts,
+            seeds,
+            size,
+            inference_steps=settings.inference_steps,
+            guidance_scale=settings.guidance_scale,
+            batch_size=1,
+            guidance_stop=settings.guidance_stop,
+            on_batch=on_video,
+        )
+        made_with = circumstances(pipeline.transformer)
     hashes = []
-    for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+    for number, clip in enumerate(decode_all(model, family, latents, size, batch_size=1)):
         path = out / f"{number}.mp4"
-        write_video(path, sample_clip(pipeline, family, settings, prompt, seed), settings.fps)
+        write_video(path, clip, settings.fps)
         hashes.append(hashlib.sha256(path.read_bytes()).hexdigest())
-        on_video(1)
     record = {
         "prompts": list(prompts),
         "seeds": list(seeds),
         "settings": asdict(settings),
         "sha256": hashes,
-        "made_with": circumstances(pipeline.transformer),
+        "made_with": made_with,
     }
     (out / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     return record

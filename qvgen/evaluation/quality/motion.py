@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import torch
 
+from qvgen.evaluation.quality.similarity import in_parts
+
 
 def motion(clips: torch.Tensor) -> torch.Tensor:
     """Mean absolute difference of neighbouring frames per clip, as a fraction of the pixel range.
 
     Clips (n, 3, t, h, w) in [-1, 1] -> (n,) float32 in [0, 1]; 0 is a still picture (so is a clip of one frame).
     """
-    return _mean_magnitude(clips.float().diff(dim=2))
+    return in_parts(lambda part: _mean_magnitude(part.float().diff(dim=2)), clips)
 
 
 def flicker(clips: torch.Tensor) -> torch.Tensor:
@@ -23,7 +25,9 @@ def flicker(clips: torch.Tensor) -> torch.Tensor:
     A pixel that brightens at a steady pace has none; one that jumps back and forth has twice its motion.
     Clips (n, 3, t, h, w) in [-1, 1] -> (n,) float32 in [0, 2]; 0 for fewer than three frames.
     """
-    return _mean_magnitude(clips.float().diff(n=2, dim=2) if clips.shape[2] > 2 else clips[:, :, :0])
+    if clips.shape[2] < 3:
+        return torch.zeros(len(clips))
+    return in_parts(lambda part: _mean_magnitude(part.float().diff(n=2, dim=2)), clips)
 
 
 def _mean_magnitude(difference: torch.Tensor) -> torch.Tensor:

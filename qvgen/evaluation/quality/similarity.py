@@ -6,11 +6,12 @@ that the caller decides how to average; PSNR in particular is averaged over clip
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
+AT_ONCE = 2**26  # numbers that are compared at a time, 256 MB in float32: the embedded trial has fewer
 DATA_RANGE = 2.0  # peak to peak of clips in [-1, 1]
 MAX_PSNR_DB = 100.0  # given to identical clips, whose PSNR is infinite and would swallow every mean
 _SSIM_WINDOW = 11  # pixels that a Gaussian of sigma 1.5, cut at 3.5 sigma, covers
@@ -19,7 +20,23 @@ _SSIM_WINDOW = 11  # pixels that a Gaussian of sigma 1.5, cut at 3.5 sigma, cove
 def mse(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
     """Mean squared difference per entry of the first dimension: (n, ...) and (n, ...) -> (n,) float32."""
     _same_shape(reference, candidate)
-    return (reference.float() - candidate.float()).square().flatten(1).mean(1)
+    if reference.numel() <= AT_ONCE:
+        return (reference.float() - candidate.float()).square().flatten(1).mean(1)
+    return torch.stack([_mean_square(*pair) for pair in zip(reference.flatten(1), candidate.flatten(1), strict=True)])
+
+
+def _mean_square(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Of the difference of two vectors, in parts, so that what is computed with stays small."""
+    parts = zip(a.split(AT_ONCE), b.split(AT_ONCE), strict=True)
+    squares = [(x.float() - y.float()).square().sum(dtype=torch.float64) for x, y in parts]
+    return (torch.stack(squares).sum() / a.numel()).float()
+
+
+def in_parts(function: Callable[[torch.Tensor], torch.Tensor], clips: torch.Tensor) -> torch.Tensor:
+    """`function` of clips (n, ...) -> (n,), of some at a time where they are large."""
+    if clips.numel() <= AT_ONCE:
+        return function(clips)
+    return torch.cat([function(part) for part in clips.split(max(1, AT_ONCE * len(clips) // clips.numel()))])
 
 
 def psnr_db(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
@@ -56,7 +73,8 @@ def ssim(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
 
 
 def _frames(clips: torch.Tensor) -> Iterator[np.ndarray]:
-    return iter(clips.float().transpose(1, 2).flatten(0, 1).numpy())
+    for clip in clips:
+        yield from clip.float().transpose(0, 1).contiguous().numpy()
 
 
 def _same_shape(reference: torch.Tensor, candidate: torch.Tensor) -> None:

@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 
+from qvgen.checkpoint.pipeline import holding
 from qvgen.data.digits import FRAMES, parse_caption
 from qvgen.data.latents import LatentDataset
+from qvgen.data.stored import Latents, Text
 from qvgen.evaluation.quality import motion, similarity
 from qvgen.evaluation.quality.prompt_accuracy import judge
 from qvgen.models.family import ClipSize, Family
 from qvgen.params import Params
-from qvgen.sampling.sample import OnBatch, sample, silent, spread_timesteps, velocities
+from qvgen.sampling.sample import OnBatch, decode_all, denoise_all, encode_all, silent, spread_timesteps, velocities
 
 ACCURACIES = ("colour", "direction", "digit")  # what the judge of the embedded digits tells
 
@@ -34,8 +36,8 @@ class Trial:
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     size: ClipSize
-    latents: torch.Tensor
-    text: torch.Tensor
+    latents: Latents
+    text: Text
     timesteps: tuple[float, ...]
     seed: int  # of the noise added to `latents`
     inference_steps: int
@@ -54,7 +56,7 @@ class Trial:
             seeds=tuple(params.seed + i for i in range(wanted.prompts)),
             size=ClipSize(prepare.frames, prepare.height, prepare.width, prepare.max_sequence_length),
             latents=held_out.latents,
-            text=held_out.text(torch.arange(clips)),
+            text=held_out.text_of_samples,
             timesteps=tuple(spread_timesteps(wanted.velocity_timesteps)),
             seed=params.seed,
             inference_steps=wanted.inference_steps,
@@ -92,33 +94,44 @@ def load_observation(path: str | Path) -> Observation:
 
 
 def observe(
-    pipeline: Any, family: Family, trial: Trial, guidance_stop: float = 1.0, on_batch: OnBatch = silent
+    model: Any,
+    family: Family,
+    trial: Trial,
+    guidance_stop: float = 1.0,
+    on_batch: OnBatch = silent,
+    store: Path | None = None,
 ) -> Observation:
-    """Run one model through the trial. `guidance_stop` is the model's own, see models/family.py. `on_batch(predictions)`
-    is called as work is done; see `Trial.predictions`."""
-    latents, clips = sample(
-        pipeline,
-        family,
-        trial.prompts,
-        trial.seeds,
-        trial.size,
-        inference_steps=trial.inference_steps,
-        guidance_scale=trial.guidance_scale,
-        batch_size=trial.batch_size,
-        guidance_stop=guidance_stop,
-        on_batch=lambda videos: on_batch(videos * trial.predictions_per_video),
-    )
-    predicted = velocities(
-        pipeline.transformer,
-        family,
-        trial.latents,
-        trial.text,
-        trial.timesteps,
-        seed=trial.seed,
-        batch_size=trial.batch_size,
-        on_batch=on_batch,
-    )
-    return Observation(latents, clips, predicted)
+    """Run one model, a pipeline or a PipelineFolder, through the trial. `guidance_stop` is the model's own, see
+    models/family.py. `on_batch(predictions)` is called as work is done; see `Trial.predictions`. With a folder `store` the
+    answers lie in files there, so that they need no memory."""
+    size, batch_size = trial.size, trial.batch_size
+    texts = encode_all(model, family, trial.prompts, trial.seeds, size, trial.guidance_scale, batch_size)
+    with holding(model, "transformer") as pipeline:
+        latents = denoise_all(
+            pipeline,
+            family,
+            texts,
+            trial.seeds,
+            size,
+            inference_steps=trial.inference_steps,
+            guidance_scale=trial.guidance_scale,
+            batch_size=batch_size,
+            guidance_stop=guidance_stop,
+            on_batch=lambda videos: on_batch(videos * trial.predictions_per_video),
+            store=store,
+        )
+        predicted = velocities(
+            pipeline.transformer,
+            family,
+            trial.latents,
+            trial.text,
+            trial.timesteps,
+            seed=trial.seed,
+            batch_size=batch_size,
+            on_batch=on_batch,
+            store=store,
+        )
+    return Observation(latents, decode_all(model, family, latents, size, batch_size, store), predicted)
 
 
 def compare(reference: Observation, candidate: Observation, trial: Trial) -> dict[str, float]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from qvgen.data.videos import read_clip
+from qvgen.data.videos import Place, read_clip
 from qvgen.models.family import ClipSize
 from qvgen.models.rate import frame_rate
 
@@ -161,3 +161,34 @@ def test_the_models_own_rate(tmp_path: Path, pipeline: str, transformer: dict[st
         (tmp_path / "generation.json").write_text(f'{{"fps": {bad}}}')
         with pytest.raises(ValueError, match=r"generation\.json: fps = .* must be a number above 0, at most 1000"):
             frame_rate(tmp_path)
+
+
+@pytest.mark.parametrize("fps", [None, 10])
+def test_where_a_clip_begins(tmp_path: Path, fps: float | None) -> None:
+    """40 frames in 4 seconds: a clip of 10 leaves 3, of which each of three clips has one to begin in."""
+    path = write(tmp_path / "a.mp4", even(40, 10))
+
+    def begins(place: Place) -> int:
+        found = indices(read_clip(path, size(10), fps, place))
+        assert found == list(range(found[0], found[0] + 10))
+        return found[0]
+
+    assert [begins(Place("first", number, 3)) for number in range(3)] == [0, 10, 20]
+    assert [begins(Place("centre", number, 3)) for number in range(3)] == [5, 15, 25]
+    assert begins(Place("centre")) == 15
+    drawn = {seed: [begins(Place("random", number, 3, seed)) for number in range(3)] for seed in range(4)}
+    assert all(0 <= a <= 10 <= b <= 20 <= c <= 30 for a, b, c in drawn.values())
+    assert len(set(map(tuple, drawn.values()))) > 1 and begins(Place("random", 1, 3, 2)) == drawn[2][1]
+    short = write(tmp_path / "b.mp4", even(10, 10))
+    assert indices(read_clip(short, size(10), fps, Place("random"))) == list(range(10))  # nothing left over
+
+
+def test_an_image_is_a_clip_of_one_frame(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "a.png"), "w") as container:
+        stream = container.add_stream("png", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "rgb24"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 64, 3), 100, np.uint8), format="rgb24")))
+        container.mux(stream.encode(None))
+    for place in (Place(), Place("centre"), Place("random")):
+        clip = read_clip(tmp_path / "a.png", size(1), 16, place)
+        assert clip.shape == (3, 1, 32, 32) and torch.allclose(clip, torch.tensor(100 / 127.5 - 1))

@@ -1,0 +1,148 @@
+"""Stage prepare on real files, some of which cannot be read: what it leaves out, and how it goes on after a stop."""
+
+import csv
+import json
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from qvgen.data.latents import LatentDataset
+from qvgen.models.tiny import TINY_CLIP, tiny_pipeline
+from qvgen.models.wan import WanFamily
+from qvgen.params import validate_params
+from qvgen.sampling.video import write_video
+from stages import prepare
+from stages.runtime.run import Progress
+
+ROOT = Path(__file__).parents[3]
+GOOD, BAD = 7, ("corrupt.mp4", "short.mp4")
+
+pytestmark = pytest.mark.slow
+
+
+class FakeStage:
+    """What stage prepare asks of a stage, without DVC and MLflow."""
+
+    def __init__(self, root: Path, **changes: Any) -> None:
+        tree = yaml.safe_load((ROOT / "params.yaml").read_text())
+        clip = {k: getattr(TINY_CLIP, k) for k in ("frames", "height", "width", "max_sequence_length")}
+        parts = {"train_clips": 5, "calibration_clips": 2, "held_out_clips": 2, "batch_size": 2, "shard_size": 2}
+        tree["prepare"] |= {"source": "videos", "folder": str(root / "videos"), "fps": 8, "max_skipped": 0.25, **clip, **parts}
+        workers = changes.pop("workers", 0)
+        tree["prepare"] |= changes
+        tree["compute"]["workers"] = workers
+        self.params, self.root, self.device = validate_params(tree, "params.yaml"), root, torch.device("cpu")
+        self.made: dict[str, Path] = {}
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        (self.root / "ckpt").mkdir(exist_ok=True)
+        return self.root / "ckpt"
+
+    @contextmanager
+    def outputs(self, path: str) -> Any:
+        place = self.root / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not place.suffix:
+            place.mkdir()
+        yield place
+
+    def progress(self, total: int, initial: int = 0, unit: str = "") -> Progress:
+        return Progress(total=total, initial=initial, unit=unit)
+
+    def log_metrics(self, values: Any) -> None:
+        assert all(isinstance(value, int | float) for value in values.values())
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sources")
+    tiny_pipeline("wan", folder / "artifacts/model")
+    videos, generator = folder / "videos", torch.Generator().manual_seed(0)
+    videos.mkdir()
+    for i in range(GOOD):
+        noise = torch.rand(3, TINY_CLIP.frames + 8, 4, 4, generator=generator)
+        write_video(videos / f"{i}.mp4", noise.repeat_interleave(8, -1).repeat_interleave(8, -2) * 2 - 1)
+    write_video(videos / "short.mp4", torch.zeros(3, 3, 32, 32))
+    whole = (videos / "0.mp4").read_bytes()
+    (videos / "corrupt.mp4").write_bytes(bytes(200) + whole[200:])
+    with (videos / "captions.csv").open("w", newline="") as file:
+        names = [*(f"{i}.mp4" for i in range(GOOD)), *BAD]
+        csv.writer(file).writerows([("file", "caption"), *((name, f"clip {i % 3}") for i, name in enumerate(names))])
+    return folder
+
+
+def project(sources: Path, root: Path) -> Path:
+    root.mkdir()
+    (root / "artifacts").mkdir()
+    for name in ("artifacts/model", "videos"):
+        (root / name).symlink_to(sources / name)
+    return root
+
+
+def content(root: Path) -> dict[str, bytes]:
+    folder = root / "artifacts/data"
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def run(stage: FakeStage) -> None:
+    prepare.run(stage)  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_read_is_listed_and_a_stopped_run_goes_on(sources: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    whole = project(sources, tmp_path / "whole")
+    run(FakeStage(whole))
+    found = json.loads((whole / "metrics/prepare.json").read_text())
+    assert found["skipped"] == 2 and sum(found["clips"].values()) == GOOD and found["captions"] == 3
+    assert {name.split(": ")[1] for name in found["reasons"]} == set(BAD)
+    assert any("cannot be read as a video" in reason for reason in found["reasons"].values())
+    assert any("3 frames" in reason for reason in found["reasons"].values())
+    parts = {part: LatentDataset.open(whole / "artifacts/data" / part) for part in found["clips"]}
+    assert {part: len(data) for part, data in parts.items()} == found["clips"]
+    assert all(torch.isfinite(data.latents[:]).all() for data in parts.values())
+    assert not [name for name in content(whole) if name.endswith("json") and "shard" in name]
+
+    # Stopped at each batch in turn, and with threads that read ahead: the same files, and nothing encoded twice but a shard.
+    encode, calls, limit = WanFamily.encode_clips, [], [0]
+
+    def counted(self: Any, pipeline: Any, clips: torch.Tensor) -> torch.Tensor:
+        if len(calls) == limit[0]:
+            raise KeyboardInterrupt
+        calls.append(len(clips))
+        return encode(self, pipeline, clips)
+
+    monkeypatch.setattr(WanFamily, "encode_clips", counted)
+    stopped = project(sources, tmp_path / "stopped")
+    for attempt in range(20):
+        limit[0] = len(calls) + 1
+        try:
+            run(FakeStage(stopped, workers=2))
+            break
+        except KeyboardInterrupt:
+            assert not (stopped / "artifacts/data").exists(), attempt
+    assert content(stopped) == content(whole) and sum(calls) == GOOD
+    assert (stopped / "metrics/prepare.json").read_text() == (whole / "metrics/prepare.json").read_text()
+
+
+def test_too_many_is_an_error(sources: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"2 of 9 clips cannot be read, prepare\.max_skipped = 0\.2 allows 1: replace it"):
+        run(FakeStage(project(sources, tmp_path / "a"), max_skipped=0.2))
+    with pytest.raises(ValueError, match=r"(short|corrupt)\.mp4 .*1 of 9 clips cannot be read"):
+        run(FakeStage(project(sources, tmp_path / "b"), max_skipped=0.0))
+
+
+def test_sixteen_bits_and_several_clips_of_a_video(sources: Path, tmp_path: Path) -> None:
+    """Three clips of each of 9 videos, the last one of a part cut short: parts share no video."""
+    root = project(sources, tmp_path / "a")
+    sizes = {"train_clips": 13, "calibration_clips": 4, "held_out_clips": 4}
+    run(FakeStage(root, dtype="bfloat16", clips_per_video=3, start="random", max_skipped=0.5, **sizes))
+    found = json.loads((root / "metrics/prepare.json").read_text())
+    assert all(" clip " in name for name in found["reasons"])
+    data = LatentDataset.open(root / "artifacts/data/train")
+    assert len(data) == found["clips"]["train"] and data.latents[:].dtype == torch.float32
+    assert torch.equal(data.latents[:], data.latents[:].bfloat16().float())
+    assert len(torch.unique(data.latents[:].flatten(1), dim=0)) == len(data)  # other places of the same videos
