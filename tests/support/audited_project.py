@@ -59,11 +59,11 @@ def run(stage):
 
 stage_main("measure", run)
 """
-CODE = "artifacts/code.json"
+CODE, INPUTS = "artifacts/code.json", "artifacts/inputs.json"
 STAGES = {
     "prepare": {
         "cmd": "python -m stages.prepare",
-        "params": ["seed", "prepare", {CODE: ["code.prepare"]}],
+        "params": ["seed", "prepare", {CODE: ["code.prepare"]}, {INPUTS: ["inputs.prepare"]}],
         "deps": ["assets/raw.txt"],
         "outs": ["artifacts/data"],
     },
