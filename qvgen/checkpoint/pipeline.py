@@ -44,8 +44,8 @@ def load_pipeline(
         if (Path(folder) / component / "config.json").is_file():
             check_packed(Path(folder) / component)
     _without_bars()
-    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "use_safetensors": True}
-    pipeline = DiffusionPipeline.from_pretrained(Path(folder), **options, **(shared or {}))
+    given: dict[str, Any] = {"dtype": dtype, **(shared or {})}
+    pipeline = DiffusionPipeline.from_pretrained(Path(folder), local_files_only=True, use_safetensors=True, **given)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline if device is None else pipeline.to(device)
 

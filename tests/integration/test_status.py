@@ -118,6 +118,8 @@ def test_changed_code_is_told_before_stage_observe_has_run_again(tmp_path: Path)
         (project / folder / "__init__.py").touch()
     for part in ("observe.py", "runtime", "dvc.yaml"):
         (project / "stages" / part).symlink_to(toy_project.ROOT / "stages" / part)
+    for part in ("lazy.py", "models", "safe_yaml.py"):  # which observe reads the folders of params.yaml with
+        (project / "qvgen" / part).symlink_to(toy_project.ROOT / "qvgen" / part)
     for name in "ab":
         (project / f"qvgen/{name}.py").write_text("VALUE = 1\n")
         (project / f"stages/{name}.py").write_text(f"from qvgen.{name} import VALUE\n")
