@@ -19,7 +19,7 @@ MLFLOW, PREFECT = "http://127.0.0.1:5000", "http://127.0.0.1:4200"
 OPTIONS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
 FOLDER = Path(__file__).parent
 SETTLE_MS = 6_000  # both pages load their data after they have loaded themselves
-COLOURS = 128  # more are not seen on these pages, and the repository keeps every picture for ever
+COLOURS = 16  # more are hardly seen on these pages, and the repository keeps every picture for ever
 
 
 def take(page: Page, name: str) -> None:
