@@ -82,6 +82,7 @@ def test_a_copy_is_whole_and_its_own(packed: Any, how: str) -> None:
     assert torch.equal(predict(family, model), expected)
 
 
+@pytest.mark.slow
 def test_a_spawned_worker_computes_the_same(packed: Any) -> None:
     model, family, expected = packed
     if family.name != "wan":

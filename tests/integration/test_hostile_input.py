@@ -120,6 +120,7 @@ def survive(read: Callable[[], object], make: Callable[[random.Random], object],
     assert refused > 5, f"only {refused} of {seed} were damaged enough"
 
 
+@pytest.mark.slow
 def test_params(tmp_path: Path) -> None:
     import yaml
 
@@ -169,6 +170,7 @@ def folder_maker(source: Path, folder: Path) -> Callable[[random.Random], str]:
     return make
 
 
+@pytest.mark.slow
 def test_sources(tmp_path: Path) -> None:
     folder = tmp_path / "model"
 
@@ -181,6 +183,7 @@ def test_sources(tmp_path: Path) -> None:
     survive(read, folder_maker(ROOT / "assets/tiny-wan", folder), "sources")
 
 
+@pytest.mark.slow
 def test_packed_folders(packed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
 

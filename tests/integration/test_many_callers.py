@@ -77,10 +77,12 @@ def check_threads(pipeline: Any) -> None:
             assert [torch.equal(a, b) for a, b in zip(made, alone, strict=True)] == [True] * len(PROMPTS)
 
 
+@pytest.mark.slow
 def test_eager(pipeline: Any) -> None:
     check_threads(pipeline)
 
 
+@pytest.mark.slow
 def test_block_by_block_in_diffusers_own_layout(pipeline: Any) -> None:
     """The forward of full-precision blocks, and a transformer whose blocks are compiled one by one."""
     regional = copy.deepcopy(pipeline)

@@ -114,6 +114,7 @@ def test_the_gradient_of_the_latents(family: str) -> None:
     assert relative(found, expected) < MODEL_RELATIVE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["wan", "fused wan", "cogvideox"])
 def test_compiles_whole_without_no_grad(family: str) -> None:
     _, packed, arguments = models(family)

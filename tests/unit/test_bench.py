@@ -38,6 +38,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_linear_rows(rows: dict[str, Any]) -> None:
     assert [(r["m"], r["k"], r["n"], r["threads"]) for r in rows["rows"]] == [(1, 64, 64, 1), (8, 64, 64, 1)]
     assert rows["device"].keys() == hardware().keys()
@@ -48,6 +49,7 @@ def test_linear_rows(rows: dict[str, Any]) -> None:
         assert row["peak_fraction"] is None or 0 < row["peak_fraction"] < 1
 
 
+@pytest.mark.slow
 def test_speedups_are_medians_of_the_rounds_ratios(rows: dict[str, Any]) -> None:
     for row in rows["rows"]:
         ours = row["rounds_ms"][OURS]

@@ -11,6 +11,7 @@ import pytest
 KERNELS = Path(__file__).with_name("kernels")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", sorted(path.name for path in KERNELS.glob("test_*.py")))
 def test_kernels_compute_what_the_reference_does(file: str) -> None:
     if importlib.util.find_spec("triton") is None:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from comparison.cases import read_settings, scored_cases, tuning_cases
 from comparison.fingerprint import ERROR_TOLERANCE, TOLERANCE, measure_all, moved, read_fingerprints
 from qvgen.methods.registry import METHODS
@@ -13,6 +15,7 @@ REMEDY = (
 )
 
 
+@pytest.mark.slow
 def test_no_method_has_moved() -> None:
     settings = read_settings(ROOT)
     cases = [*tuning_cases(settings), *scored_cases(settings)]
