@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -29,6 +28,7 @@ def import_public_qvgen(
     """
     import torch
 
+    from qvgen.checkpoint.new_folder import check_new, new_folder
     from qvgen.checkpoint.packed import export_pipeline, verify_folder
     from qvgen.checkpoint.pipeline import load_component, load_transformer
     from qvgen.checkpoint.public_qvgen import pack_public_, public_scheme, read_checkpoint, slots_by_timestep
@@ -36,8 +36,7 @@ def import_public_qvgen(
 
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, found {dtype}")
-    if out.exists():
-        raise ValueError(f"{out} is there already; choose a new folder")
+    check_new(out)
     tensors = read_checkpoint(checkpoint)
     source = _full_precision(base, revision)
     read_pipeline(source)
@@ -47,15 +46,10 @@ def import_public_qvgen(
     transformer = load_transformer(source)
     names = pack_public_(transformer, tensors, scheme, slots)
     scheme = scheme.model_copy(update={"targets": tuple(names)})
-    beside = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)  # of an import that was killed
-    try:
+    with new_folder(out) as beside:
         method = f"QVGen (public code and checkpoint; clips {clips})"
         export_pipeline(source, transformer, scheme, beside, getattr(torch, dtype), method=method)
         count = verify_folder(beside)
-        beside.rename(out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return count
 
 

@@ -22,6 +22,7 @@ def pack(
     import torch
 
     from qvgen.checkpoint.assembled import fuse_adapters, parse_adapter
+    from qvgen.checkpoint.new_folder import check_new
     from qvgen.checkpoint.rounded import pack_pipeline
     from qvgen.models.source import resolve_source
     from qvgen.quant.scheme import MAX_BITS, QuantArgs, QuantScheme
@@ -33,8 +34,7 @@ def pack(
         input_activations=None if activation_bits == 16 else QuantArgs(num_bits=activation_bits, strategy="token"),
         timestep_groups=1,
     )
-    if out.exists():
-        raise ValueError(f"{out} is there already; choose a new folder")
+    check_new(out)
     adapters, source = [parse_adapter(text) for text in lora], resolve_source(base, revision)
     if not adapters:
         return pack_pipeline(source, out, scheme, getattr(torch, dtype))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from qvgen.checkpoint.declared import empty_model, first_line, weight_files
+from qvgen.checkpoint.new_folder import new_folder
 from qvgen.checkpoint.packed import copy_all_but_transformer
 from qvgen.checkpoint.pipeline import load_parts, transformer_class
 from qvgen.models.files import SourceError, check_safetensors, read_json
@@ -175,19 +176,11 @@ def _check_fit(base: Path, found: Any, file: Path) -> None:
 @contextmanager
 def _whole(base: Path, out: Path) -> Iterator[Path]:
     """A folder with all of `base` but its transformer, which becomes `out` when all is written."""
-    if out.exists():
-        raise ValueError(f"{out} is there already; choose a new folder")
-    beside = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)  # of a command that was killed
-    try:
-        beside.mkdir(parents=True)
+    with new_folder(out) as beside:
         copy_all_but_transformer(base, beside)
         for other in denoisers(base)[1:]:  # the other of two experts stays as it is
             shutil.copytree(base / other, beside / other, copy_function=shutil.copyfile)
         yield beside
-        beside.rename(out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _save(model: Any, state: Mapping[str, torch.Tensor], folder: Path) -> None:

@@ -5,12 +5,12 @@ Every transformer of the pipeline is packed, those of families that the stages d
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
 
 from qvgen.checkpoint.declared import weight_files
+from qvgen.checkpoint.new_folder import check_new, new_folder
 from qvgen.checkpoint.packed import _write_transformer, export_pipeline
 from qvgen.checkpoint.pipeline import load_component
 from qvgen.models.files import SourceError, check_safetensors, read_json
@@ -27,8 +27,7 @@ def pack_pipeline(base: str | Path, out: str | Path, scheme: QuantScheme, dtype:
     whole or not at all. Raises ValueError if it is there, for a folder without transformers, and one that is quantized.
     """
     base, out = Path(base), Path(out)
-    if out.exists():
-        raise ValueError(f"{out} is there already; choose a new folder")
+    check_new(out)
     names = denoisers(base)
     for name in names:
         if read_json(base / name / "config.json").get("quantization_config") is not None:
@@ -36,9 +35,7 @@ def pack_pipeline(base: str | Path, out: str | Path, scheme: QuantScheme, dtype:
         for file in weight_files(base / name):
             check_safetensors(file)
     counts = {}
-    beside = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)  # of a command that was killed
-    try:
+    with new_folder(out) as beside:
         for name in names:
             model = load_component(base, name).eval()
             targets = prepare_(model, scheme, default_targets=block_linears(model))
@@ -48,7 +45,4 @@ def pack_pipeline(base: str | Path, out: str | Path, scheme: QuantScheme, dtype:
             if name != "transformer":
                 _write_transformer(model, scheme, targets, beside / name, dtype)
             counts[name] = len(targets)
-        beside.rename(out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return counts

@@ -6,12 +6,12 @@ the packed folder's, byte for byte. Activations are no longer quantized, so its 
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
+from qvgen.checkpoint.new_folder import new_folder
 from qvgen.checkpoint.packed import copy_all_but_transformer, load_packed_transformer
 from qvgen.models.generic import denoisers
 from qvgen.nn.packed_linear import packed_layers
@@ -27,13 +27,8 @@ def unpack_folder(source: str | Path, out: str | Path, dtype: torch.dtype) -> in
     already, for a source that is not packed or damaged, and with the layer's name for a weight that `dtype` cannot hold.
     """
     source, out = Path(source), Path(out)
-    if out.exists():
-        raise ValueError(f"{out} is there already; choose a new folder")
     count, scheme = 0, ""
-    beside = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)  # of a command that was killed
-    try:
-        beside.mkdir(parents=True)
+    with new_folder(out) as beside:
         copy_all_but_transformer(source, beside)
         for name in denoisers(source):
             transformer = load_packed_transformer(source, dtype, name)
@@ -45,9 +40,6 @@ def unpack_folder(source: str | Path, out: str | Path, dtype: torch.dtype) -> in
         (beside / _CARD).write_text(_model_card(source, scheme, dtype), encoding="utf-8")
         for file in beside.rglob("*.safetensors"):  # safetensors writes files that only their owner reads
             file.chmod((beside / _CARD).stat().st_mode)
-        beside.rename(out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return count
 
 

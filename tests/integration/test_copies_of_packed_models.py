@@ -20,6 +20,7 @@ from qvgen.models.tiny import tiny_pipeline
 from qvgen.nn.packed_linear import PackedLinear, packed_layers
 from qvgen.nn.swap import convert_, prepare_
 from qvgen.quant.scheme import QuantScheme
+from tests.support.packed_model import predict
 
 pytestmark = pytest.mark.integration
 
@@ -38,14 +39,6 @@ def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     export_pipeline(source, model, SCHEME, root / "packed", torch.float32)
     loaded = load_packed_transformer(root / "packed")
     return loaded, family, predict(family, loaded)
-
-
-@torch.no_grad()
-def predict(family: Any, model: Any) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    shape = (2, 3, 4, 4, 4) if family.name == "cogvideox" else (2, 4, 3, 4, 4)
-    latents, text = torch.randn(shape, generator=generator), torch.randn(2, 8, 16, generator=generator)
-    return family.predict(model, latents, torch.tensor([30.0, 900.0]), text)
 
 
 def saved_and_loaded(model: Any) -> Any:

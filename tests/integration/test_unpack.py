@@ -23,6 +23,7 @@ from qvgen.nn.targets import match_linears
 from qvgen.packing import layout
 from qvgen.quant.grid import LayerGrid
 from qvgen.quant.scheme import QuantArgs, QuantScheme
+from tests.support.packed_model import predict
 
 pytestmark = pytest.mark.integration
 
@@ -69,14 +70,6 @@ def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     convert_(model)
     export_pipeline(source, model, scheme, root / "packed", torch.float32)
     return root / "packed", family, scheme
-
-
-@torch.no_grad()
-def predict(family: Any, model: Any) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    shape = (2, 3, 4, 4, 4) if family.name == "cogvideox" else (2, 4, 3, 4, 4)
-    latents, text = torch.randn(shape, generator=generator), torch.randn(2, 8, 16, generator=generator)
-    return family.predict(model, latents, torch.tensor([30.0, 900.0]), text)
 
 
 def without_activation_quantization_(model: Any) -> Any:

@@ -100,3 +100,9 @@ def test_everything_else_that_watches() -> None:
 def test_this_torch_tells_who_watches() -> None:
     """Where it does not, ops take the dispatcher: right, and slower."""
     assert direct._CAN_TELL
+
+
+def test_where_torch_does_not_tell_every_call_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert direct.nobody_watches(torch.zeros(1))
+    monkeypatch.setattr(direct, "_CAN_TELL", False)
+    assert not direct.nobody_watches(torch.zeros(1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,3 +33,12 @@ def make_packed(folder: Path, seed: int = 0) -> Path:
     packed.mkdir()
     export_pipeline(source, transformer, scheme, packed, torch.bfloat16, "rtn", 1.0)
     return packed
+
+
+@torch.no_grad()
+def predict(family: Any, model: Any) -> torch.Tensor:
+    """What a tiny transformer answers to a fixed input at two timesteps."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 3, 4, 4, 4) if family.name == "cogvideox" else (2, 4, 3, 4, 4)
+    latents, text = torch.randn(shape, generator=generator), torch.randn(2, 8, 16, generator=generator)
+    return family.predict(model, latents, torch.tensor([30.0, 900.0]), text)

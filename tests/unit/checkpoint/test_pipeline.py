@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import qvgen
-from qvgen.checkpoint.pipeline import load_parts, load_pipeline, load_transformer
+from qvgen.checkpoint.pipeline import PipelineFolder, holding, load_parts, load_pipeline, load_transformer
 from qvgen.models.registry import load_family
 from qvgen.models.tiny import TINY_CLIP, TINY_PROMPT, tiny_pipeline
 from qvgen.tensors import save_tensors
@@ -120,3 +120,10 @@ def test_import_qvgen_is_light() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
     assert qvgen.load_transformer is load_transformer
+
+
+@pytest.mark.parametrize("tiling", [False, True])
+def test_the_vae_works_in_tiles_where_that_is_asked_for(tmp_path: Path, tiling: bool) -> None:
+    folder = tiny_pipeline("wan", tmp_path / "model")
+    with holding(PipelineFolder(folder, torch.device("cpu"), tiling=tiling), "vae") as pipeline:
+        assert pipeline.vae.use_tiling == tiling
