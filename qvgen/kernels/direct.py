@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 _C = torch._C
 _functorch: Any = getattr(_C, "_functorch", None)
@@ -38,15 +39,21 @@ def nobody_watches(x: Any) -> bool:
     )
 
 
-def with_shortcut(op: Callable[..., Any], implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """`op`, which calls `implementation` itself where nobody watches. Arguments of a wrong type are refused by the schema."""
+def with_shortcut(
+    op: Callable[..., Any], implementation: Callable[..., Any], written: int | None = None
+) -> Callable[..., Any]:
+    """`op`, which calls `implementation` itself where nobody watches. Arguments of a wrong type are refused by the schema.
+    `written`: the place of the argument that the op writes into."""
 
     def call(*args: Any) -> Any:
-        if nobody_watches(args[0]):
+        if nobody_watches(args[0]) and (written is None or nobody_watches(args[written])):
             try:
-                return implementation(*args)
+                result = implementation(*args)
             except TypeError:
-                pass
+                return op(*args)
+            if written is not None and not args[written].is_inference():
+                increment_version(args[written])  # as the dispatcher does, so that autograd notices
+            return result
         return op(*args)
 
     return call

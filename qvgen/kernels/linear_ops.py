@@ -240,11 +240,15 @@ quantized_linear = with_shortcut(
     ),
     _linear,
 )
-quantized_linear_out = _define(
-    f"{registry.OP}_out",
-    f"(Tensor x, {_LAYER}, {_ARGUMENTS}, Tensor(a!) out, bool gelu) -> ()",
+quantized_linear_out = with_shortcut(
+    _define(
+        f"{registry.OP}_out",
+        f"(Tensor x, {_LAYER}, {_ARGUMENTS}, Tensor(a!) out, bool gelu) -> ()",
+        _linear_out,
+        lambda *_: None,
+    ),
     _linear_out,
-    lambda *_: None,
+    written=13,
 )
 quantized_linears = with_shortcut(
     _define(f"{registry.OP}s", f"(Tensor x, {_LAYERS}, {_ARGUMENTS}) -> Tensor[]", _linears, _fake_linears), _linears

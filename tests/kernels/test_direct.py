@@ -26,8 +26,14 @@ def calls() -> dict[str, Callable[[], Any]]:
     set_timestep(torch.tensor([0.0, 900.0]))
     heads = X.unflatten(-1, (2, 16))
     lists = [[tensor] for tensor in layer._tensors()]
+
+    def into() -> Tensor:
+        layer.forward_into(X, out := torch.empty(2, 3, 5))
+        return out
+
     return {
         "quantized_linear": lambda: layer(X),
+        "quantized_linear_out": into,
         "quantized_linears": lambda: linear_ops.quantized_linears(X, *lists, *layer._arguments(X))[0],
         "add_gated": lambda: block_ops.add_gated(X, X, None),
         "attention": lambda: block_ops.attention(heads, heads, heads),
@@ -38,7 +44,7 @@ class Watched(Exception):  # noqa: N818
     """The dispatcher was asked."""
 
 
-@pytest.mark.parametrize("name", ["quantized_linear", "quantized_linears", "add_gated", "attention"])
+@pytest.mark.parametrize("name", ["quantized_linear", "quantized_linear_out", "quantized_linears", "add_gated", "attention"])
 @torch.no_grad()
 def test_the_same_and_the_dispatcher_is_not_asked(
     name: str, calls: dict[str, Callable[[], Any]], monkeypatch: pytest.MonkeyPatch
@@ -54,6 +60,19 @@ def test_the_same_and_the_dispatcher_is_not_asked(
     with torch.profiler.profile() as profiler:  # somebody watches
         calls[name]()
     assert f"qvgen::{name}" in {event.name for event in profiler.events() or ()}
+
+
+def test_autograd_notices_what_was_written() -> None:
+    layer, _ = build(scheme_of(QuantArgs(), 4, 4, symmetric=False), 5, 32)
+    set_timestep(torch.tensor([0.0]))
+    out = torch.ones(1, 3, 5)
+    product = (out * torch.ones(5, requires_grad=True)).sum()
+    with torch.no_grad():
+        layer.forward_into(X[:1], out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    with torch.inference_mode():
+        layer.forward_into(X[:1], torch.empty(1, 3, 5))  # which counts no versions
 
 
 class _Dispatch(TorchDispatchMode):

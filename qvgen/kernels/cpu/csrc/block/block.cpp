@@ -47,14 +47,18 @@ Range token_range(const Isa& isa, const Tokens& tokens, int64_t m) {
   return range;
 }
 
+TokenGrid grid_of(const qvgen_layer& layer, const Tokens& tokens, int64_t m, Range range) {
+  const int64_t clip = tokens.timestep_group(m);
+  return token_grid(
+      range.lower, range.upper, layer.clip_lower[clip], layer.clip_upper[clip], layer.activation_bits,
+      layer.activation_symmetric);
+}
+
 void quantize_token(
     const Isa& isa, const qvgen_layer& layer, const Tokens& tokens, int64_t m, Range range, const Codes& codes) {
   const Header& h = header(layer);
-  const int64_t clip = tokens.timestep_group(m), size = group_size(h), padded = group_steps(h) * STEP;
-  const TokenGrid grid = token_grid(
-      range.lower, range.upper, layer.clip_lower[clip], layer.clip_upper[clip], layer.activation_bits,
-      layer.activation_symmetric);
-  codes.grid[m] = grid;
+  const int64_t size = group_size(h), padded = group_steps(h) * STEP;
+  const TokenGrid grid = codes.grid[m] = grid_of(layer, tokens, m, range);
   uint8_t* a = codes.a + m * codes.stride;
   int32_t* sums = codes.sums + m * h.groups;
   sums[0] = isa.token_codes(tokens.dtype, tokens.at(m), h.k, grid, max_code(layer), a);

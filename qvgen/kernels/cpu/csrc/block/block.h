@@ -49,6 +49,8 @@ struct Range {
 
 Range token_range(const Isa& isa, const Tokens& tokens, int64_t m);
 
+TokenGrid grid_of(const qvgen_layer& layer, const Tokens& tokens, int64_t m, Range range);
+
 // Quantize token m of `tokens`, whose range is given, into row m of `codes`.
 void quantize_token(
     const Isa& isa, const qvgen_layer& layer, const Tokens& tokens, int64_t m, Range range, const Codes& codes);
@@ -59,6 +61,7 @@ class PanelTarget {
   PanelTarget(const qvgen_layer& layer, int64_t p);
   // Rows from token m of `out` (tokens, N).
   Target at(int64_t m, void* out) const;
+  const float* bias() const { return bias_; }  // (PANEL,)
 
  private:
   const qvgen_layer& layer_;

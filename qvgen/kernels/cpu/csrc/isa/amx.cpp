@@ -2,6 +2,8 @@
 #if defined(__x86_64__) && (defined(QVGEN_HAVE_AMX) || defined(QVGEN_AMX_EMULATED))
 
 #include "isa/tiles.h"
+#include "tiles/outputs.h"
+#include "tiles/quantize.h"
 #include "tiles/tiles.h"
 
 namespace {
@@ -15,7 +17,7 @@ INLINE line_v load_line(const uint8_t* from) {
 }
 INLINE void store_line(uint8_t* to, line_v v) { __builtin_memcpy(to, &v, sizeof v); }
 
-// The fields of both half steps as signed bytes: layout.h.
+// The fields of both half steps as signed bytes: layout.h. Of those that nobody uses nothing is computed.
 template <int BITS>
 INLINE void unpack_step(const uint8_t* w, line_v (&f)[2][4]) {
   if constexpr (BITS == 3) {
@@ -39,26 +41,29 @@ INLINE void unpack_step(const uint8_t* w, line_v (&f)[2][4]) {
   }
 }
 
-template <int BITS>
-void unpack_bits(const uint8_t* w, int64_t steps, uint8_t* out) {
+template <int BITS, int HALF>
+void unpack_half(const uint8_t* w, int64_t steps, uint8_t* out) {
   constexpr int64_t STEPS = qvgen::TILE_K / qvgen::STEP;
-  const int64_t tile_steps = (steps + STEPS - 1) / STEPS;
-  uint8_t* halves[2] = {out, out + tile_steps * qvgen::TILE_STEP_BYTES};
-  for (int64_t step = 0; step < tile_steps * STEPS; step++, w += 64 * BITS) {
+  for (int64_t step = 0; step < qvgen::round_up(steps, STEPS); step++, w += 64 * BITS) {
     line_v f[2][4] = {};
     if (step < steps) unpack_step<BITS>(w, f);
-    const int64_t at = step / STEPS * qvgen::TILE_STEP_BYTES + step % STEPS * 128;
+    uint8_t* const to = out + step / STEPS * qvgen::TILE_STEP_BYTES + step % STEPS * 128;
     for (int line = 0; line < 2; line++)
-      for (int i = 0; i < 4; i++) store_line(halves[i / 2] + at + line * 64 + i % 2 * 1024, f[line][i]);
+      for (int i = 0; i < 2; i++) store_line(to + line * 64 + i * 1024, f[line][HALF * 2 + i]);
   }
 }
 
-void unpack(int lane_bits, const uint8_t* w, int64_t steps, uint8_t* out) {
+template <int BITS>
+void unpack_bits(const uint8_t* w, int64_t steps, int half, uint8_t* out) {
+  half ? unpack_half<BITS, 1>(w, steps, out) : unpack_half<BITS, 0>(w, steps, out);
+}
+
+void unpack(int lane_bits, const uint8_t* w, int64_t steps, int half, uint8_t* out) {
   switch (lane_bits) {
-    case 2: return unpack_bits<2>(w, steps, out);
-    case 3: return unpack_bits<3>(w, steps, out);
-    case 4: return unpack_bits<4>(w, steps, out);
-    default: return unpack_bits<8>(w, steps, out);
+    case 2: return unpack_bits<2>(w, steps, half, out);
+    case 3: return unpack_bits<3>(w, steps, half, out);
+    case 4: return unpack_bits<4>(w, steps, half, out);
+    default: return unpack_bits<8>(w, steps, half, out);
   }
 }
 
@@ -88,7 +93,8 @@ INLINE void exchange(const qvgen::TileBlock& b) {
 
 constexpr int64_t LATE = 4;  // steps until rows are finished: earlier, their loads would wait for the stores
 
-void multiply(const qvgen::TileBlock& block, qvgen::Shadow& shadow) {
+template <class Rest>
+INLINE void multiply_and(const qvgen::TileBlock& block, qvgen::Shadow& shadow, Rest&& rest) {
   const uint8_t *a = block.codes, *b = block.weight;
   const int64_t steps = block.steps, slots = steps - LATE;
   const int rows = slots < 1 ? 0 : int((shadow.rows + slots - 1) / slots);  // a step
@@ -105,10 +111,33 @@ void multiply(const qvgen::TileBlock& block, qvgen::Shadow& shadow) {
     prefetch(shadow.weight), prefetch(shadow.codes);
     if (step >= LATE && shadow.rows) {
       const int some = rows < shadow.rows ? rows : shadow.rows;
-      shadow.finish(shadow.context, some), shadow.rows -= some;
+      rest(some), shadow.rows -= some;
     }
   }
-  if (shadow.rows) shadow.finish(shadow.context, shadow.rows), shadow.rows = 0;
+  if (shadow.rows) rest(shadow.rows), shadow.rows = 0;
+}
+
+// f(Rows) for the kind of outputs that are wanted.
+template <class F>
+INLINE void with_rows(const qvgen::TileOutputs& o, const F& f) {
+  if (o.dtype == int(Dtype::f32)) return o.gelu ? f(Rows<Dtype::f32, true>(o)) : f(Rows<Dtype::f32, false>(o));
+  o.gelu ? f(Rows<Dtype::bf16, true>(o)) : f(Rows<Dtype::bf16, false>(o));
+}
+
+void multiply(const qvgen::TileBlock& block, qvgen::Shadow& shadow) {
+  if (!shadow.rows) return multiply_and(block, shadow, [](int) {});
+  if (!shadow.outputs) return multiply_and(block, shadow, [&](int some) { shadow.finish(shadow.context, some); });
+  with_rows(*shadow.outputs, [&](auto rows) {
+    multiply_and(block, shadow, [&](int some) {
+      for (int i = 0; i < some; i++) rows.next();
+    });
+  });
+}
+
+void finish_rows(const qvgen::TileOutputs& outputs, int count) {
+  with_rows(outputs, [&](auto rows) {
+    for (int i = 0; i < count; i++) rows.next();
+  });
 }
 
 void store(const qvgen::TileSums& to) { store_sums<0>(to), store_sums<1>(to), store_sums<2>(to), store_sums<3>(to); }
@@ -133,7 +162,7 @@ int64_t products(int64_t rounds) {
 }
 #endif
 
-constexpr qvgen::TileKernel KERNEL = {EMULATED, begin, end, unpack, multiply, store, products};
+constexpr qvgen::TileKernel KERNEL = {EMULATED, begin, end, unpack, multiply, store, finish_rows, tile_codes, products};
 
 }  // namespace
 

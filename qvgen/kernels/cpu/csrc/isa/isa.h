@@ -30,6 +30,9 @@ struct Tile {
   const uint8_t* next = nullptr;  // codes that will be wanted next: a line per step may be prefetched from here
 };
 
+// Whether all partial results of an output are integers of float32.
+inline bool sums_are_small(int max_code, int weight_bits, int64_t k) { return (int64_t(max_code) << weight_bits) * k < 1 << 24; }
+
 // Where a tile's outputs go, and which of the panel are wanted.
 struct Target {
   int64_t columns;    // of the panel that exist

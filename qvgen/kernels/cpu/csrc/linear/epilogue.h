@@ -10,8 +10,6 @@
 
 namespace {
 
-constexpr int64_t EXACT_FLOAT = 1 << 24;
-
 struct Tokens {
   int32_t zero_point[qvgen::TILE_ROWS], centred_sum[qvgen::TILE_ROWS];  // centred_sum: sum of (a - zero_point)
   float float_zero_point[qvgen::TILE_ROWS], float_sum[qvgen::TILE_ROWS];
@@ -83,15 +81,11 @@ inline void finish_gelu(
   t.gelu ? finish_as<D, true, SMALL>(grid, tile, grids, tokens, t) : finish_as<D, false, SMALL>(grid, tile, grids, tokens, t);
 }
 
-inline bool small(const qvgen::Tile& tile, int weight_bits, int64_t k) {
-  return (int64_t(tile.max_code) << weight_bits) * k < EXACT_FLOAT;
-}
-
 void finish(
     const qvgen::PanelGrid& grid, const qvgen::Tile& tile, const qvgen::TokenGrid* grids, int weight_bits, int64_t k,
     const qvgen::Target& t) {
   const Tokens tokens(tile, grids, k);
-  const bool floats = small(tile, weight_bits, k);
+  const bool floats = qvgen::sums_are_small(tile.max_code, weight_bits, k);
   if (t.dtype == int(Dtype::f32)) {
     floats ? finish_gelu<Dtype::f32, true>(grid, tile, grids, tokens, t)
            : finish_gelu<Dtype::f32, false>(grid, tile, grids, tokens, t);

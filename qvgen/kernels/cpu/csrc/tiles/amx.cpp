@@ -52,13 +52,17 @@ const char* refusal_now() {
   unsigned a, b, c, d;
   const bool present = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1) && (d >> 25 & 1);  // AMX-TILE, AMX-INT8
   if (!present) return "this processor does not have AMX";
+  if (!(c >> 1 & 1)) return "AVX512_VBMI is switched off, beside which AMX is used";
   if (!registers_are_saved()) return "the operating system does not know AMX's registers (XCR0)";
   if (!qvgen::isa_avx512bf16()->supported()) return "AVX512_BF16 is switched off, beside which AMX is used";
   return permission_refusal();
 }
 
+const char* refusal_of_emulated() { return qvgen::isa_avx2()->supported() ? nullptr : "emulated tiles need AVX2"; }
+
 const char* refusal() {
-  static const char* const text = qvgen::tiles_amx()->emulated ? nullptr : refusal_now();  // the same for the whole process
+  // The same for the whole process.
+  static const char* const text = qvgen::tiles_amx()->emulated ? refusal_of_emulated() : refusal_now();
   return text;
 }
 

@@ -11,8 +11,8 @@ namespace {
 
 constexpr int64_t BLOCK_TOKENS = 512;         // whose codes, or a chunk of them along k, stay in the second level
 constexpr int64_t WORTH_A_THREAD = 1 << 21;   // multiply-adds
-constexpr int64_t STREAM_BYTES = 2 << 20;     // of outputs that would leave the second level in any case
-constexpr int64_t LEAST_TOKENS = 16;          // not measured: below it a tile would be empty for the most part
+constexpr int64_t STREAM_BYTES = 1 << 20;     // of outputs, most of which would leave the second level (2 MiB) in any case
+constexpr int64_t LEAST_TOKENS = 16;          // at 12 registers are still as fast or faster, at 24 tiles 1.4 times (Xeon 6)
 
 std::atomic<int64_t> least_tokens{LEAST_TOKENS};
 
@@ -25,8 +25,10 @@ struct Configured {
 };
 
 bool streams(const qvgen_layer& layer, int64_t total) {
-  const int64_t row = layer.out_features * (layer.out_dtype ? 2 : 4);
-  return layer.groups == 1 && layer.out_features % PANEL == 0 && uintptr_t(layer.out) % 64 == 0 && total * row >= STREAM_BYTES;
+  const Header& h = header(layer);
+  const int64_t row = h.n * (layer.out_dtype ? 2 : 4);
+  const bool by_the_kernel = h.groups == 1 && sums_are_small(max_code(layer), h.weight_bits, h.k);
+  return by_the_kernel && h.n % PANEL == 0 && uintptr_t(layer.out) % 64 == 0 && total * row >= STREAM_BYTES;
 }
 
 uint8_t* output(const qvgen_layer& layer, int64_t m) {
@@ -38,10 +40,18 @@ void quantize(
     const Isa& isa, const qvgen_layer& layer, const Tokens& tokens, int64_t count, Range* ranges, bool known, const TileCodes& codes) {
   const Header& h = header(layer);
   uint8_t* const row = row_memory.get(Codes::row_stride(h));
+  const int64_t ahead = h.k * (tokens.dtype ? 2 : 4);  // the next token (two or four of them ahead: the same or worse)
   for (int64_t m = 0; m < count; m++) {
     if (!known) ranges[m] = token_range(isa, tokens, m);
-    quantize_token(isa, layer, tokens.from(m), 0, ranges[m], {row, 0, codes.grid + m, codes.sums + m * h.groups});
-    write_token(h, row, m, codes);
+    if (h.groups > 1) {
+      quantize_token(isa, layer, tokens.from(m), 0, ranges[m], {row, 0, codes.grid + m, codes.sums + m * h.groups});
+      write_token(h, row, m, codes);
+      continue;
+    }
+    const TokenGrid grid = codes.grid[m] = grid_of(layer, tokens, m, ranges[m]);
+    codes.sums[m] = isa.tiles->quantize(tokens.dtype, tokens.at(m), h.k, grid, max_code(layer), ahead, token_codes(codes, m));
+    codes.scale[m] = grid.scale, codes.zero_point[m] = float(grid.zero_point);
+    codes.sum[m] = float(codes.sums[m] - int32_t(h.k) * grid.zero_point);
   }
   for (int64_t m = count; m % TILE_TOKENS; m++) write_token(h, nullptr, m, codes);
 }
@@ -83,7 +93,7 @@ int shared_outputs(const Isa& isa, const qvgen_layer& layer, const Tokens& token
 }  // namespace
 
 void write_token(const Header& h, const uint8_t* row, int64_t m, const TileCodes& codes) {
-  uint8_t* to = codes.blocks + m / TILE_TOKENS * codes.block_bytes + m % TILE_TOKENS * TILE_K;
+  uint8_t* to = token_codes(codes, m);
   const int64_t padded = group_steps(h) * STEP;
   for (int64_t g = 0; g < h.groups; g++)
     for (int64_t k = 0; k < padded; k += TILE_K, to += TILE_STEP_BYTES) {

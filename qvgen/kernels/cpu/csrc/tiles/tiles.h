@@ -1,7 +1,7 @@
 // Linear layers on tiles of 16 x 64 bytes (AMX): what an instruction set offers to the driver, and the driver.
 //
 //   Codes of tokens   blocks of 32 tokens; in each, steps of 64 k; in each, two tiles of 16 tokens x 64 k: 2 KiB a step
-//   Unpacked panel    two halves of 32 outputs; in each, steps of 64 k; in each, two tiles, line r: k 4 r to 4 r + 3 of 16 outputs
+//   Unpacked weight   32 outputs, half a panel; steps of 64 k; in each, two tiles, line r: k 4 r to 4 r + 3 of 16 outputs
 //   Sums              (32 tokens, 32 outputs), four tiles
 //
 // A panel lies in memory in the layout of all instruction sets (layout.h), whose half steps are lines of such tiles already.
@@ -23,12 +23,33 @@ struct Ahead {
   int lines = 0;
 };
 
+// How a row of 32 outputs is written. Past the caches, two rows of bfloat16 that are neighbours go together: the first is staged.
+enum class Write { plain, stage, stream };
+
+// Outputs of 32 tokens by 32 outputs whose sums are integers of float32.
+struct TileOutputs {
+  int dtype;
+  bool gelu;
+  const PanelGrid* grid;
+  const float* bias;  // (PANEL,)
+  int64_t first;      // of the panel's outputs: 0 or 32
+  struct {
+    const float *scale, *zero_point, *sum;  // sum: of code - zero point
+  } tokens;
+  const int32_t* sums;  // (32, 32)
+  Write how;
+  void* out;       // first token's first output
+  int64_t stride;  // bytes between tokens
+  uint8_t* stage;  // (32, 64 bytes)
+};
+
 // What is done between the products.
 struct Shadow {
   Ahead weight, codes;
-  void (*finish)(void* context, int rows) = nullptr;  // the next `rows` rows of the block before, whose sums are whole
+  int rows = 0;  // that are left of the block before, whose sums are whole
+  const TileOutputs* outputs = nullptr;
+  void (*finish)(void* context, int rows) = nullptr;  // without `outputs`: the next `rows` rows
   void* context = nullptr;
-  int rows = 0;  // that are left
 };
 
 struct TileSums {
@@ -48,10 +69,15 @@ struct TileKernel {
   bool emulated;
   void (*begin)();  // on the thread that calls what follows
   void (*end)();
-  // `steps` of layout.h, from w on, to (2, tile steps, 2, 16, 64); what is missing of the last 64 k is filled with zeros.
-  void (*unpack)(int lane_bits, const uint8_t* w, int64_t steps, uint8_t* out);
+  // 32 outputs, half a panel, of `steps` of layout.h from w on, to (tile steps, 2, 16, 64); what is missing of the last 64 k is
+  // filled with zeros.
+  void (*unpack)(int lane_bits, const uint8_t* w, int64_t steps, int half, uint8_t* out);
   void (*multiply)(const TileBlock&, Shadow&);
   void (*store)(const TileSums&);  // the sums that the tiles hold
+  void (*finish)(const TileOutputs&, int rows);
+  // Codes of one token, as Isa::token_codes, each 64 of them a step after the last 64; zeros fill the last. `ahead`: bytes from x
+  // on to what will be quantized soon.
+  int32_t (*quantize)(int dtype, const void* x, int64_t k, const TokenGrid&, int max_code, int64_t ahead, uint8_t* codes);
   int64_t (*products)(int64_t rounds);  // as Isa::burst; 0 where it would say nothing
 };
 
