@@ -39,6 +39,10 @@ def nobody_watches(x: Any) -> bool:
     )
 
 
+def _is_plain(x: Any) -> bool:
+    return type(x) in _PLAIN and not (x.requires_grad and torch.is_grad_enabled())
+
+
 def with_shortcut(
     op: Callable[..., Any], implementation: Callable[..., Any], written: int | None = None
 ) -> Callable[..., Any]:
@@ -46,7 +50,7 @@ def with_shortcut(
     `written`: the place of the argument that the op writes into."""
 
     def call(*args: Any) -> Any:
-        if nobody_watches(args[0]) and (written is None or nobody_watches(args[written])):
+        if nobody_watches(args[0]) and (written is None or _is_plain(args[written])):
             try:
                 result = implementation(*args)
             except TypeError:

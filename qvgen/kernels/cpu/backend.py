@@ -98,9 +98,10 @@ class CpuBackend:
         x, targets = _computable(x), [y if y.dtype in _DTYPES else torch.empty_like(y, dtype=torch.float32) for y in outputs]
         # Named, because they keep alive what they point to and the array's copies do not.
         parts = [_layer(tensors, arguments, y, x.shape[-1], gelu) for tensors, y in zip(layers, targets, strict=True)]
-        described, source = (library.Layer * len(parts))(*parts), _input(x, arguments)
+        described = ctypes.byref(parts[0]) if len(parts) == 1 else (library.Layer * len(parts))(*parts)
+        source = _input(x, arguments)
         library.check(
-            library.load().qvgen_linear(library.isa(), described, len(layers), ctypes.byref(source), torch.get_num_threads())
+            library.load().qvgen_linear(library.isa(), described, len(parts), ctypes.byref(source), torch.get_num_threads())
         )
         for y, target in zip(outputs, targets, strict=True):
             if y is not target:
