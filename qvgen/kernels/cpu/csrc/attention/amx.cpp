@@ -1,9 +1,8 @@
-// Attention in bfloat16 on AMX tiles: 32 queries and 512 keys at a time.
+// Attention in bfloat16 on AMX tiles: twice 32 queries and 512 keys at a time, so that keys and values, which come from the
+// second-level cache, are read once for both.
 //
-// The softmax, in registers, takes longer than the products, on tiles (on Sapphire Rapids 16 cycles for 16 scores of 32 queries
-// against 8). So it runs between them: while the scores of one unit of work become probabilities, the tiles multiply those of
-// the unit before with their values and make the scores of the one after. The processor does both at once, for a tile's
-// product takes 16 cycles of an execution port that vectors hardly use.
+// Scores, softmax and products with values follow one another. Softmax between the products was tried, in slices of 4 to 40
+// vectors: no gain on a Xeon 6, where beside products of tiles vectors run at less than half their rate.
 //
 // Panels, softmax and rounding are those of avx512bf16.cpp; sums of products are in another order.
 #if defined(__x86_64__) && (defined(QVGEN_HAVE_AMX) || defined(QVGEN_AMX_EMULATED))
@@ -16,6 +15,7 @@ namespace {
 
 constexpr int64_t WIDTH = qvgen::ATTENTION_WIDTH, LINE = WIDTH * 4;  // bytes from line to line of a tile in a panel
 constexpr int64_t ROWS = 32;    // queries of a unit
+constexpr int64_t UNITS = 2;
 constexpr int64_t CHUNK = 32;   // keys, or features, of four tiles
 constexpr int64_t KEYS = 512;   // of a unit, at most
 constexpr int64_t QUARTER = 256;  // elements of a tile of sums
@@ -59,77 +59,45 @@ struct alignas(64) Unit {
 };
 
 struct alignas(64) State {
-  uint16_t queries[MOST_FEATURES / CHUNK][ROWS * CHUNK];
-  Block blocks[2];
-  Unit units[2];
+  uint16_t queries[UNITS][MOST_FEATURES / CHUNK][ROWS * CHUNK];
+  Block blocks[UNITS];
+  Unit units[UNITS];
 };
 
 INLINE int64_t place(int64_t row) { return row / 16 * 2 * QUARTER + row % 16 * 16; }
 
-// f(score, probability) for each vector of the chunks from `first` to `end` of a row.
+// f(score, probability, half) for each vector of a row.
 template <class F>
-INLINE void each_score(Unit& unit, int64_t row, int64_t first, int64_t end, const F& f) {
-  for (int64_t j = first; j < end; j++)
+INLINE void each_score(Unit& unit, int64_t row, int64_t chunks, const F& f) {
+  for (int64_t j = 0; j < chunks; j++)
+#pragma GCC unroll 2
     for (int64_t half = 0; half < 2; half++)
       for (int64_t i = 0; i < 16; i += LANES)
-        f(unit.scores[j] + place(row) + half * QUARTER + i, unit.probabilities[j] + row * CHUNK + half * 16 + i);
+        f(unit.scores[j] + place(row) + half * QUARTER + i, unit.probabilities[j] + row * CHUNK + half * 16 + i, half);
 }
 
-// Scores to probabilities, row by row, in slices that fit between products.
-struct Softmax {
-  static constexpr int SLICES = 4;  // of a row: the maximum, then a third of the exponentials each
-  Unit* unit = nullptr;
-  Block* block = nullptr;
-  float scale = 0;  // of scores, in powers of two
-  int64_t chunks = 0, keys = 0;
-  bool first = false;  // of the block's keys
-  int64_t next = 0, products = 0;  // the next slice; products that it may run beside
-  f32v total{};
-  float most = 0;
-
-  int64_t left() const { return unit ? ROWS * SLICES - next : 0; }
-
-  INLINE void beside_a_product() {
-    const int64_t some = products > 0 ? (left() + products - 1) / products : left();
-    products--;
-    for (int64_t i = 0; i < some; i++) slice();
-  }
-  INLINE void finish() {
-    while (left()) slice();
-  }
-
-  INLINE void slice() {
-    const int64_t row = next / SLICES, part = next % SLICES;
-    next++;
-    if (part == 0) return maximum_of(row);
+// Scores to probabilities; `scale` of scores, in powers of two; `start`: of the block's keys.
+void softmax(Unit& unit, Block& block, float scale, int64_t chunks, int64_t keys, bool start) {
+  for (int64_t row = 0; row < ROWS; row++) {
+    for (int64_t key = keys; key < chunks * CHUNK; key++)
+      unit.scores[key / CHUNK][place(row) + key % CHUNK / 16 * QUARTER + key % 16] = -INFINITE;
+    if (start) block.most[row] = -INFINITE, block.total[row] = 0;
+    f32v high[2] = {splat(-INFINITE), splat(-INFINITE)};
+    each_score(unit, row, chunks, [&](const float* score, uint16_t*, int64_t half) {
+      high[half] = maximum(load<f32v>(score), high[half]);
+    });
+    const float before = block.most[row], most = largest(maximum(maximum(high[0], high[1]), splat(before)));
+    block.most[row] = most, unit.shrink[row] = start ? 1 : power(splat((before - most) * scale))[0];
     const f32v factor = splat(scale), minus = splat(-most * scale);
-    f32v sums = total;
-    const int64_t start = (part - 1) * chunks / (SLICES - 1), end = part * chunks / (SLICES - 1);
-    each_score(*unit, row, start, end, [&](const float* score, uint16_t* to) {
+    f32v total[2] = {};
+    each_score(unit, row, chunks, [&](const float* score, uint16_t* to, int64_t half) {
       const f32v v = power(load<f32v>(score) * factor + minus);
-      sums += v;
+      total[half] += v;
       store(to, to_bf16(v));
     });
-    total = sums;
-    if (part == SLICES - 1) block->total[row] = block->total[row] * unit->shrink[row] + sum(total);
+    block.total[row] = block.total[row] * unit.shrink[row] + sum(total[0] + total[1]);
   }
-
-  INLINE void maximum_of(int64_t row) {
-    for (int64_t key = keys; key < chunks * CHUNK; key++)
-      unit->scores[key / CHUNK][place(row) + key % CHUNK / 16 * QUARTER + key % 16] = -INFINITE;
-    if (first) block->most[row] = -INFINITE, block->total[row] = 0;
-    f32v high = splat(-INFINITE), other = high;
-    for (int64_t j = 0; j < chunks; j++)
-      for (int64_t i = 0; i < 16; i += LANES) {
-        const float* at = unit->scores[j] + place(row) + i;
-        high = maximum(load<f32v>(at), high), other = maximum(load<f32v>(at + QUARTER), other);
-      }
-    const float before = block->most[row];
-    most = largest(maximum(maximum(high, other), splat(before)));
-    block->most[row] = most, unit->shrink[row] = first ? 1 : power(splat((before - most) * scale))[0];
-    total = f32v{};
-  }
-};
+}
 
 // The four tiles of sums, one after the other.
 INLINE void store_sums(float* to) {
@@ -149,55 +117,57 @@ INLINE void multiply(const uint16_t* a, const uint32_t* b) {
   tile_load<5>(a + 16 * CHUNK, 64), tile_dot_bf16<2, 5, 6>(), tile_dot_bf16<3, 5, 7>();
 }
 
-// unit.scores of `chunks` x 32 keys from chunk `first` on.
-void multiply_keys(
-    const Shape& s, const State& state, const uint32_t* keys, int64_t first, int64_t chunks, Unit& unit, Softmax& beside) {
-  for (int64_t j = 0; j < chunks; j++) {
-    const uint32_t* b = keys + (first + j) / 2 * s.panel_keys() + (first + j) % 2 * CHUNK;
-    zero_sums();
-    for (int64_t piece = 0; piece < s.pairs() / 16; piece++, b += 16 * WIDTH) {
-      multiply(state.queries[piece], b);
-      beside.beside_a_product();
+// Scores of `chunks` x 32 keys from chunk `first` on, of `count` units.
+void multiply_keys(const Shape& s, State& state, const uint32_t* keys, int64_t first, int64_t chunks, int64_t count) {
+  for (int64_t j = 0; j < chunks; j++)
+    for (int64_t unit = 0; unit < count; unit++) {
+      const uint32_t* b = keys + (first + j) / 2 * s.panel_keys() + (first + j) % 2 * CHUNK;
+      zero_sums();
+      for (int64_t piece = 0; piece < s.pairs() / 16; piece++, b += 16 * WIDTH) multiply(state.queries[unit][piece], b);
+      store_sums(state.units[unit].scores[j]);
     }
-    store_sums(unit.scores[j]);
-  }
 }
 
-// block.out += probabilities x values.
+// Add probabilities x values to what there was, shrunk to the new maximum.
 void multiply_values(
-    const Shape& s, const Unit& unit, const uint32_t* values, int64_t first, int64_t chunks, bool start, Block& block,
-    Softmax& beside) {
-  for (int64_t piece = 0; piece < s.pairs() / 16; piece++) {
-    float* out = block.out[piece];
-    if (start) {
-      zero_sums();
-    } else {
-      for (int64_t row = 0; row < ROWS; row++)
-        if (const float shrink = unit.shrink[row]; shrink != 1)
-          for (int64_t i = 0; i < CHUNK; i += LANES) {
-            float* at = out + place(row) + i / 16 * QUARTER + i % 16;
-            store(at, load<f32v>(at) * shrink);
-          }
-      load_sums(out);
+    const Shape& s, State& state, const uint32_t* values, int64_t first, int64_t chunks, bool start, int64_t count) {
+  for (int64_t piece = 0; piece < s.pairs() / 16; piece++)
+    for (int64_t u = 0; u < count; u++) {
+      const Unit& unit = state.units[u];
+      float* out = state.blocks[u].out[piece];
+      if (start) {
+        zero_sums();
+      } else {
+        for (int64_t row = 0; row < ROWS; row++)
+          if (const float shrink = unit.shrink[row]; shrink != 1)
+            for (int64_t i = 0; i < CHUNK; i += LANES) {
+              float* at = out + place(row) + i / 16 * QUARTER + i % 16;
+              store(at, load<f32v>(at) * shrink);
+            }
+        load_sums(out);
+      }
+      for (int64_t j = 0; j < chunks; j++) {
+        const uint32_t* b = values + (first + j) / 2 * s.panel_values() + piece / 2 * (WIDTH / 2 * WIDTH) +
+                            (first + j) % 2 * 16 * WIDTH + piece % 2 * CHUNK;
+        multiply(unit.probabilities[j], b);
+      }
+      store_sums(out);
     }
-    for (int64_t j = 0; j < chunks; j++) {
-      const uint32_t* b = values + (first + j) / 2 * s.panel_values() + piece / 2 * (WIDTH / 2 * WIDTH) +
-                          (first + j) % 2 * 16 * WIDTH + piece % 2 * CHUNK;
-      multiply(unit.probabilities[j], b);
-      beside.beside_a_product();
-    }
-    store_sums(out);
-  }
 }
 
 // The queries from row `first` of `q`, zeros beyond the last, in tiles.
-void read_queries(const Shape& s, const uint16_t* q, int64_t first, int64_t queries, State& state) {
+void read_queries(const Shape& s, const uint16_t* q, int64_t first, int64_t queries, uint16_t (*to_pieces)[ROWS * CHUNK]) {
   for (int64_t piece = 0; piece < s.pairs() / 16; piece++) {
     const int64_t wanted = s.features - piece * CHUNK, count = wanted < CHUNK ? wanted : CHUNK;
     for (int64_t row = 0; row < ROWS; row++) {
-      uint16_t* to = state.queries[piece] + row * CHUNK;
+      uint16_t* to = to_pieces[piece] + row * CHUNK;
       const int64_t there = first + row < queries ? count : 0;
-      if (there) __builtin_memcpy(to, q + (first + row) * s.stride() + piece * CHUNK, size_t(there * 2));
+      const uint16_t* from = q + (first + row) * s.stride() + piece * CHUNK;
+      if (there == CHUNK) {
+        __builtin_memcpy(to, from, CHUNK * 2);
+        continue;
+      }
+      if (there) __builtin_memcpy(to, from, size_t(there * 2));
       if (there < CHUNK) __builtin_memset(to + there, 0, size_t((CHUNK - there) * 2));
     }
   }
@@ -215,30 +185,18 @@ void attend(const Shape& s, const uint16_t* q, int64_t queries, const uint32_t* 
   State& state = *(State*)memory;
   const uint32_t *keys = panels, *values = panels + s.key_panels() * s.panel_keys();
   const int64_t all = 2 * s.key_panels(), parts = (all * CHUNK + KEYS - 1) / KEYS, size = (all + parts - 1) / parts;
-  const int64_t units = (queries + ROWS - 1) / ROWS * parts;
-  const auto first_chunk = [&](int64_t u) { return u % parts * size; };
-  const auto chunks = [&](int64_t u) { return all - first_chunk(u) < size ? all - first_chunk(u) : size; };
   tile_configure();
-  for (int64_t u = -1; u <= units; u++) {  // softmax of unit u beside the products of u - 1 and u + 1
-    Softmax softmax;
-    if (u >= 0 && u < units) {
-      softmax.unit = &state.units[u % 2], softmax.block = &state.blocks[u / parts % 2];
-      softmax.scale = s.scale * LOG2_E, softmax.first = u % parts == 0;
-      softmax.chunks = chunks(u), softmax.keys = s.keys - first_chunk(u) * CHUNK;
+  for (int64_t row = 0; row < queries; row += UNITS * ROWS) {
+    const int64_t left = (queries - row + ROWS - 1) / ROWS, count = left < UNITS ? left : UNITS;
+    for (int64_t u = 0; u < count; u++) read_queries(s, q, row + u * ROWS, queries, state.queries[u]);
+    for (int64_t first = 0; first < all; first += size) {
+      const int64_t chunks = all - first < size ? all - first : size;
+      multiply_keys(s, state, keys, first, chunks, count);
+      for (int64_t u = 0; u < count; u++)
+        softmax(state.units[u], state.blocks[u], s.scale * LOG2_E, chunks, s.keys - first * CHUNK, first == 0);
+      multiply_values(s, state, values, first, chunks, first == 0, count);
     }
-    const int64_t before = u - 1, after = u + 1;
-    softmax.products = ((before >= 0 ? chunks(before) : 0) + (after < units ? chunks(after) : 0)) * (s.pairs() / 16);
-    if (before >= 0) {
-      Block& block = state.blocks[before / parts % 2];
-      const Unit& unit = state.units[before % 2];
-      multiply_values(s, unit, values, first_chunk(before), chunks(before), before % parts == 0, block, softmax);
-      if (u % parts == 0) write_outputs(s, block, before / parts * ROWS, queries, out);
-    }
-    if (after < units) {
-      if (after % parts == 0) read_queries(s, q, after / parts * ROWS, queries, state);
-      multiply_keys(s, state, keys, first_chunk(after), chunks(after), state.units[after % 2], softmax);
-    }
-    softmax.finish();
+    for (int64_t u = 0; u < count; u++) write_outputs(s, state.blocks[u], row + u * ROWS, queries, out);
   }
   tile_release();
 }
