@@ -140,6 +140,25 @@ void finish_rows(const qvgen::TileOutputs& outputs, int count) {
   });
 }
 
+void multiply_bf16(const uint8_t* a, int64_t stride, const uint8_t* b, int64_t words, bool first, float* out) {
+  constexpr int64_t LINE = qvgen::PANEL * 4, TILE_WORDS = 16;
+  for (int half = 0; half < 2; half++, out += 32, b += TILE_BYTES * 2) {
+    float* const below = out + TILE_LINES * qvgen::PANEL;
+    if (first) {
+      tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+    } else {
+      tile_load<0>(out, LINE), tile_load<1>(out + 16, LINE), tile_load<2>(below, LINE), tile_load<3>(below + 16, LINE);
+    }
+    const uint8_t *left = a, *right = b;
+    for (int64_t word = 0; word < words; word += TILE_WORDS, left += TILE_BYTES, right += TILE_WORDS * LINE) {
+      tile_load<4>(left, stride), tile_load<6>(right, LINE), tile_dot_bf16<0, 4, 6>();
+      tile_load<7>(right + TILE_BYTES, LINE), tile_dot_bf16<1, 4, 7>();
+      tile_load<5>(left + TILE_LINES * stride, stride), tile_dot_bf16<2, 5, 6>(), tile_dot_bf16<3, 5, 7>();
+    }
+    tile_store<0>(out, LINE), tile_store<1>(out + 16, LINE), tile_store<2>(below, LINE), tile_store<3>(below + 16, LINE);
+  }
+}
+
 void store(const qvgen::TileSums& to) { store_sums<0>(to), store_sums<1>(to), store_sums<2>(to), store_sums<3>(to); }
 
 void begin() { tile_configure(); }
@@ -162,7 +181,7 @@ int64_t products(int64_t rounds) {
 }
 #endif
 
-constexpr qvgen::TileKernel KERNEL = {EMULATED, begin, end, unpack, multiply, store, finish_rows, tile_codes, products};
+constexpr qvgen::TileKernel KERNEL = {EMULATED, begin, end, unpack, multiply, store, finish_rows, tile_codes, multiply_bf16, products};
 
 }  // namespace
 

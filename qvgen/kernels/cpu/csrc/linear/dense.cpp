@@ -9,6 +9,7 @@
 
 #include "threads/parallel.h"
 #include "threads/workspace.h"
+#include "tiles/tiles.h"
 
 namespace qvgen {
 namespace {
@@ -75,9 +76,8 @@ void outputs(const Isa& isa, const qvgen_layer& layer, int64_t p, Dense form, co
   float* const values = reinterpret_cast<float*>(value_memory.get(count * PANEL * int64_t(sizeof(float))));
   for (int64_t g = 0; g < h.groups; g++) {
     const PanelGrid& grid = panel_grid(h, p, g);
-    alignas(64) float zero_point[PANEL];  // exactly: it was taken apart without rounding
-    for (int64_t n = 0; n < PANEL; n++)
-      zero_point[n] = float(grid.zero_whole[n] + field_offset(h.weight_bits, int(n / FIELD))) + grid.zero_fraction[n];
+    alignas(64) float zero_point[PANEL];
+    read_zero_points(h, grid, zero_point);
     for (int64_t step = 0; step < steps; step += most) {
       const int64_t some = steps - step < most ? steps - step : most, at = g * steps + step;
       isa.dequantize(
@@ -99,7 +99,13 @@ void outputs(const Isa& isa, const qvgen_layer& layer, int64_t p, Dense form, co
 
 }  // namespace
 
+void read_zero_points(const Header& h, const PanelGrid& grid, float* zero_point) {
+  for (int64_t n = 0; n < PANEL; n++)
+    zero_point[n] = float(grid.zero_whole[n] + field_offset(h.weight_bits, int(n / FIELD))) + grid.zero_fraction[n];
+}
+
 int dense_outputs(const Isa& isa, const qvgen_layer& layer, const Tokens& tokens, int64_t total, int threads) {
+  if (dense_tiles_pay(isa, tokens, total)) return dense_tile_outputs(isa, layer, tokens, total, threads);
   const Header& h = header(layer);
   const Dense form = !tokens.dtype ? Dense::floats : pairs_are_faster(isa) ? Dense::pairs : Dense::rounded;
   const int64_t worth = 1 + total * h.k * h.n / WORTH_A_THREAD, size = group_size(h), padded = group_steps(h) * STEP;

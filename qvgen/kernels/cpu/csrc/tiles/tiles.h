@@ -78,6 +78,9 @@ struct TileKernel {
   // Codes of one token, as Isa::token_codes, each 64 of them a step after the last 64; zeros fill the last. `ahead`: bytes from x
   // on to what will be quantized soon.
   int32_t (*quantize)(int dtype, const void* x, int64_t k, const TokenGrid&, int max_code, int64_t ahead, uint8_t* codes);
+  // (32, PANEL) floats set to or added to by 32 tokens, `stride` bytes apart, of pairs of bfloat16 times (words, PANEL), a
+  // multiple of 16 of them.
+  void (*multiply_bf16)(const uint8_t* a, int64_t stride, const uint8_t* b, int64_t words, bool first, float* out);
   int64_t (*products)(int64_t rounds);  // as Isa::burst; 0 where it would say nothing
 };
 
@@ -89,6 +92,10 @@ bool tiles_pay(const Isa& isa, int64_t tokens);
 
 // Outputs of `total` tokens; layers that read the same input. Returns a qvgen_status.
 int tile_outputs(const Isa& isa, const qvgen_layer* layers, int count, const Tokens& tokens, int64_t total, int threads);
+
+// Weight-only layers with inputs in bfloat16: whether tiles are used, and their outputs.
+bool dense_tiles_pay(const Isa& isa, const Tokens& tokens, int64_t total);
+int dense_tile_outputs(const Isa& isa, const qvgen_layer& layer, const Tokens& tokens, int64_t total, int threads);
 
 // For tests: as qvgen_integer_part.
 void tile_integers(const Isa& isa, const Header& h, const uint8_t* a, int64_t m, int32_t* out);
