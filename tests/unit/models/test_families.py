@@ -13,6 +13,7 @@ from qvgen.models.family import ClipSize, ClipStep
 from qvgen.models.registry import families, family_adapter, family_of
 from qvgen.models.size import check_size
 from qvgen.models.tiny import TINY_CLIP, TINY_PROMPT, tiny_pipeline
+from qvgen.sampling import one_batch
 from qvgen.sampling.sample import generate, sample
 
 ROOT = Path(__file__).parents[3]
