@@ -5,8 +5,9 @@ that guidance leads away from. Here the first call computes both and the second 
 changed: a shallow copy of it runs, with a wrapper around the same transformer, which lives as long as one call of the copy. So
 threads, errors and later calls never meet it.
 
-An answer is given only to a call whose latents, timestep and embeddings are, by value, those that it was computed for. Anything
-else is computed as it was asked. Pipelines that batch both themselves (CogVideoX) ask otherwise, and get what they always got.
+An answer is given only to a call whose latents, timestep and embeddings are, by value, those that it was computed for.
+Anything else is computed as it was asked. Pipelines that batch both themselves (CogVideoX) ask otherwise, and get what they
+always got.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-# Latent tokens of one evaluation times channels. Above, float32 was slower in one batch (LOG.md, 2026-11-27); one bound for all
-# precisions, so that models that are compared are sampled alike.
+# Latent tokens of one evaluation times channels. Above, float32 can be slower in one batch (LOG.md, 2026-11-27); one bound for
+# all precisions, so that models that are compared are sampled alike.
 MOST_WORK = 2**16
 _ASKED = {"hidden_states", "timestep", "encoder_hidden_states", "return_dict"}
 
@@ -36,7 +37,9 @@ def both_at_once(pipeline: Any, text: Tensor, negative: Tensor | None) -> Any:
         return pipeline
     twin = copy.copy(pipeline)
     wrapper = _BothAtOnce(transformer, text, negative, lambda: getattr(twin, "do_classifier_free_guidance", True))
-    vars(twin)["transformer"] = wrapper  # past DiffusionPipeline.__setattr__, which writes to the configuration that both share
+    vars(twin)["transformer"] = (
+        wrapper  # past DiffusionPipeline.__setattr__, which writes to the configuration that both share
+    )
     return twin
 
 
@@ -97,7 +100,9 @@ def _same(given: Tensor, kept: Tensor) -> bool:
 
 def _values_per_position(transformer: Any) -> float | None:
     """Channels of a token over the latent positions (t, h, w) that it stands for."""
-    heads, width, patch = (transformer.config.get(name) for name in ("num_attention_heads", "attention_head_dim", "patch_size"))
+    heads, width, patch = (
+        transformer.config.get(name) for name in ("num_attention_heads", "attention_head_dim", "patch_size")
+    )
     known = isinstance(heads, int) and isinstance(width, int) and isinstance(patch, tuple | list)
     return heads * width / math.prod(patch) if known else None
 

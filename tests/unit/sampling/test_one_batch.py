@@ -1,4 +1,4 @@
-"""Both evaluations of a guided step in one batch: the videos of two calls up to rounding, and never an answer to another call."""
+"""Both evaluations of a guided step in one batch: what two calls give up to rounding, and never an answer to another call."""
 
 import copy
 import threading
@@ -24,8 +24,8 @@ from qvgen.sampling.sample import denoise
 
 WAN = families()["wan"]
 STEPS, SCALE = 5, 3.0
-# Relative to the norm of the latents. float32: products of embedders in batches of other sizes, over 5 steps. Packed at 8 bits:
-# where such a rounding moves a code, 1/255 of a token's range.
+# Relative to the norm of the latents. float32: products of embedders in batches of other sizes, over 5 steps. Packed at 8
+# bits: where such a rounding moves a code, 1/255 of a token's range.
 ROUNDING, CODE_FLIPS = 1e-5, 2e-2
 PACKED = QuantScheme(
     weights=QuantArgs(num_bits=8), input_activations=QuantArgs(num_bits=8, strategy="token"), timestep_groups=4
