@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-# Latent tokens of one evaluation times channels. Above, float32 can be slower in one batch (LOG.md, 2026-11-27); one bound for
-# all precisions, so that models that are compared are sampled alike.
-MOST_WORK = 2**16
+# Latent tokens of one evaluation, of all its clips. Up to here one batch was faster at 128 and at 1536 channels; soon above it
+# was slower in float32 (LOG.md, 2026-11-27). One bound for all precisions, so that models that are compared are sampled alike.
+MOST_TOKENS = 384
 _ASKED = {"hidden_states", "timestep", "encoder_hidden_states", "return_dict"}
 
 
@@ -33,12 +34,13 @@ def both_at_once(pipeline: Any, text: Tensor, negative: Tensor | None) -> Any:
     for one that others hook into: offloading moves it around each call, and caches keep apart what either call leaves behind.
     """
     transformer = pipeline.transformer
-    if negative is None or text.shape != negative.shape or _values_per_position(transformer) is None or _hooked(transformer):
+    if negative is None or text.shape != negative.shape or _patch(transformer) is None or _hooked(transformer):
         return pipeline
     twin = copy.copy(pipeline)
-    wrapper = _BothAtOnce(transformer, text, negative, lambda: getattr(twin, "do_classifier_free_guidance", True))
-    vars(twin)["transformer"] = (
-        wrapper  # past DiffusionPipeline.__setattr__, which writes to the configuration that both share
+    caller = weakref.ref(twin)  # a cycle would keep the transformer when its memory is wanted
+    # Past DiffusionPipeline.__setattr__, which writes to the configuration that both share.
+    vars(twin)["transformer"] = _BothAtOnce(
+        transformer, text, negative, lambda: getattr(caller(), "do_classifier_free_guidance", True)
     )
     return twin
 
@@ -57,7 +59,7 @@ class _BothAtOnce(nn.Module):
 
     def __init__(self, transformer: nn.Module, text: Tensor, negative: Tensor, guided: Callable[[], bool]) -> None:
         super().__init__()
-        self.transformer, self._guided = transformer, guided
+        self.transformer, self._guided, self.training = transformer, guided, transformer.training
         # Copies, as all that an answer is compared with: nobody else can write to them.
         self._texts = torch.cat([text, negative])
         self._answer: _Answer | None = None
@@ -90,26 +92,23 @@ class _BothAtOnce(nn.Module):
         return tuple(output[:n] for output in outputs)
 
     def _pays(self, latents: Tensor) -> bool:
-        values = _values_per_position(self.transformer)
-        return values is not None and latents.ndim == 5 and values * len(latents) * math.prod(latents.shape[2:]) <= MOST_WORK
+        patch = _patch(self.transformer)
+        if patch is None or latents.ndim != 2 + len(patch):
+            return False
+        return len(latents) * math.prod(latents.shape[2:]) <= MOST_TOKENS * math.prod(patch)
 
 
 def _same(given: Tensor, kept: Tensor) -> bool:
     return given.dtype == kept.dtype and given.device == kept.device and torch.equal(given, kept)
 
 
-def _values_per_position(transformer: Any) -> float | None:
-    """Channels of a token over the latent positions (t, h, w) that it stands for."""
-    heads, width, patch = (
-        transformer.config.get(name) for name in ("num_attention_heads", "attention_head_dim", "patch_size")
-    )
-    known = isinstance(heads, int) and isinstance(width, int) and isinstance(patch, tuple | list)
-    return heads * width / math.prod(patch) if known else None
+def _patch(transformer: Any) -> Sequence[int] | None:
+    """Latent frames, rows and columns that a token stands for, of transformers that say so."""
+    patch = getattr(transformer, "config", {}).get("patch_size")
+    return patch if isinstance(patch, tuple | list) else None
 
 
 def _hooked(transformer: nn.Module) -> bool:
     """diffusers leaves an empty registry of hooks with every transformer that it called."""
-    found = [vars(module).get("_diffusers_hook") for module in transformer.modules()]
-    return any(getattr(registry, "hooks", None) for registry in found) or any(
-        "_hf_hook" in vars(module) for module in transformer.modules()
-    )
+    every = [vars(module) for module in transformer.modules()]
+    return any("_hf_hook" in own or getattr(own.get("_diffusers_hook"), "hooks", None) for own in every)

@@ -359,7 +359,7 @@ def test_a_full_precision_model_is_not_quantized_on_the_fly(wan: Packed) -> None
 def test_what_the_card_shows_is_what_was_scored(wan: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The snippet of a model with a guidance stop samples the video that evaluation scores; without the stop it would not.
     Evaluation's batches are too large for one_batch.py, so each evaluation is a call, as in the snippet."""
-    monkeypatch.setattr(one_batch, "MOST_WORK", 0)
+    monkeypatch.setattr(one_batch, "MOST_TOKENS", 0)
     stop, how = 0.3, {"inference_steps": 5, "guidance_scale": 3.0}
     folder = tmp_path / "packed"
     export_pipeline(wan.source, wan.transformer, SCHEME, folder, torch.float32, "dsa", stop)

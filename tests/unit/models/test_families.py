@@ -44,7 +44,7 @@ def test_a_clip_has_as_many_frames_as_were_asked_for(pipeline: Any, frames: int)
 
 
 def test_decoding_is_the_pipelines_own(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(one_batch, "MOST_WORK", 0)  # steps are the pipeline's own too
+    monkeypatch.setattr(one_batch, "MOST_TOKENS", 0)  # steps are the pipeline's own too
     family = family_adapter(pipeline)
     arguments: dict[str, Any] = {"inference_steps": 2, "guidance_scale": 2.0}
     _, clips = sample(pipeline, family, [TINY_PROMPT], [3], TINY_CLIP, batch_size=1, **arguments)

@@ -1,7 +1,9 @@
 """Both evaluations of a guided step in one batch: what two calls give up to rounding, and never an answer to another call."""
 
 import copy
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -88,7 +90,7 @@ def test_the_latents_of_two_calls_a_step(
     pipeline = request.getfixturevalue(name)
     with batches(pipeline) as ours:
         made = latents(pipeline, n, guidance_stop=stop)
-    monkeypatch.setattr(one_batch, "MOST_WORK", 0)
+    monkeypatch.setattr(one_batch, "MOST_TOKENS", 0)
     with batches(pipeline) as theirs:
         expected = latents(pipeline, n, guidance_stop=stop)
     guided = len(theirs) - STEPS
@@ -101,7 +103,7 @@ def test_the_latents_of_two_calls_a_step(
 def test_the_next_call_with_other_prompts(fp32: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     transformer, made = fp32.transformer, [latents(fp32, seed=seed) for seed in (0, 1, 0)]
     assert fp32.transformer is transformer and torch.equal(made[0], made[2])
-    monkeypatch.setattr(one_batch, "MOST_WORK", 0)
+    monkeypatch.setattr(one_batch, "MOST_TOKENS", 0)
     assert relative(made[1], latents(fp32, seed=1)) < ROUNDING
 
 
@@ -111,10 +113,10 @@ def test_without_guidance_there_is_one_call(fp32: Any) -> None:
     assert sizes == [2] * STEPS and both_at_once(fp32, *texts(2)[:1], None) is fp32
 
 
-def test_work_above_the_bound_is_called_twice(fp32: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    work = 2 * (3 * 2 * 2) * (2 * 12)  # clips, tokens, channels
-    for bound, expected in ((work, [4] * STEPS), (work - 1, [2] * (2 * STEPS))):
-        monkeypatch.setattr(one_batch, "MOST_WORK", bound)
+def test_more_tokens_than_the_bound_are_called_twice(fp32: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = 2 * (3 * 2 * 2)  # of two clips
+    for bound, expected in ((tokens, [4] * STEPS), (tokens - 1, [2] * (2 * STEPS))):
+        monkeypatch.setattr(one_batch, "MOST_TOKENS", bound)
         with batches(fp32) as sizes:
             latents(fp32, 2)
         assert sizes == expected
@@ -139,11 +141,16 @@ def test_what_is_not_batched(fp32: Any) -> None:
     assert both_at_once(cached, text, negative) is cached
 
 
+_called: list[Any] = []
+
+
 def wrapper_of(pipeline: Any, text: torch.Tensor, negative: torch.Tensor) -> Any:
     """What a pipeline that was called with guidance calls as its transformer."""
     guided = copy.copy(pipeline)
     guided._guidance_scale = SCALE
-    return both_at_once(guided, text, negative).transformer
+    called = both_at_once(guided, text, negative)
+    _called.append(called)  # the wrapper does not hold it
+    return called.transformer
 
 
 def arguments(text: torch.Tensor) -> dict[str, Any]:
@@ -250,6 +257,18 @@ def test_an_error_on_the_way_leaves_the_pipeline_as_it_was(fp32: Any) -> None:
     handle.remove()
     assert fp32.transformer is transformer and set(vars(fp32)) == before
     assert torch.equal(latents(fp32), expected)
+
+
+def test_nothing_of_it_outlives_the_call(fp32: Any) -> None:
+    """A cycle would keep the transformer's memory."""
+    called = both_at_once(fp32, *texts(1))
+    kept = weakref.ref(called.transformer)
+    gc.disable()
+    try:
+        del called
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_threads_that_share_a_transformer(packed: Any) -> None:
