@@ -106,9 +106,10 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, scale, zero_point = ctx.saved_tensors
         if ctx.fused is not None:
-            return *ctx.fused.backward(grads[0], *ctx.saved_tensors, ctx.args), None
-        return *gradients(grads[0], *ctx.saved_tensors, ctx.args, ctx.needs_input_grad), None
+            return *ctx.fused.backward(grads[0], x, scale, zero_point, ctx.args), None
+        return *gradients(grads[0], x, scale, zero_point, ctx.args, ctx.needs_input_grad), None
 
 
 def quantized(

@@ -27,14 +27,16 @@ MOST_TOKENS = 384
 _ASKED = {"hidden_states", "timestep", "encoder_hidden_states", "return_dict"}
 
 
-def both_at_once(pipeline: Any, text: Tensor, negative: Tensor | None) -> Any:
+def both_at_once(pipeline: Any, text: Tensor | None, negative: Tensor | None) -> Any:
     """What to call with these embeddings (n, l, d): a copy of the pipeline that computes both in one batch, or itself.
 
     Itself without guidance, for embeddings of two shapes, for a transformer whose configuration does not tell its tokens, and
     for one that others hook into: offloading moves it around each call, and caches keep apart what either call leaves behind.
     """
     transformer = pipeline.transformer
-    if negative is None or text.shape != negative.shape or _patch(transformer) is None or _hooked(transformer):
+    if text is None or negative is None or text.shape != negative.shape:
+        return pipeline
+    if _patch(transformer) is None or _hooked(transformer):
         return pipeline
     twin = copy.copy(pipeline)
     caller = weakref.ref(twin)  # a cycle would keep the transformer when its memory is wanted

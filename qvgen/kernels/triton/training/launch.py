@@ -71,8 +71,8 @@ def backward(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, args: Q
     from qvgen.kernels.triton.training.kernels import fake_quantize_backward_kernel
 
     x = x.contiguous()
-    sums = [torch.empty(scale.shape, dtype=torch.float32, device=x.device) for _ in range(2)]
-    results = torch.empty_like(x), *sums
+    by_scale, by_zero_point = (torch.empty(scale.shape, dtype=torch.float32, device=x.device) for _ in range(2))
+    results = torch.empty_like(x), by_scale, by_zero_point
     with on(x.device):
         fake_quantize_backward_kernel[(scale.numel(),)](
             grad.contiguous(), x, scale.contiguous(), zero_point.contiguous(), *results, **_options(x, args)

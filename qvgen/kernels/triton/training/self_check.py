@@ -77,12 +77,10 @@ def difference(
     """What the kernels compute otherwise than PyTorch's code, in words; empty if nothing."""
     x, scale, zero_point, grad = _rows(k, x_dtype, args, dtype)
     expected = quantized(x, scale, zero_point, args, dtype), *gradients(grad, x, scale, zero_point, args)
-    moved = [tensor.to(device) for tensor in (x, scale, zero_point, grad)]
     try:
-        found = (
-            kernels.forward(*moved[:3], args, dtype).cpu(),
-            *(tensor.cpu() for tensor in kernels.backward(moved[3], *moved[:3], args)),
-        )
+        there, *grid = (tensor.to(device) for tensor in (x, scale, zero_point))
+        outputs = kernels.forward(there, grid[0], grid[1], args, dtype)
+        found = [t.cpu() for t in (outputs, *kernels.backward(grad.to(device), there, grid[0], grid[1], args))]
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler or a driver raises
