@@ -5,10 +5,11 @@ assets/tiny-wan is packed by plain rounding with the scheme of params.yaml, whic
 
     fp32, bf16         diffusers, as `dvc repro benchmark` loads them
     packed             float32 around the packed layers, likewise
+    ..., guided        both evaluations of a guided step, each a call, as diffusers' pipeline makes them
+    ..., one batch     the same calls as qvgen/sampling/one_batch.py answers them
 
-Steps are taken in turn. The fastest call of each counts, because on a busy machine the others were disturbed: in CPU time
-with one thread and in wall time with several, as in bench/linear.py. `--guided` times both evaluations of a guided step, one
-after the other and as one batch of two.
+fp32 stands over packed, and fp32 guided over packed guided. Steps are taken in turn. The fastest call of each counts, because
+on a busy machine the others were disturbed: in CPU time with one thread and in wall time with several, as in bench/linear.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from qvgen.models.wan import WanFamily
 from qvgen.nn.packed_linear import packed_layers
 from qvgen.nn.swap import convert_, prepare_
 from qvgen.params import load_params
+from qvgen.sampling.one_batch import both_at_once
 
 MODEL = Path("assets/tiny-wan")
 LATENTS = (8, 3, 8, 8)  # channels, frames, height, width of a clip of 9 frames of 32 x 32 pixels
@@ -42,13 +45,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.embedded", description="a step of the embedded model")
     parser.add_argument("--threads", type=int, help="default: as many as torch takes")
     parser.add_argument("--repetitions", type=int, default=200, help="rounds that are counted")
-    parser.add_argument("--guided", action="store_true", help="both evaluations of a guided step")
     parser.add_argument("--json", help="file to write")
     options = parser.parse_args(arguments)
     if options.repetitions < 1:
         parser.error("at least 1 repetition")
     with tempfile.TemporaryDirectory() as folder, torch_threads(options.threads), torch.no_grad():
-        content = measure(Path(folder), options.repetitions, options.guided)
+        content = measure(Path(folder), options.repetitions)
     show(content)
     if options.json:
         write_json(options.json, content)
@@ -69,13 +71,13 @@ def models(folder: Path) -> dict[str, Any]:
     }
 
 
-def measure(folder: Path, repetitions: int, guided: bool) -> dict[str, Any]:
+def measure(folder: Path, repetitions: int) -> dict[str, Any]:
     transformers = models(folder)
     actions: dict[str, Callable[[], object]] = {}
     for name, transformer in transformers.items():
-        actions[name] = step(transformer, 1, times=2 if guided else 1)
-        if guided:
-            actions[f"{name}, one batch"] = step(transformer, 2)
+        actions[name] = step(transformer)
+        actions[f"{name}, guided"] = guided_step(transformer, one_batch=False)
+        actions[f"{name}, guided, one batch"] = guided_step(transformer, one_batch=True)
     samples = time_calls(actions, repetitions, warm_up=20)
     clock = "cpu" if torch.get_num_threads() == 1 else "wall"
     step_ms = {name: 1e3 * min(getattr(values, clock)) for name, values in samples.items()}
@@ -84,25 +86,37 @@ def measure(folder: Path, repetitions: int, guided: bool) -> dict[str, Any]:
         "repetitions": repetitions,
         "clock": clock,
         "step_ms": step_ms,
-        "speedup": {name: step_ms["fp32"] / ms for name, ms in step_ms.items()},
+        "speedup": {name: step_ms["fp32" + name.removeprefix(name.split(",")[0])] / ms for name, ms in step_ms.items()},
         "backend": "+".join(sorted({str(layer.backend) for _, layer in packed_layers(transformers["packed"])})),
         "device": hardware(),
     }
 
 
-def step(transformer: Any, samples: int, times: int = 1) -> Callable[[], Tensor]:
-    """`times` calls of the transformer on `samples` clips."""
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(samples, *LATENTS, generator=generator).to(transformer.dtype)
-    text = torch.randn(samples, *TEXT, generator=generator).to(transformer.dtype)
-    timestep, family = torch.full((samples,), 500.0), WanFamily()
+def step(transformer: Any) -> Callable[[], Tensor]:
+    latents, (text, _) = inputs(transformer)
+    timestep, family = torch.full((1,), 500.0), WanFamily()
+    return lambda: family.predict(transformer, latents, timestep, text)
 
-    def call() -> Tensor:
-        for _ in range(times - 1):
-            family.predict(transformer, latents, timestep, text)
-        return family.predict(transformer, latents, timestep, text)
 
-    return call
+def guided_step(transformer: Any, one_batch: bool) -> Callable[[], object]:
+    """Both calls that a pipeline makes, as qvgen/sampling/ passes them on or as they are."""
+    latents, texts = inputs(transformer)
+    timestep, family = torch.full((1,), 500.0), WanFamily()
+    pipeline = _Pipeline(transformer)
+    called = both_at_once(pipeline, *texts) if one_batch else pipeline
+    return lambda: [family.predict(called.transformer, latents, timestep, text) for text in texts]
+
+
+@dataclass
+class _Pipeline:
+    transformer: Any
+    do_classifier_free_guidance: bool = True
+
+
+def inputs(transformer: Any) -> tuple[Tensor, list[Tensor]]:
+    generator, dtype = torch.Generator().manual_seed(0), transformer.dtype
+    latents = torch.randn(1, *LATENTS, generator=generator).to(dtype)
+    return latents, [torch.randn(1, *TEXT, generator=generator).to(dtype) for _ in range(2)]
 
 
 def show(content: dict[str, Any]) -> None:

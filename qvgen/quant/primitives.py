@@ -13,6 +13,7 @@ through), the clamp keeps its own, which together give the LSQ+ gradients of sca
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -25,7 +26,9 @@ from qvgen.quant.scheme import QuantArgs
 class FusedFakeQuantize(Protocol):
     """Kernels of fake quantization, which do in one pass what _FakeQuantize does in several."""
 
-    def runs(self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> bool: ...
+    def runs(
+        self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, args: QuantArgs, dtype: torch.dtype
+    ) -> bool: ...
 
     def forward(
         self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, args: QuantArgs, dtype: torch.dtype
@@ -98,30 +101,47 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.save_for_backward(x, scale, zero_point)
         ctx.args, kind = args, x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else scale.dtype
-        ctx.fused = fused if fused is not None and fused.runs(x, scale, zero_point) else None
-        if ctx.fused is not None:
-            return ctx.fused.forward(x, scale, zero_point, args, dtype)
-        q = _unclamped_codes(x.to(scale.dtype), scale, zero_point, args).clamp_(0, args.max_code)
-        return q.sub_(zero_point).mul_(scale).to(dtype)
+        ctx.fused = fused if fused is not None and fused.runs(x, scale, zero_point, args, dtype) else None
+        return (quantized if ctx.fused is None else ctx.fused.forward)(x, scale, zero_point, args, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, scale, zero_point = ctx.saved_tensors
         if ctx.fused is not None:
             return *ctx.fused.backward(grads[0], x, scale, zero_point, ctx.args), None
-        grad, kept = grads[0].to(scale.dtype), x.to(scale.dtype)
-        q = _unclamped_codes(kept, scale, zero_point, ctx.args)
-        clamped = q.clamp(0, ctx.args.max_code)
-        grad_x = grad.masked_fill(clamped != q, 0)
-        grad_scale = grad_zero_point = None
-        if ctx.needs_input_grad[1]:  # dot products: no temporary of the size of x
-            quantized = clamped.sub_(zero_point).mul_(scale)
-            with without_autocast(x.device.type):
-                by_scale = torch.linalg.vecdot(grad, quantized) - torch.linalg.vecdot(grad_x, kept)
-            grad_scale = by_scale.unsqueeze(-1) / scale
-        if ctx.needs_input_grad[2]:
-            grad_zero_point = scale * (grad_x.sum(-1, keepdim=True) - grad.sum(-1, keepdim=True))
-        return (grad_x.to(x.dtype) if ctx.needs_input_grad[0] else None), grad_scale, grad_zero_point, None
+        return *gradients(grads[0], x, scale, zero_point, ctx.args, ctx.needs_input_grad), None
+
+
+def quantized(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, args: QuantArgs, dtype: torch.dtype
+) -> torch.Tensor:
+    """What `fake_quantize` returns, in `dtype`, by PyTorch's operations."""
+    q = _unclamped_codes(x.to(scale.dtype), scale, zero_point, args).clamp_(0, args.max_code)
+    return q.sub_(zero_point).mul_(scale).to(dtype)
+
+
+def gradients(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    args: QuantArgs,
+    needed: Sequence[bool] = (True, True, True),
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Those of x, scale and zero_point that are `needed`, by PyTorch's operations."""
+    grad, kept = grad.to(scale.dtype), x.to(scale.dtype)
+    q = _unclamped_codes(kept, scale, zero_point, args)
+    clamped = q.clamp(0, args.max_code)
+    grad_x = grad.masked_fill(clamped != q, 0)
+    grad_scale = grad_zero_point = None
+    if needed[1]:  # dot products: no temporary of the size of x
+        values = clamped.sub_(zero_point).mul_(scale)
+        with without_autocast(x.device.type):
+            by_scale = torch.linalg.vecdot(grad, values) - torch.linalg.vecdot(grad_x, kept)
+        grad_scale = by_scale.unsqueeze(-1) / scale
+    if needed[2]:
+        grad_zero_point = scale * (grad_x.sum(-1, keepdim=True) - grad.sum(-1, keepdim=True))
+    return (grad_x.to(x.dtype) if needed[0] else None), grad_scale, grad_zero_point
 
 
 def range_to_grid(lower: torch.Tensor, upper: torch.Tensor, args: QuantArgs) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,7 @@ import torch
 from qvgen.checkpoint.pipeline import holding
 from qvgen.data.stored import Latents, Text
 from qvgen.models.family import NUM_TRAIN_TIMESTEPS, ClipSize, Family
+from qvgen.sampling.one_batch import both_at_once
 from qvgen.sampling.rows import Rows
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def denoise(
     arguments["prompt_embeds"] = text
     if negative is not None:
         arguments["negative_prompt_embeds"] = negative
-    return pipeline(
+    return both_at_once(pipeline, text, negative)(
         height=size.height,
         width=size.width,
         num_frames=size.frames,

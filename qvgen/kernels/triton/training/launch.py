@@ -12,17 +12,40 @@ from torch import Tensor
 
 from qvgen.kernels import registry
 from qvgen.kernels.triton.backend import device_refusal, refusal
+from qvgen.kernels.triton.training import self_check
+from qvgen.kernels.triton.training.self_check import Kernels
 from qvgen.quant.scheme import QuantArgs
 
 MOST_FEATURES = 2**15  # of a row, which a program keeps in registers
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def runs(x: Tensor, scale: Tensor, zero_point: Tensor) -> bool:
-    """Whether x is on a GPU that has the kernels, with a grid for each row; QVGEN_KERNELS=reference turns them off."""
-    if not x.is_cuda or registry.preference() is registry.KernelPreference.REFERENCE or refusal():
+def runs(x: Tensor, scale: Tensor, zero_point: Tensor, args: QuantArgs, dtype: torch.dtype) -> bool:
+    """Whether x is on a GPU that has the kernels, with a grid for each row, and they agree there with PyTorch's code
+    (self_check.py); QVGEN_KERNELS=reference turns them off.
+
+    Raises RuntimeError under QVGEN_KERNELS=triton on a GPU where they cannot run, or do not agree.
+    """
+    wanted = registry.preference()
+    if wanted is registry.KernelPreference.REFERENCE or not on_gpu(x) or not takes(x, scale, zero_point):
         return False
-    return takes(x, scale, zero_point) and not device_refusal(torch.cuda.get_device_capability(x.device))
+    forced = wanted is registry.KernelPreference.TRITON
+    reason = missing(x.device)
+    if not reason:
+        # Compiled, PyTorch's code is one pass too, and what is traced cannot be compared.
+        return not torch.compiler.is_compiling() and self_check.agree(Kernels(forward, backward), x, args, dtype, forced)
+    if forced:
+        raise RuntimeError(f"{registry.ENVIRONMENT}=triton asks for kernels that cannot run: {reason}")
+    return False
+
+
+def on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def missing(device: torch.device) -> str:
+    """Why the kernels cannot run on this GPU; empty if they can."""
+    return refusal() or device_refusal(torch.cuda.get_device_capability(device))
 
 
 def takes(x: Tensor, scale: Tensor, zero_point: Tensor) -> bool:
@@ -48,7 +71,8 @@ def backward(grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, args: Q
     from qvgen.kernels.triton.training.kernels import fake_quantize_backward_kernel
 
     x = x.contiguous()
-    results = torch.empty_like(x), torch.empty(scale.shape, device=x.device), torch.empty(scale.shape, device=x.device)
+    by_scale, by_zero_point = (torch.empty(scale.shape, dtype=torch.float32, device=x.device) for _ in range(2))
+    results = torch.empty_like(x), by_scale, by_zero_point
     with on(x.device):
         fake_quantize_backward_kernel[(scale.numel(),)](
             grad.contiguous(), x, scale.contiguous(), zero_point.contiguous(), *results, **_options(x, args)

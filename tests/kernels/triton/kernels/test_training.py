@@ -1,12 +1,14 @@
 """Fused fake quantization against that of quant/primitives.py: outputs and dx bit for bit, sums within their rounding."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from qvgen.kernels.triton.training import launch
+from qvgen.kernels.triton.training import launch, self_check
 from qvgen.nn.qat_linear import QATLinear
 from qvgen.nn.swap import prepare_
-from qvgen.quant.primitives import _FakeQuantize, range_to_grid
+from qvgen.quant.primitives import _FakeQuantize, fake_quantize, range_to_grid
 from qvgen.quant.scheme import QuantArgs, QuantScheme
 
 # Of the sum of absolute values: float32 sums of up to 1536 terms in another order, and the roundings of each term.
@@ -88,7 +90,7 @@ def test_a_layer_in_training_gets_the_same_gradients(device: str, monkeypatch: p
     assert isinstance(model[0], QATLinear)
     x, found, calls = torch.randn(2, 5, 96, device=device), [], []
     for fused in (False, True):
-        monkeypatch.setattr(launch, "runs", lambda *t, fused=fused: fused and (calls.append(1) or launch.takes(*t)))
+        monkeypatch.setattr(launch, "runs", lambda *t, fused=fused: fused and (calls.append(1) or launch.takes(*t[:3])))
         model.zero_grad()
         given = x.clone().requires_grad_()
         model(given).square().sum().backward()
@@ -96,3 +98,44 @@ def test_a_layer_in_training_gets_the_same_gradients(device: str, monkeypatch: p
     assert len(calls) == 2 and len(found[0]) == 7
     for ours, theirs in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("x_dtype", DTYPES)
+@pytest.mark.parametrize(("symmetric", "domain"), KINDS)
+def test_the_check_before_first_use(
+    symmetric: bool, domain: str, x_dtype: torch.dtype, dtype: torch.dtype, device: str
+) -> None:
+    """It lets these kernels through, and not where the grid of another is taken."""
+    ours = self_check.Kernels(launch.forward, launch.backward)
+    for bits, k in ((2, 33), (4, 1536), (8, 100)):
+        args = QuantArgs(num_bits=bits, symmetric=symmetric, zero_point_domain=domain)  # type: ignore[arg-type]
+        assert self_check.difference(ours, k, x_dtype, args, dtype, torch.device(device)) == ""
+    other = QuantArgs(num_bits=7, symmetric=symmetric, zero_point_domain=domain)  # type: ignore[arg-type]
+    wrong = self_check.Kernels(lambda x, s, z, _, to: launch.forward(x, s, z, other, to), launch.backward)
+    assert self_check.difference(wrong, 100, x_dtype, args, dtype, torch.device(device)).startswith("outputs differ in ")
+
+
+def test_a_wrong_kernel_is_not_used(device: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(launch, "on_gpu", lambda _: True)
+    monkeypatch.setattr(launch, "missing", lambda _: "")
+    args, calls = QuantArgs(num_bits=4, strategy="token"), []
+    x, scale, zero_point, _ = (t.to(device) for t in subject(64, args, torch.float32))
+    for name, empty in (("_agreed", set()), ("_wrong", {}), ("_announced", set())):
+        monkeypatch.setattr(self_check, name, empty)
+    backward = launch.backward
+
+    def spoiled(*given: Any) -> Any:
+        calls.append(1)
+        return tuple(1.01 * grad for grad in backward(*given))
+
+    def grad() -> torch.Tensor | None:
+        leaf = x.clone().requires_grad_()
+        fake_quantize(leaf, scale, zero_point, args).sum().backward()
+        return leaf.grad
+
+    expected = grad()
+    monkeypatch.setattr(launch, "backward", spoiled)
+    monkeypatch.setattr(self_check, "_agreed", set())
+    assert torch.equal(grad(), expected) and len(calls) == 1  # type: ignore[arg-type]
+    assert "gradients of x differ in " in caplog.text
