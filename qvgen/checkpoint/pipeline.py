@@ -62,9 +62,9 @@ def _without_bars() -> None:
 
 def load_parts(folder: str | Path, parts: Collection[str], device: torch.device | str) -> Any:
     """The pipeline of a folder with some of its models, `parts` of PARTS or IMAGE_ENCODER, on `device`, a text encoder as it
-    is stored, the others in float32. Of those that are not read the encoders and the VAE are None, and the transformer is there
-    without its weights (on the meta device), because pipelines read its config. A pipeline that is given an image encodes it
-    when it denoises, so the transformer comes with VAE and image encoder there."""
+    is stored, the others in float32. Of those that are not read the encoders and the VAE are None, and the transformer is
+    there without its weights (on the meta device), because pipelines read its config. A pipeline that is given an image
+    encodes it when it denoises, so the transformer comes with VAE and image encoder there."""
     import diffusers
 
     _without_bars()

@@ -264,9 +264,9 @@ def velocities(
 ) -> torch.Tensor:
     """Predicted velocities (timesteps, n, ...) float32, on the CPU, for clean latents (n, ...) made noisy at each timestep.
 
-    `text` (n, l, d) are the captions' embeddings, `image` (n, m, e) those of the first frames. The noise depends on
-    `seed` alone, so two models given the same arguments see the same inputs. Predictions are kept rather than compared at once, so that two large models need
-    never be in memory together.
+    `text` (n, l, d) are the captions' embeddings, `image` (n, m, e) those of the first frames. The noise depends on `seed`
+    alone, so two models given the same arguments see the same inputs. Predictions are kept rather than compared at once, so
+    that two large models need never be in memory together.
     """
     dtype, device = transformer.dtype, transformer.device
     generator = torch.Generator().manual_seed(seed)

@@ -2,8 +2,9 @@
 
 The folder holds 0.mp4, 1.mp4, ... as `qvgen generate` writes them, and canary.json: prompts, seeds, settings, the sha256 of
 each file, and what they were made with. Of a model that makes videos from a first frame 0.png, 1.png, ... lie beside, and
-their sha256 in the record. On the same processor, kernel, threads and torch the same bytes must come out. Where one of these differs, sums are rounded otherwise and a code of an activation may fall to the other side, so another limit
-holds: LEAST_PSNR_DB for every video.
+their sha256 in the record. On the same processor, kernel, threads and torch the same bytes must come out. Where one of these
+differs, sums are rounded otherwise and a code of an activation may fall to the other side, so another limit holds:
+LEAST_PSNR_DB for every video.
 """
 
 from __future__ import annotations

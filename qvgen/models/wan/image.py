@@ -75,7 +75,7 @@ class WanImageFamily(WanFamily):
         given, made = (transformer_config.get(name, 16) for name in ("in_channels", "out_channels"))
         wanted = made if index.get("expand_timesteps") else 2 * made + MASK_CHANNELS
         if given != wanted:
-            return f"the transformer has {given!r:.100} input channels for {made!r:.100}, with a first frame {wanted!r:.100} are known"
+            return f"the transformer has {given!r:.100} input channels for {made!r:.100}; a first frame takes {wanted!r:.100}"
         return None
 
     @staticmethod

@@ -228,9 +228,7 @@ def experts_fault(index: Mapping[str, Any]) -> str | None:
     if boundary is None and not there:
         return None
     if not there:
-        return (
-            f"boundary_ratio = {boundary!r:.100}, but there is no transformer_2 for the levels below: get the whole pipeline"
-        )
+        return f"boundary_ratio = {boundary!r:.100}, and no transformer_2 for the levels below: get the whole pipeline"
     if isinstance(boundary, bool) or not isinstance(boundary, int | float) or not 0 < boundary < 1:
         return f"boundary_ratio = {boundary!r:.100} must be a number between 0 and 1: which levels transformer_2 denoises"
     return None
