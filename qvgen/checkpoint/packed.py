@@ -96,7 +96,8 @@ def load_packed_transformer(folder: str | Path, dtype: torch.dtype | None = None
 
 
 def verify_folder(folder: str | Path) -> int:
-    """Load and check everything in a packed pipeline's transformers and return the number of packed layers.
+    """Load and check everything in a packed pipeline's transformers, of two the one that is packed if the other is not yet,
+    and return the number of packed layers.
 
     Raises ValueError, naming file or tensor, if a file is truncated, a tensor is missing, left over, of another shape or
     dtype, holds NaN or Inf, or if codes do not add up to their stored sums.
@@ -104,13 +105,21 @@ def verify_folder(folder: str | Path) -> int:
     if not (Path(folder) / "model_index.json").is_file():
         raise ValueError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
     count = 0
-    for component in denoisers(Path(folder)):
+    for component in packed_denoisers(Path(folder)):
         transformer = load_packed_transformer(folder, component=component)
         for name, tensor in transformer.state_dict().items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise ValueError(f"{name}: holds NaN or Inf; the checkpoint is damaged, export it again")
         count += len(list(packed_layers(transformer)))
     return count
+
+
+def packed_denoisers(folder: Path) -> list[str]:
+    """The transformers of a pipeline folder that are quantized; all of them if none is, whose loading then says so."""
+    found = denoisers(folder)
+    paths = {name: folder / name / "config.json" for name in found}
+    packed = [name for name in found if paths[name].is_file() and "quantization_config" in read_json(paths[name])]
+    return packed or found
 
 
 def _packed_names(transformer: nn.Module, scheme: QuantScheme) -> list[str]:

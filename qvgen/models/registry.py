@@ -45,8 +45,8 @@ def family_class(pipeline_class: Any) -> type[Family]:
     message = f"pipeline {pipeline_class!r:.100} is not supported; supported: {', '.join(_FAMILIES)}"
     if isinstance(pipeline_class, str) and any(word in pipeline_class for word in _MORE_THAN_TEXT):
         message += (
-            ". It makes videos from more than text (a first image, a video, a mask), which no stage reads or encodes: "
-            "give a text-to-video pipeline"
+            ". It makes videos from more than text (an image, a video, a mask), which no stage encodes as it does: "
+            "give a supported pipeline"
         )
     raise SourceError(message)
 

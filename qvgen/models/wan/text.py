@@ -87,7 +87,7 @@ class WanFamily(Family):
         channels = [transformer_config.get(name, 16) for name in ("in_channels", "out_channels")]
         if image or channels[0] != (channels[1] or channels[0]):
             found = f"{image[0]} = {transformer_config[image[0]]}" if image else "{} input channels for {}".format(*channels)
-            return f"the transformer is conditioned on images ({found}), which no stage encodes; give a text-to-video model"
+            return f"the transformer is conditioned on images ({found}), which WanPipeline lacks; give a text-to-video model"
         return None
 
     @staticmethod
