@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qvgen.checkpoint.packed import export_pipeline, load_packed_transformer
-from qvgen.checkpoint.pipeline import load_pipeline
+from qvgen.checkpoint.pipeline import load_pipeline, load_transformer
 from qvgen.checkpoint.training import load_training_state, save_training_state
-from qvgen.data.latents import save_text
+from qvgen.data.latents import LatentDataset, save_text
 from qvgen.evaluation.quality.modules import module_errors
 from qvgen.methods.registry import METHODS
 from qvgen.models.registry import load_family
@@ -23,6 +23,8 @@ from qvgen.nn.swap import add_adapters_, convert_, merge_adapters_, prepare_, qa
 from qvgen.params import Params, validate_params
 from qvgen.quant.scheme import QuantScheme
 from qvgen.sampling.sample import generate, sample
+from qvgen.training.batches import Batches
+from qvgen.training.calibration import record_inputs
 from qvgen.training.loop import Trainer
 from qvgen.training.recipe import Sources, build_trainer, calibrate, finish
 from tests.support.families import KINDS, make_kind
@@ -134,6 +136,26 @@ def test_the_other_layouts_of_a_family(name: str, tmp_path: Path) -> None:
     if KINDS[name].options.get("experts"):  # the one that was not trained stays as it was
         files = {path.name: path.read_bytes() for path in other.iterdir()}
         assert {path.name: path.read_bytes() for path in (tmp_path / "packed/transformer").iterdir()} == files
+
+
+@pytest.mark.parametrize(("expert", "own"), [("transformer", [2, 3]), ("transformer_2", [0, 1])])
+def test_an_expert_is_calibrated_and_trained_on_its_own_noise_levels(expert: str, own: list[int], tmp_path: Path) -> None:
+    """The groups that it never sees have the inputs of the nearest one that it does."""
+    prepared, seen = prepare("wan_experts", tmp_path), []
+    (prepared.model / "manifest.json").write_text(json.dumps({"expert": expert}))
+    params = settings("kd")
+    params = params.model_copy(update={"scheme": params.scheme.model_copy(update={"timestep_groups": 4})})
+    family, data = load_family(prepared.model), LatentDataset.open(prepared.data / "calibration")
+    model = load_transformer(prepared.model, component=family.component)
+    model.register_forward_pre_hook(lambda _m, _a, given: seen.extend(given["timestep"].tolist()), with_kwargs=True)
+    inputs = record_inputs(model, family, data, params)
+    low, high = 250 * own[0], 250 * (own[-1] + 1)
+    assert len(seen) == len(data) and {int(t) // 250 for t in seen} == {*own} and all(low <= t < high for t in seen)
+    for rows in inputs.values():
+        same = [next(i for i in range(4) if torch.equal(rows[i], rows[group])) for group in range(4)]
+        assert same == ([0, 0, 0, 3] if own == [2, 3] else [0, 1, 1, 1])
+    batches = Batches(data, family, params)
+    assert all(low <= t <= high for step in range(20) for t in batches[step][2].tolist())
 
 
 @pytest.mark.parametrize("method", ["efficientdm", "qvgen", "qvgen+", "qdm"])
