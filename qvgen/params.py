@@ -41,9 +41,8 @@ class _Section(BaseModel):
 
 class Fetch(_Section):
     source: str = Field(min_length=1, description="folder of a diffusers pipeline, or a hub id such as org/name")
-    revision: str | None = Field(
-        default=None, pattern=r"^[0-9a-f]{40}$", description="commit of the hub repository, 40 hex digits"
-    )
+    revision: str | None = Field(default=None, pattern=r"^[0-9a-f]{40}$", description="commit of the hub repository")
+    expert: Literal["transformer", "transformer_2"] | None = Field(default=None, description="of two, the one that is trained")
 
     @model_validator(mode="after")
     def _full_precision(self) -> Self:

@@ -21,11 +21,12 @@ def run(stage: Stage) -> None:
     from qvgen.evaluation.cost.hardware import describe, hardware, kernel_name
     from qvgen.evaluation.cost.size import folder_bytes
     from qvgen.evaluation.cost.speed import interleaved, load_variant, peak_memory_mb, torch_threads
+    from qvgen.models.files import trained_component
 
-    settings = stage.params.benchmark
+    settings, component = stage.params.benchmark, trained_component(stage.root / "artifacts/model")
     with tempfile.TemporaryDirectory(dir=stage.checkpoint_dir) as temporary, torch_threads(settings.threads):
         folders = write_variants(stage, Path(temporary))
-        sizes = {name: folder_bytes(folder / "transformer") for name, folder in folders.items()}
+        sizes = {name: folder_bytes(folder / component) for name, folder in folders.items()}
         pipelines: dict[str, Any] = {}
         for name, folder in folders.items():
             pipelines[name] = load_variant(folder, DTYPES[name], stage.device, pipelines.get("fp32"))
@@ -33,7 +34,7 @@ def run(stage: Stage) -> None:
         with stage.progress(total=len(folders), desc="memory", unit="variant") as progress:
             memory = {}
             for name, folder in folders.items():
-                memory[name] = peak_memory_mb(folder, inputs, DTYPES[name], settings.threads, stage.device)
+                memory[name] = peak_memory_mb(folder, inputs, DTYPES[name], settings.threads, stage.device, component)
                 progress.update()
         steps = {name: step_action(stage, pipeline, inputs) for name, pipeline in pipelines.items()}
         videos = {name: video_action(stage, pipeline) for name, pipeline in pipelines.items()}
@@ -47,7 +48,7 @@ def run(stage: Stage) -> None:
         "bytes": sizes,
         "step_ms": step_ms,
         "peak_rss_mb": {name: peak["peak"] for name, peak in memory.items()},
-        "kernel": kernel_name(pipelines["packed"].transformer),
+        "kernel": kernel_name(getattr(pipelines["packed"], component)),
         "device": describe(device),
         "video_s": {name: timing.median for name, timing in video_s.items()},
         "speedup": {f"over_{name}": step_ms[name] / step_ms["packed"] for name in ("fp32", "bf16")},
@@ -73,9 +74,11 @@ def run(stage: Stage) -> None:
 def write_variants(stage: Stage, folder: Path) -> dict[str, Path]:
     """Pipeline folders: artifacts/model in float32 and in bfloat16, and artifacts/packed itself."""
     from qvgen.evaluation.cost.size import write_variant
+    from qvgen.models.files import trained_component
 
+    source = stage.root / "artifacts/model"
     for name in ("fp32", "bf16"):
-        write_variant(stage.root / "artifacts/model", folder / name, DTYPES[name])
+        write_variant(source, folder / name, DTYPES[name], trained_component(source))
     return {"fp32": folder / "fp32", "bf16": folder / "bf16", "packed": stage.root / "artifacts/packed"}
 
 
@@ -92,10 +95,11 @@ def write_inputs(stage: Stage, pipeline: Any, path: Path) -> Path:
         clips = torch.zeros(count, 3, size.frames, size.height, size.width)
         clean = family.encode_clips(pipeline, clips).float().cpu()
         text = family.encode_text(pipeline, [prompt(stage)] * count, size.max_sequence_length).float().cpu()
+        image = family.encode_image(pipeline, clips).float().cpu()
     timestep = torch.full((count,), 500.0)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(stage.params.seed))
     latents = family.add_noise(clean, noise, timestep)
-    tensors = {"latents": latents, "timestep": timestep, "text": text}
+    tensors = {"latents": latents, "timestep": timestep, "text": text} | ({"image": image} if image.shape[1] else {})
     save_tensors(path, tensors)
     return path
 
@@ -106,15 +110,15 @@ def step_action(stage: Stage, pipeline: Any, inputs: Path) -> Any:
     from safetensors.torch import load_file
 
     from qvgen.device import synchronize
-    from qvgen.models.registry import family_adapter
+    from qvgen.models.registry import load_family
 
-    device, family, transformer = stage.device, family_adapter(pipeline), pipeline.transformer
-    tensors = load_file(inputs, str(device))
-    latents, text = tensors["latents"].to(transformer.dtype), tensors["text"].to(transformer.dtype)
+    device, family = stage.device, load_family(stage.root / "artifacts/model")
+    transformer, tensors = getattr(pipeline, family.component), load_file(inputs, str(device))
+    latents, *condition = (tensors[x].to(transformer.dtype) for x in ("latents", "text", "image") if x in tensors)
 
     @torch.no_grad()
     def step() -> None:
-        family.predict(transformer, latents, tensors["timestep"], text)
+        family.predict(transformer, latents, tensors["timestep"], *condition)
         synchronize(device)
 
     return step
@@ -122,16 +126,21 @@ def step_action(stage: Stage, pipeline: Any, inputs: Path) -> Any:
 
 def video_action(stage: Stage, pipeline: Any) -> Any:
     """A function that makes one batch of videos: text, all denoising steps with guidance, decoding."""
+    import torch
+
     from qvgen.models.registry import family_adapter
     from qvgen.sampling.sample import sample
 
     evaluate, count = stage.params.evaluate, stage.params.benchmark.batch_size
+    family, size = family_adapter(pipeline), clip_size(stage)
+    images = torch.full((count, 3, size.height, size.width), 128) if family.reads_image else None
     return lambda: sample(
         pipeline,
-        family_adapter(pipeline),
+        family,
         [prompt(stage)] * count,
         list(range(count)),
-        clip_size(stage),
+        size,
+        images=images,
         inference_steps=evaluate.inference_steps,
         guidance_scale=evaluate.guidance_scale,
         batch_size=count,

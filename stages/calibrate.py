@@ -25,7 +25,8 @@ def run(stage: Stage) -> None:
 
     params, sources = stage.params, Sources.of(stage.root)
     scheme, whole = params.effective_scheme, params.scheme_of("rtn")
-    transformer, family = load_transformer(sources.model, device=stage.device).float(), load_family(sources.model)
+    family = load_family(sources.model)
+    transformer = load_transformer(sources.model, device=stage.device, component=family.component).float()
     clips = LatentDataset.open(sources.data / "calibration")
     # The plain grids are for stage baselines.
     calibration = calibrate_(transformer, family, clips, params, stage.progress, with_plain=True)

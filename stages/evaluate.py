@@ -25,7 +25,8 @@ def run(stage: Stage) -> None:
     from qvgen.sampling.settings import read_guidance_stop
 
     folders = [stage.root / "artifacts/model", stage.root / "artifacts/packed"]
-    trial = Trial.from_params(stage.params, LatentDataset.open(stage.root / "artifacts/data/held_out"))
+    family = load_family(folders[0])  # it knows which of two transformers was trained
+    trial = Trial.from_params(stage.params, LatentDataset.open(stage.root / "artifacts/data/held_out"), family.noise_range)
     for folder in folders:
         check_size(folder, trial.size)
     observations = []
@@ -35,7 +36,7 @@ def run(stage: Stage) -> None:
                 PipelineFolder(folder, stage.device, tiling=stage.params.prepare.vae_tiling),
                 read_guidance_stop(folder),
             )
-            observations.append(observe(model, load_family(folder), trial, stop, progress.update, stage.checkpoint_dir))
+            observations.append(observe(model, family, trial, stop, progress.update, stage.checkpoint_dir))
     reference, packed = observations
 
     scores = compare(reference, packed, trial)
@@ -71,6 +72,8 @@ def run(stage: Stage) -> None:
 
 def write_canary(packed: Path, out: Path, trial: Any) -> None:
     """Videos of the packed model alone, evenly spread over the prompts, by which it is known where it serves."""
+    import torch
+
     from qvgen.evaluation.quality.canary import VIDEOS, make_canary
     from qvgen.sampling.settings import read_settings
 
@@ -78,7 +81,9 @@ def write_canary(packed: Path, out: Path, trial: Any) -> None:
     chosen = [i * len(trial.prompts) // count for i in range(count)]
     overrides = {**vars(trial.size), "inference_steps": trial.inference_steps, "guidance_scale": trial.guidance_scale}
     settings = read_settings(packed, overrides)
-    make_canary(packed, out, [trial.prompts[i] for i in chosen], [trial.seeds[i] for i in chosen], settings)
+    images = None if trial.images is None else trial.images[torch.tensor(chosen)]
+    prompts, seeds = [trial.prompts[i] for i in chosen], [trial.seeds[i] for i in chosen]
+    make_canary(packed, out, prompts, seeds, settings, images=images)
 
 
 def write_pictures(folder: Path, count: int, prompts: tuple[str, ...], clips: list) -> None:

@@ -21,19 +21,21 @@ def run(stage: Stage) -> None:
 
     params, source = stage.params, stage.root / "artifacts/model"
     scheme = params.effective_scheme
-    family, student = load_family(source), load_transformer(source).float()
+    family = load_family(source)
+    student = load_transformer(source, component=family.component).float()
     prepare_(student, scheme, default_targets=family.default_targets)
     student.load_state_dict(load_file(stage.root / "artifacts/decay/student.safetensors"))
     names = convert_(student)
     with stage.outputs("artifacts/packed") as folder:
         # A pipeline that fixes guidance before its first step is sampled with it to the end.
         stop = params.chosen.guidance_stop if family.guidance_can_stop else 1.0
-        export_pipeline(source, student, scheme, folder, getattr(torch, params.pack.dtype), params.method, stop)
-    packed = _bytes(stage.root / "artifacts/packed/transformer")
+        dtype = getattr(torch, params.pack.dtype)
+        export_pipeline(source, student, scheme, folder, dtype, params.method, stop, family.component)
+    packed = _bytes(stage.root / "artifacts/packed" / family.component)
     summary = {
         "layers": len(names),
         "transformer_bytes": packed,
-        "source_transformer_bytes": _bytes(source / "transformer"),
+        "source_transformer_bytes": _bytes(source / family.component),
     }
     with stage.outputs("metrics/pack.json") as path:
         path.write_text(json.dumps(summary, indent=2) + "\n")

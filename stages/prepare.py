@@ -62,7 +62,7 @@ def run(stage: Stage) -> None:
         release_memory(device)
     done = sum(len(span) for writer in writers.values() for span in writer.spans(settings.batch_size) if writer.done(span))
     with stage.progress(sum(sizes.values()), initial=done, unit="clip") as progress:
-        pipeline = load_parts(source, ("vae",), device)
+        pipeline = load_parts(source, ("vae", "image_encoder"), device)
         if settings.vae_tiling:
             pipeline.vae.enable_tiling()
         for part, batches in parts.items():

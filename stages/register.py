@@ -52,13 +52,14 @@ def describe(stage: Stage) -> dict[str, Any]:
 
     Raises ValueError if the packed transformer's config.json does not say how it is quantized.
     """
+    from qvgen.models.files import quantizations
     from qvgen.packing.config import from_config
 
     folder, stores = stage.root / PACKED, read_stores(stage.root)
-    config = json.loads((folder / "transformer" / "config.json").read_text()).get("quantization_config")
-    if config is None:
+    given = quantizations(folder)
+    if not given:
         raise ValueError(f"{folder / 'transformer' / 'config.json'} has no quantization_config: run stage pack again")
-    scheme, layers = from_config(config)
+    schemes, layers = zip(*map(from_config, given), strict=True)  # of one transformer, or of each of two that is packed
     files = {path.relative_to(folder).as_posix(): _record(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     total = sum(record["bytes"] for record in files.values())
     upload = stage.params.register_.upload
@@ -82,7 +83,8 @@ def describe(stage: Stage) -> dict[str, Any]:
         numbers, texts = leaves(json.loads((stage.root / path).read_text()))
         metrics |= numbers
         tags |= texts
-    params = {"quantization": scheme.name, "layers": str(layers), "format_version": str(config["format_version"])}
+    names = " and ".join(dict.fromkeys(scheme.name for scheme in schemes))
+    params = {"quantization": names, "layers": str(sum(layers)), "format_version": str(given[0]["format_version"])}
     return {
         "name": stage.params.register_.name,
         "alias": ALIAS,

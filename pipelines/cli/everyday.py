@@ -31,6 +31,7 @@ def generate(
     out: Annotated[Path, typer.Option(help="File to write: .mp4, .gif, or .png (frames in a row); with --prompts, a folder")],
     prompt: Annotated[str | None, typer.Option(help="What the video shows")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line: writes OUT/{prompt}-{0..}.mp4")] = None,
+    image: Annotated[Path | None, typer.Option(help="With --prompt: the first frame, for image-to-video models")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="With --prompt: what guidance leads away from")] = None,
     seed: Annotated[int, typer.Option(help="Of the noise; the same seed gives the same video")] = 0,
     steps: Annotated[int | None, typer.Option(help="Denoising steps")] = None,
@@ -74,6 +75,8 @@ def generate(
     folder_of_model = model_folder(model)
     if prompts is not None and negative_prompt is not None:
         raise ValueError("--negative-prompt: only with --prompt")
+    if prompts is not None and image is not None:
+        raise ValueError("--image: only with --prompt")
     if prompts is not None:
         from pipelines.commands.generate.folder import generate_folder
 
@@ -84,7 +87,7 @@ def generate(
         raise ValueError(f"{', '.join('--' + name.replace('_', '-') for name in given)}: only with --prompts")
     from pipelines.commands.generate.video import generate as run
 
-    run(folder_of_model, str(prompt), seed, out, negative_prompt or "", **overrides)
+    run(folder_of_model, str(prompt), seed, out, negative_prompt or "", image, **overrides)
     print(out)
 
 

@@ -146,13 +146,14 @@ def _missing(metrics: dict[str, dict[str, Any]]) -> list[str]:
 
 def _headings(root: Path) -> list[str]:
     """COLUMNS, with the scheme that artifacts/packed really has, such as "packed W4A4"."""
+    from qvgen.models.files import quantizations
     from qvgen.packing.config import from_config
 
-    config = root / "artifacts" / "packed" / "transformer" / "config.json"
-    if not config.is_file():
+    given = [from_config(config)[0].name for config in quantizations(root / "artifacts" / "packed")]
+    if not given:
         return list(COLUMNS)
-    scheme, _ = from_config(json.loads(config.read_text())["quantization_config"])
-    return [f"packed {scheme.name}" if column == "packed" else column for column in COLUMNS]
+    names = " and ".join(dict.fromkeys(given))  # two transformers may have two
+    return [f"packed {names}" if column == "packed" else column for column in COLUMNS]
 
 
 def _quality(metrics: dict[str, dict[str, Any]], key: str, name: str, form: Callable[[float], str]) -> Row:

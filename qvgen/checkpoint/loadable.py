@@ -8,22 +8,27 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from qvgen.checkpoint.declared import check_sizes, empty_model, first_line, shapes
+from qvgen.checkpoint.declared import check_packed, check_sizes, empty_model, first_line, shapes
 from qvgen.checkpoint.pipeline import load_component
-from qvgen.models.files import SourceError, read_json
+from qvgen.models.files import DENOISERS, SourceError, read_json
 from qvgen.models.source import Pipeline
+from qvgen.packing.config import METHOD
 
 _NAMED = 3  # tensors that a message names
 
 
-def check_loadable(pipeline: Pipeline) -> None:
-    """Raises SourceError if a component cannot be loaded in full precision, naming it and why.
+def check_loadable(pipeline: Pipeline, expert: str | None = None) -> None:
+    """Raises SourceError if a component cannot be loaded in full precision, naming it and why. Of two transformers the one
+    that is not `expert` may be packed already.
 
     Scheduler and tokenizer are loaded. A model is built from its config without memory (meta device), and names and shapes
     of its parameters are compared with the headers of its weight files.
     """
     index = read_json(pipeline.folder / "model_index.json")
     for name in pipeline.components:
+        if expert is not None and name in DENOISERS and name != expert and _is_packed(pipeline.folder / name):
+            check_packed(pipeline.folder / name)
+            continue
         if (pipeline.folder / name / "config.json").is_file():
             _check_model(pipeline.folder / name, *index[name])
             continue
@@ -31,6 +36,11 @@ def check_loadable(pipeline: Pipeline) -> None:
             load_component(pipeline.folder, name)
         except Exception as error:  # diffusers and transformers raise all kinds
             raise SourceError(f"{pipeline.folder / name} cannot be loaded ({first_line(error)}); get it again") from None
+
+
+def _is_packed(folder: Path) -> bool:
+    found = read_json(folder / "config.json").get("quantization_config")
+    return isinstance(found, dict) and found.get("quant_method") == METHOD
 
 
 def _check_model(folder: Path, library: str, class_name: str) -> None:
@@ -50,6 +60,9 @@ def _check_model(folder: Path, library: str, class_name: str) -> None:
         raise SourceError(f"{folder / 'config.json'} does not describe a {class_name!s:.100} ({first_line(error)})") from None
     optional = {*(getattr(model, "_tied_weights_keys", None) or ())}
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    if library == "transformers":  # its older releases put the name of the one part of a model before its tensors
+        prefixed = re.compile("^vision_model\\.")
+        found = {name if name in expected else prefixed.sub("", name): shape for name, shape in found.items()}
     missing = sorted(name for name in expected if name not in found and name not in optional)
     if missing:
         raise SourceError(

@@ -18,8 +18,8 @@ from torch import nn
 
 from qvgen.checkpoint.declared import first_line
 from qvgen.checkpoint.pipeline import load_transformer
-from qvgen.models.files import GENERATION, MANIFEST, SourceError, check_safetensors, read_json
-from qvgen.models.generic import DENOISERS, denoisers
+from qvgen.models.files import DENOISERS, GENERATION, MANIFEST, SourceError, check_safetensors, read_json
+from qvgen.models.generic import denoisers
 from qvgen.models.registry import families
 from qvgen.nn.packed_linear import PackedLinear, packed_layers
 from qvgen.packing.config import to_config
@@ -40,10 +40,12 @@ def export_pipeline(
     dtype: torch.dtype,
     method: str = "qvgen",
     guidance_stop: float = 1.0,
+    component: str = _TRANSFORMER,
 ) -> None:
     """Write a packed pipeline to `out_folder`, which must be empty or absent.
 
-    `transformer` is the converted model of the pipeline in `source_folder`. Its tensors outside the packed layers, and the
+    `transformer` is the converted model of the pipeline in `source_folder`, of two that of `component`, and the other one is
+    copied. Its tensors outside the packed layers, and the
     biases and low-rank factors of these, are stored in `dtype`; packed tensors as they are. config.json names every packed
     layer, so that loading matches no patterns. The source's manifest stays behind: it records the hash of another
     transformer. A `guidance_stop` below 1 goes into generation.json and the model card. Same input, same bytes. Raises
@@ -55,7 +57,10 @@ def export_pipeline(
         raise ValueError(f"{out} is not empty; export to a new folder")
     out.mkdir(parents=True, exist_ok=True)
     copy_all_but_transformer(source, out)
-    _write_transformer(transformer, scheme, names, out / _TRANSFORMER, dtype)
+    for other in DENOISERS:
+        if other != component and (source / other).is_dir():
+            shutil.copytree(source / other, out / other, copy_function=shutil.copyfile)
+    write_transformer(transformer, scheme, names, out / component, dtype)
     if guidance_stop < 1:
         settings = read_json(out / GENERATION) if (out / GENERATION).is_file() else {}
         (out / GENERATION).write_text(json.dumps(settings | {"guidance_stop": guidance_stop}, indent=2) + "\n")
@@ -91,7 +96,8 @@ def load_packed_transformer(folder: str | Path, dtype: torch.dtype | None = None
 
 
 def verify_folder(folder: str | Path) -> int:
-    """Load and check everything in a packed pipeline's transformers and return the number of packed layers.
+    """Load and check everything in a packed pipeline's transformers, of two the one that is packed if the other is not yet,
+    and return the number of packed layers.
 
     Raises ValueError, naming file or tensor, if a file is truncated, a tensor is missing, left over, of another shape or
     dtype, holds NaN or Inf, or if codes do not add up to their stored sums.
@@ -99,13 +105,21 @@ def verify_folder(folder: str | Path) -> int:
     if not (Path(folder) / "model_index.json").is_file():
         raise ValueError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
     count = 0
-    for component in denoisers(Path(folder)):
+    for component in packed_denoisers(Path(folder)):
         transformer = load_packed_transformer(folder, component=component)
         for name, tensor in transformer.state_dict().items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise ValueError(f"{name}: holds NaN or Inf; the checkpoint is damaged, export it again")
         count += len(list(packed_layers(transformer)))
     return count
+
+
+def packed_denoisers(folder: Path) -> list[str]:
+    """The transformers of a pipeline folder that are quantized; all of them if none is, whose loading then says so."""
+    found = denoisers(folder)
+    paths = {name: folder / name / "config.json" for name in found}
+    packed = [name for name in found if paths[name].is_file() and "quantization_config" in read_json(paths[name])]
+    return packed or found
 
 
 def _packed_names(transformer: nn.Module, scheme: QuantScheme) -> list[str]:
@@ -119,7 +133,8 @@ def _packed_names(transformer: nn.Module, scheme: QuantScheme) -> list[str]:
     return list(layers)
 
 
-def _write_transformer(transformer: Any, scheme: QuantScheme, names: list[str], folder: Path, dtype: torch.dtype) -> None:
+def write_transformer(transformer: Any, scheme: QuantScheme, names: list[str], folder: Path, dtype: torch.dtype) -> None:
+    """Write a converted transformer to a folder that is not there yet; `names`: of its packed layers."""
     folder.mkdir()
     config = json.loads(transformer.to_json_string())
     config.pop("_name_or_path", None)  # where it was loaded from on this machine
@@ -180,22 +195,23 @@ def _extra_rows(scheme: QuantScheme) -> str:
 
 def _snippet(pipeline_class: str, guidance_stop: float) -> str:
     """Python that samples the model as evaluation does."""
+    image = 'image=image, prompt="a prompt"' if "Image" in pipeline_class else '"a prompt"'
     lines = ["import qvgen.integrations.diffusers", f"from diffusers import {pipeline_class}"]
     load = [f'pipeline = {pipeline_class}.from_pretrained("path/to/this/folder")']
     if guidance_stop < 1:
         lines.append("from qvgen.sampling import stop_guidance")
         load += [
             f"# Sampled and scored without guidance from cleanness {guidance_stop} on, which also takes half the time there.",
-            f'video = pipeline("a prompt", callback_on_step_end=stop_guidance({guidance_stop})).frames',
+            f"video = pipeline({image}, callback_on_step_end=stop_guidance({guidance_stop})).frames",
         ]
     return "\n".join([*lines, "", *load])
 
 
 def _pipeline_tag(source: Path, facts: Any) -> str | None:
-    """Every family is text-to-video; of other pipelines only their own card knows."""
+    """What the family says; of other pipelines only their own card knows."""
     name = read_json(source / "model_index.json").get("_class_name")
-    known = any(name in family.pipelines for family in families().values())
-    return "text-to-video" if known else facts.get("pipeline_tag")
+    known = [family.task for family in families().values() if name in family.pipelines]
+    return known[0] if known else facts.get("pipeline_tag")
 
 
 def _model_card(source: Path, scheme: QuantScheme, layers: int, method: str, guidance_stop: float) -> str:

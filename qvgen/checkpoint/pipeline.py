@@ -19,11 +19,12 @@ import torch
 import qvgen.integrations.diffusers  # noqa: F401  (lets diffusers load packed transformers)
 from qvgen.checkpoint.declared import check_packed
 from qvgen.device import release_memory
-from qvgen.models.files import read_json
-from qvgen.models.generic import DENOISERS
+from qvgen.models.files import DENOISERS, read_json, trained_component
+from qvgen.models.registry import families
 
 PARTS = ("text_encoder", "vae", "transformer")  # what a pipeline has of models: the rest is small
 EXPERT = "transformer_2"  # read with the transformer: Wan 2.2 A14B has one for each half of the noise levels
+IMAGE_ENCODER = "image_encoder"  # read where it is asked for, and with the transformer of a pipeline that is given an image
 
 
 def load_pipeline(
@@ -60,34 +61,41 @@ def _without_bars() -> None:
 
 
 def load_parts(folder: str | Path, parts: Collection[str], device: torch.device | str) -> Any:
-    """The pipeline of a folder with some of its models, `parts` of PARTS, on `device`, a text encoder as it is stored, the
-    others in float32. Of those that are not read the text encoder and the VAE are None, and the transformer is there without
-    its weights (on the meta device), because pipelines read its config."""
+    """The pipeline of a folder with some of its models, `parts` of PARTS or IMAGE_ENCODER, on `device`, a text encoder as it
+    is stored, the others in float32. Of those that are not read the encoders and the VAE are None, and the transformer is
+    there without its weights (on the meta device), because pipelines read its config. A pipeline that is given an image
+    encodes it when it denoises, so the transformer comes with VAE and image encoder there."""
     import diffusers
 
     _without_bars()
     index, components = read_json(Path(folder) / "model_index.json"), {}
-    read = {*parts, *([EXPERT] if "transformer" in parts else [])}
+    read = set(parts)
+    if "transformer" in parts:
+        read |= {EXPERT, "vae", IMAGE_ENCODER} if _reads_image(index) else {EXPERT}
     for name, value in index.items():
         if name.startswith("_"):
             continue
         if not isinstance(value, list):  # a setting of the pipeline
             components[name] = value
-        elif value[0] is None or (name in ("text_encoder", EXPERT) and name not in read):
+        elif value[0] is None or (name in ("text_encoder", EXPERT, IMAGE_ENCODER) and name not in read):
             components[name] = None
         elif name in read and name in ("transformer", EXPERT):
             components[name] = load_transformer(folder, device=device, component=name)
-        elif name in PARTS and name not in parts:
+        elif name in PARTS and name not in read:
             components[name] = _without_weights(folder, name, value[1])
         else:
             components[name] = load_component(folder, name)
         if name in read and components[name] is not None:
             components[name] = components[name].eval().to(device)
     pipeline = getattr(diffusers, index["_class_name"])(**components)
-    if "vae" not in parts:
+    if "vae" not in read:
         pipeline.vae = None  # its factors have been read, and a pipeline computes where its first model is
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _reads_image(index: Mapping[str, Any]) -> bool:
+    return any(index.get("_class_name") in family.pipelines and family.reads_image for family in families().values())
 
 
 def _without_weights(folder: str | Path, name: str, class_name: str) -> Any:
@@ -103,8 +111,8 @@ def _without_weights(folder: str | Path, name: str, class_name: str) -> Any:
 class PipelineFolder:
     """A pipeline of which one model is in memory at a time: a text encoder may be larger than what it feeds.
 
-    `change_` is applied to the transformer when it is loaded, as to quantize it. `tiling`: the VAE decodes in tiles, whose
-    seams are blended. `progress`: options of the pipeline's bar.
+    `change_` is applied to the transformer when it is loaded, of two to the one that is trained, as to quantize it.
+    `tiling`: the VAE decodes in tiles, whose seams are blended. `progress`: options of the pipeline's bar.
     """
 
     folder: str | Path
@@ -123,7 +131,7 @@ def holding(model: Any, part: str) -> Iterator[Any]:
         return
     pipeline = load_parts(model.folder, (part,), model.device)
     if part == "transformer":
-        model.change_(pipeline.transformer)
+        model.change_(getattr(pipeline, trained_component(model.folder)))
         pipeline.set_progress_bar_config(**model.progress)
     if part == "vae" and model.tiling:
         pipeline.vae.enable_tiling()
@@ -132,8 +140,9 @@ def holding(model: Any, part: str) -> Iterator[Any]:
     finally:
         held = weakref.ref(getattr(pipeline, part))
         setattr(pipeline, part, None)
-        if part == "transformer" and getattr(pipeline, EXPERT, None) is not None:
-            setattr(pipeline, EXPERT, None)
+        for other in ("vae", EXPERT, IMAGE_ENCODER) if part == "transformer" else ():
+            if getattr(pipeline, other, None) is not None:
+                setattr(pipeline, other, None)
         release_memory(torch.device(model.device), held() is not None)
 
 

@@ -5,13 +5,14 @@ Every transformer of the pipeline is packed, those of families that the stages d
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
 
 from qvgen.checkpoint.declared import weight_files
 from qvgen.checkpoint.new_folder import check_new, new_folder
-from qvgen.checkpoint.packed import _write_transformer, export_pipeline
+from qvgen.checkpoint.packed import export_pipeline, write_transformer
 from qvgen.checkpoint.pipeline import load_component
 from qvgen.models.files import SourceError, check_safetensors, read_json
 from qvgen.models.generic import block_linears, denoisers
@@ -41,8 +42,9 @@ def pack_pipeline(base: str | Path, out: str | Path, scheme: QuantScheme, dtype:
             targets = prepare_(model, scheme, default_targets=block_linears(model))
             convert_(model)
             if not counts:
-                export_pipeline(base, model, scheme, beside, dtype, method="rounding to nearest")
-            if name != "transformer":
-                _write_transformer(model, scheme, targets, beside / name, dtype)
+                export_pipeline(base, model, scheme, beside, dtype, method="rounding to nearest", component=name)
+            else:
+                shutil.rmtree(beside / name)  # the full-precision one
+                write_transformer(model, scheme, targets, beside / name, dtype)
             counts[name] = len(targets)
     return counts

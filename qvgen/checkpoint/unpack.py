@@ -6,13 +6,14 @@ the packed folder's, byte for byte. Activations are no longer quantized, so its 
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from qvgen.checkpoint.new_folder import new_folder
-from qvgen.checkpoint.packed import copy_all_but_transformer, load_packed_transformer
+from qvgen.checkpoint.packed import copy_all_but_transformer, load_packed_transformer, packed_denoisers
 from qvgen.models.generic import denoisers
 from qvgen.nn.packed_linear import packed_layers
 
@@ -30,7 +31,11 @@ def unpack_folder(source: str | Path, out: str | Path, dtype: torch.dtype) -> in
     count, scheme = 0, ""
     with new_folder(out) as beside:
         copy_all_but_transformer(source, beside)
+        packed = packed_denoisers(source)
         for name in denoisers(source):
+            if name not in packed:  # the second of two experts, before its turn
+                shutil.copytree(source / name, beside / name, copy_function=shutil.copyfile)
+                continue
             transformer = load_packed_transformer(source, dtype, name)
             count += len(list(packed_layers(transformer)))
             scheme = transformer.hf_quantizer.quantization_config.scheme.name

@@ -6,7 +6,8 @@ text/shard-00000.safetensors
                          rows (r, d) of many of them together, without padding, and offsets (n + 1,) int64, where each begins;
                          max_sequence_length in the metadata
 train/ calibration/ held_out/ shard-00000.safetensors
-                         latents (n, ...), caption_index (n,) int64
+                         latents (n, ...), caption_index (n,) int64; of families that read a first frame also that frame,
+                         first_frame (n, 3, h, w) uint8, and what an image encoder makes of it, image (n, m, e)
 """
 
 from __future__ import annotations
@@ -23,30 +24,41 @@ from safetensors.torch import load_file
 from qvgen.data.shards import ShardWriter
 from qvgen.data.stored import LENGTH, Latents, Selected, StoredLatents, StoredText, without_padding
 from qvgen.models.family import Family
+from qvgen.models.pictures import first_frames
 from qvgen.tensors import save_tensors
 
 PARTS = ("train", "calibration", "held_out")
 TEXT, WHOLE_TEXT, CAPTIONS = "text", "text.safetensors", "captions.json"
+LATENTS, IMAGE, FIRST_FRAME = "latents", "image", "first_frame"  # tensors of a shard
 
 
 class LatentDataset:
     """One part of the precomputed data: in files, of which samples are read as they are asked for, or given as tensors."""
 
     def __init__(
-        self, latents: Latents, caption_index: torch.Tensor, captions: list[str], embeddings: torch.Tensor | StoredText
+        self,
+        latents: Latents,
+        caption_index: torch.Tensor,
+        captions: list[str],
+        embeddings: torch.Tensor | StoredText,
+        image: Latents | None = None,
+        first_frames: Latents | None = None,
     ) -> None:
         self.latents, self.caption_index = latents, caption_index
         self.captions, self.embeddings = captions, embeddings
+        self.image = torch.empty(len(latents), 0, 0) if image is None else image  # (n, m, e), m = 0: there are none
+        self.first_frames = first_frames  # (n, 3, h, w), values 0 to 255
 
     @classmethod
     def open(cls, part: str | Path) -> LatentDataset:
         """A folder such as artifacts/data/train. Raises ValueError if it holds no shards."""
         part = Path(part)
         latents = StoredLatents(part)
+        image, first = (StoredLatents(part, name) if latents.has(name) else None for name in (IMAGE, FIRST_FRAME))
         captions = json.loads((part.parent / CAPTIONS).read_text(encoding="utf-8"))
         whole = part.parent / WHOLE_TEXT
         text = load_file(whole)["embeddings"].float() if whole.is_file() else StoredText(part.parent / TEXT)
-        return cls(latents, latents.caption_index, captions, text)
+        return cls(latents, latents.caption_index, captions, text, image, first)
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -130,9 +142,8 @@ class ClipBatch:
 
 
 def part_writer(folder: Path, total: int, shard_size: int) -> ShardWriter:
-    def save(path: Path, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        latents, captions = zip(*rows, strict=True)
-        save_tensors(path, {"latents": torch.stack(latents), "caption_index": torch.stack(captions)})
+    def save(path: Path, rows: list[dict[str, torch.Tensor]]) -> None:
+        save_tensors(path, {name: torch.stack([row[name] for row in rows]) for name in rows[0]})
 
     return ShardWriter(folder, total, shard_size, save)
 
@@ -150,9 +161,14 @@ def write_part(
     for batch in batches:
         rows: dict[int, Any] = {}
         if batch.clips is not None:
-            encoded = family.encode_clips(pipeline, batch.clips).to("cpu", dtype)
-            if not torch.isfinite(encoded).all():
+            encoded = {LATENTS: family.encode_clips(pipeline, batch.clips).to("cpu", dtype)}
+            if family.reads_image:
+                image = family.encode_image(pipeline, batch.clips).to("cpu", dtype)
+                encoded |= ({IMAGE: image} if image.shape[1] else {}) | {FIRST_FRAME: first_frames(batch.clips).cpu()}
+            if not all(tensor.isfinite().all() for tensor in encoded.values()):
                 raise ValueError(f"{writer.folder.name}: a clip gives NaN or Inf latents; check that its pixels are finite")
-            rows = dict(zip(batch.positions, zip(encoded.unbind(), batch.caption_index.unbind(), strict=True), strict=True))
+            encoded["caption_index"] = batch.caption_index
+            for row, position in enumerate(batch.positions):
+                rows[position] = {name: tensor[row] for name, tensor in encoded.items()}
         writer.add(batch.span, rows, batch.skipped)
         on_batch(len(batch.span))

@@ -44,24 +44,30 @@ class Shards:
 
 
 class StoredLatents:
-    """Latents of a folder of shards; indexed by a slice or a tensor of positions, as a tensor (n, ...) would be."""
+    """Latents of a folder of shards, or another of its tensors with a row for each sample; indexed by a slice or a tensor of
+    positions, as a tensor (n, ...) would be."""
 
-    def __init__(self, folder: Path) -> None:
-        self._shards = Shards(folder)
+    def __init__(self, folder: Path, name: str = "latents") -> None:
+        self._shards, self._name = Shards(folder), name
         opened = [safe_open(path, framework="pt") for path in self._shards.paths]
-        self._ends = list(accumulate(file.get_slice("latents").get_shape()[0] for file in opened))
-        self.shape = (self._ends[-1], *opened[0].get_slice("latents").get_shape()[1:])
+        self._names = set(opened[0].keys())
+        self._ends = list(accumulate(file.get_slice(name).get_shape()[0] for file in opened))
+        self.shape = (self._ends[-1], *opened[0].get_slice(name).get_shape()[1:])
         self.caption_index = torch.cat([file.get_tensor("caption_index") for file in opened])
 
     def __len__(self) -> int:
         return self._ends[-1]
+
+    def has(self, name: str) -> bool:
+        """Whether the shards hold such a tensor."""
+        return name in self._names
 
     def __getitem__(self, index: slice | torch.Tensor) -> torch.Tensor:
         """float32. Raises ValueError for NaN and Inf."""
         found = torch.empty((len(wanted := torch.arange(len(self))[index].tolist()), *self.shape[1:]))
         for row, position in enumerate(wanted):
             number, first = _place(self._ends, position)
-            found[row] = self._shards[number].get_slice("latents")[position - first : position - first + 1][0]
+            found[row] = self._shards[number].get_slice(self._name)[position - first : position - first + 1][0]
         if not torch.isfinite(found).all():
             raise ValueError(f"{self._shards.folder} holds NaN or Inf; run the prepare stage again and check the source clips")
         return found

@@ -35,14 +35,13 @@ def plan(folder: Path, repository: str, measured: str = "") -> Plan:
     pickle or a link out of the folder.
     """
     from qvgen.checkpoint.declared import weight_files
-    from qvgen.checkpoint.packed import verify_folder
-    from qvgen.models.generic import denoisers
+    from qvgen.checkpoint.packed import packed_denoisers, verify_folder
     from qvgen.packing.record import verify
 
     if not _ID.fullmatch(repository):
         raise ValueError(f"{repository!r:.200} is no repository of Hugging Face: write ORG/NAME")
     verify_folder(folder)
-    for component in denoisers(folder):
+    for component in packed_denoisers(folder):
         if not verify(weight_files(folder / component)):  # whatever QVGEN_VERIFY says
             raise ValueError(
                 f"{folder / component} records no hashes, so nobody who downloads it could check it; pack it again"

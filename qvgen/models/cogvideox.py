@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -63,7 +63,7 @@ class CogVideoXFamily(Family):
         self._scheduler: Any = CogVideoXDDIMScheduler.from_config(dict(scheduler_config))
 
     @classmethod
-    def from_scheduler(cls, config: Mapping[str, Any]) -> Self:
+    def from_scheduler(cls, config: Mapping[str, Any], index: Mapping[str, Any] = MappingProxyType({})) -> Self:
         return cls(config)
 
     @staticmethod
@@ -141,7 +141,14 @@ class CogVideoXFamily(Family):
         """v = sqrt(ᾱ) noise - sqrt(1 - ᾱ) clean."""
         return self._scheduler.get_velocity(clean, noise, timestep.long())
 
-    def predict(self, model: nn.Module, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    def predict(
+        self,
+        model: nn.Module,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        text: torch.Tensor,
+        image: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return model(
             hidden_states=latents,
             timestep=timestep,

@@ -1,13 +1,14 @@
 """The protocol of a family of video diffusion transformers: every question that the library asks about one.
 
-A family is one file (wan.py, cogvideox.py): everything that is true of it and of no other stands there. registry.py knows the
-families by the diffusers pipelines they belong to; docs/add-a-family.md adds one step by step.
+A family is one file (wan/text.py, wan/image.py, cogvideox.py): everything that is true of it and of no other stands there.
+registry.py knows the families by the diffusers pipelines they belong to; docs/add-a-family.md adds one step by step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 
 from qvgen.models.folding import FoldableInput
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 NUM_TRAIN_TIMESTEPS = 1000  # the library numbers noise levels 0 (clean) to 1000 (noise); a family with others is refused
 
 
@@ -68,10 +70,17 @@ class Family(Protocol):
     guidance_can_stop: ClassVar[bool]  # whether the pipeline asks for guidance at each step, not once before the first
     scheduler_options: ClassVar[Mapping[str, tuple[Any, ...]]]  # option -> values for which the equations below hold
     published: ClassVar[tuple[str, Mapping[str, Any]]]  # a published model: its name in metrics, its transformer's config
+    task: ClassVar[str] = "text-to-video"  # what the hub calls it
+    optional: ClassVar[tuple[str, ...]] = ()  # components that its pipelines may have besides those of source.py
+    reads_image: ClassVar[bool] = False  # whether its pipelines are also given the first frame
+
+    component: str = "transformer"  # the transformer that is trained and measured, of a pipeline with two
+    noise_range: tuple[float, float] = (0.0, 1.0)  # the noise levels (t / 1000) that this transformer denoises
 
     @classmethod
-    def from_scheduler(cls, config: Mapping[str, Any]) -> Self:
-        """The adapter for a pipeline with this scheduler, whose options were checked against `scheduler_options`."""
+    def from_scheduler(cls, config: Mapping[str, Any], index: Mapping[str, Any] = _NOTHING) -> Self:
+        """The adapter for a pipeline with this scheduler, whose options were checked against `scheduler_options`. `index`:
+        the pipeline's own settings, as in model_index.json."""
         ...
 
     @staticmethod
@@ -111,8 +120,16 @@ class Family(Protocol):
         """Noisy latents at `timestep` (n,), shaped like `clean` (n, ...)."""
         ...
 
-    def predict(self, model: nn.Module, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """The transformer's own prediction (velocity), shaped like `latents`; `timestep` (n,), `text` (n, l, d)."""
+    def predict(
+        self,
+        model: nn.Module,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        text: torch.Tensor,
+        image: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The transformer's own prediction (velocity), shaped like `target`; `timestep` (n,), `text` (n, l, d), and `image`
+        as `encode_image` gives it."""
         ...
 
     def target(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
@@ -128,9 +145,14 @@ class Family(Protocol):
         ...
 
     def encode_clips(self, pipeline: Any, clips: torch.Tensor) -> torch.Tensor:
-        """Normalised latents of clips (n, 3, t, h, w) in [-1, 1]."""
+        """Normalised latents of clips (n, 3, t, h, w) in [-1, 1]; with `reads_image`, and behind them in the layout that the
+        transformer takes, what it reads of the first frame."""
         ...
 
+    def encode_image(self, pipeline: Any, clips: torch.Tensor) -> torch.Tensor:
+        """Embeddings (n, m, e) of the first frames of clips, for transformers that attend to them; m = 0 for all others."""
+        return torch.empty(len(clips), 0, 0)
+
     def decode_latents(self, pipeline: Any, latents: torch.Tensor, frames: int) -> torch.Tensor:
-        """Clips (n, 3, frames, h, w) in [-1, 1] of normalised latents; the inverse of `encode_clips`."""
+        """Clips (n, 3, frames, h, w) in [-1, 1] of normalised latents, of `encode_clips` or sampled."""
         ...

@@ -8,6 +8,8 @@ from typing import Any
 
 MANIFEST = "manifest.json"  # what a folder made by stage fetch records
 RECORD = "sha256.json"  # what anybody may put beside a model: {"path": "sha256"}
+DENOISERS = ("transformer", "transformer_2")  # component names in diffusers' pipelines; Wan 2.2 A14B has two
+EXPERT = "expert"  # in it: of a pipeline with two transformers the one that is trained
 GENERATION = "generation.json"  # how this model is meant to be sampled
 BESIDE = ("model_index.json", GENERATION, "README.md", "LICENSE")
 SUFFIXES = (".safetensors", ".json", ".txt", ".model")  # .model: sentencepiece vocabulary, a plain protobuf
@@ -93,3 +95,15 @@ def check_safetensors(path: str | Path) -> None:
 
 def _truncated(path: Path, expected: str, found: int) -> SourceError:
     return SourceError(f"{path} is cut short or has extra bytes: expected {expected} bytes, found {found}; get it again")
+
+
+def trained_component(folder: str | Path) -> str:
+    """Name of the transformer that the stages train in a pipeline folder: what stage fetch recorded, else `transformer`."""
+    path = Path(folder) / MANIFEST
+    return str(read_json(path).get(EXPERT) or "transformer") if path.is_file() else "transformer"
+
+
+def quantizations(folder: str | Path) -> list[dict[str, Any]]:
+    """quantization_config of each transformer of a pipeline folder that has one."""
+    paths = [path for name in DENOISERS if (path := Path(folder) / name / "config.json").is_file()]
+    return [found for path in paths if isinstance(found := read_json(path).get("quantization_config"), dict)]

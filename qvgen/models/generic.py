@@ -10,9 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from qvgen.models.files import SourceError, read_json
-
-DENOISERS = ("transformer", "transformer_2")  # component names in diffusers' pipelines; Wan 2.2 A14B has two
+from qvgen.models.files import DENOISERS, SourceError, read_json
 
 
 def block_linears(model: nn.Module) -> list[str]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from qvgen.models.cogvideox import CogVideoXFamily
 from qvgen.models.family import Family
-from qvgen.models.files import SourceError, read_json
-from qvgen.models.wan import WanFamily
+from qvgen.models.files import EXPERT, SourceError, read_json, trained_component
+from qvgen.models.wan.image import WanImageFamily
+from qvgen.models.wan.text import WanFamily
 
 _FAMILIES: dict[str, type[Family]] = {}
 
@@ -27,6 +29,7 @@ def register(family: type[Family]) -> type[Family]:
 
 
 register(WanFamily)
+register(WanImageFamily)
 register(CogVideoXFamily)
 
 
@@ -42,8 +45,8 @@ def family_class(pipeline_class: Any) -> type[Family]:
     message = f"pipeline {pipeline_class!r:.100} is not supported; supported: {', '.join(_FAMILIES)}"
     if isinstance(pipeline_class, str) and any(word in pipeline_class for word in _MORE_THAN_TEXT):
         message += (
-            ". It makes videos from more than text (a first image, a video, a mask), which no stage reads or encodes: "
-            "give a text-to-video pipeline"
+            ". It makes videos from more than text (an image, a video, a mask), which no stage encodes as it does: "
+            "give a supported pipeline"
         )
     raise SourceError(message)
 
@@ -51,8 +54,10 @@ def family_class(pipeline_class: Any) -> type[Family]:
 _MORE_THAN_TEXT = ("ImageTo", "VideoTo", "VACE", "Control", "Animate", "S2V", "Inpaint")
 
 
-def family_of(pipeline_class: Any, scheduler_config: Mapping[str, Any]) -> Family:
-    """Adapter for a pipeline class name and the config of its scheduler.
+def family_of(
+    pipeline_class: Any, scheduler_config: Mapping[str, Any], index: Mapping[str, Any] = MappingProxyType({})
+) -> Family:
+    """Adapter for a pipeline class name, the config of its scheduler, and its own settings.
 
     Raises ValueError for a family that is not supported, and for a scheduler with other noise levels or another target
     than the family's equations have.
@@ -66,19 +71,19 @@ def family_of(pipeline_class: Any, scheduler_config: Mapping[str, Any]) -> Famil
                 f"scheduler option {name} = {options[name]!r:.100} changes noise levels or the target in a way that "
                 f"training and evaluation of {family.name} do not follow; it must be {allowed} in scheduler_config.json"
             )
-    return family.from_scheduler(options)
+    return family.from_scheduler(options, index)
 
 
 def load_family(folder: str | Path) -> Family:
     """Adapter for a diffusers pipeline folder, by its model_index.json. Raises ValueError as `family_of` does."""
     folder = Path(folder)
-    index = read_json(folder / "model_index.json")
-    return family_of(index.get("_class_name"), read_json(folder / "scheduler" / "scheduler_config.json"))
+    index = read_json(folder / "model_index.json") | {EXPERT: trained_component(folder)}
+    return family_of(index.get("_class_name"), read_json(folder / "scheduler" / "scheduler_config.json"), index)
 
 
-def family_adapter(pipeline: Any) -> Family:
-    """Adapter for a loaded pipeline."""
-    return family_of(type(pipeline).__name__, dict(pipeline.scheduler.config))
+def family_adapter(pipeline: Any, component: str = "transformer") -> Family:
+    """Adapter for a loaded pipeline, of two transformers for `component`."""
+    return family_of(type(pipeline).__name__, dict(pipeline.scheduler.config), {**pipeline.config, EXPERT: component})
 
 
 def _scheduler_defaults(class_name: Any) -> dict[str, Any]:

@@ -11,9 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qvgen.models.files import BESIDE, SUFFIXES, SourceError, check_not_pointer, check_safetensors, read_json, shards_of
+from qvgen.models.files import (
+    BESIDE,
+    DENOISERS,
+    SUFFIXES,
+    SourceError,
+    check_not_pointer,
+    check_safetensors,
+    read_json,
+    shards_of,
+)
 
 COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")  # that the stages read; all are needed
+OPTIONAL = ("image_encoder", "image_processor", "transformer_2")  # that a family may have besides (`Family.optional`)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _LIBRARIES = ("diffusers", "transformers")
 _CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
@@ -69,13 +79,27 @@ def read_pipeline(folder: str | Path) -> Pipeline:
     except SourceError as error:
         raise SourceError(f"{folder}: {error}") from None
     components = tuple(sorted(name for name, kind in index.items() if _is_component(folder, name, kind)))
-    _check_components(folder, pipeline_class, components)
+    _check_components(folder, pipeline_class, components, family.optional)
     files = [name for name in BESIDE if (folder / name).is_file()]
     for component in components:
         files += _component_files(folder, component)
     if refusal := family.refusal(index, read_json(folder / "transformer" / "config.json")):
         raise SourceError(f"{folder}: {refusal:.300}")
     return Pipeline(folder, pipeline_class, components, tuple(sorted(files)))
+
+
+def check_expert(expert: str | None, pipeline: Pipeline) -> str | None:
+    """`expert`, the value of fetch.expert. Raises SourceError if it names a transformer that the pipeline does not have, or is
+    missing for one of two."""
+    both = [name for name in DENOISERS if name in pipeline.components]
+    if len(both) > 1 and expert is None:
+        raise SourceError(
+            f"{pipeline.folder} has two transformers, each for its noise levels: set fetch.expert to {' or '.join(both)}, the "
+            "one to train; a second run trains the other (docs/your-own-model.md)"
+        )
+    if expert is not None and len(both) < 2:
+        raise SourceError(f"fetch.expert = {expert!r}, but {pipeline.folder} has one transformer: set it to null")
+    return expert
 
 
 def _download(source: str, revision: str) -> Path:
@@ -103,12 +127,12 @@ def _is_component(folder: Path, name: str, kind: Any) -> bool:
     return True
 
 
-def _check_components(folder: Path, pipeline_class: str, components: tuple[str, ...]) -> None:
+def _check_components(folder: Path, pipeline_class: str, components: tuple[str, ...], optional: tuple[str, ...]) -> None:
     """A component that is ignored would stay in full precision, unmeasured, and yet make part of every video."""
-    if ignored := [name for name in components if name not in COMPONENTS]:
+    if ignored := [name for name in components if name not in COMPONENTS + optional]:
         raise SourceError(
             f"{folder} has component {', '.join(ignored)}, which the stages would ignore; {pipeline_class} is supported with "
-            f"{', '.join(COMPONENTS)} alone"
+            f"{', '.join(COMPONENTS + optional)} alone"
         )
     if missing := [name for name in COMPONENTS if name not in components]:
         raise SourceError(f"{folder / 'model_index.json'} names no {' and no '.join(missing)}: the pipeline is incomplete")

@@ -104,7 +104,7 @@ def _leave(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 def _per_sample(timestep: Any) -> torch.Tensor:
     """`timestep` is (), (n,) or, for models with one timestep per token (Wan 2.2 5B), (n, tokens): there the largest one
-    counts, which in text-to-video is that of every token."""
+    counts, that of every token but those of a first frame that stays clean."""
     timestep = timestep.detach()
     return (timestep.amax(dim=1) if timestep.ndim == 2 else timestep).reshape(-1)
 

@@ -19,9 +19,15 @@ def own_scheduler(pipeline: Any) -> Any:
 
 
 def sample_clip(
-    pipeline: Any, family: Family, settings: SamplingSettings, prompt: str, seed: int, negative_prompt: str = ""
+    pipeline: Any,
+    family: Family,
+    settings: SamplingSettings,
+    prompt: str,
+    seed: int,
+    negative_prompt: str = "",
+    image: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A clip (3, t, h, w) in [-1, 1], float32."""
+    """A clip (3, t, h, w) in [-1, 1], float32. `image`: its first frame (3, h, w) uint8, for families that take one."""
     _latents, clips = sample(
         pipeline,
         family,
@@ -33,5 +39,6 @@ def sample_clip(
         guidance_stop=settings.guidance_stop,
         batch_size=1,
         negative_prompt=negative_prompt,
+        images=None if image is None else image[None],
     )
     return clips[0]

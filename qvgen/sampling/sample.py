@@ -12,6 +12,7 @@ import torch
 from qvgen.checkpoint.pipeline import holding
 from qvgen.data.stored import Latents, Text
 from qvgen.models.family import NUM_TRAIN_TIMESTEPS, ClipSize, Family
+from qvgen.models.pictures import as_image
 from qvgen.sampling.one_batch import both_at_once
 from qvgen.sampling.rows import Rows
 
@@ -51,8 +52,15 @@ def denoise(
     inference_steps: int,
     guidance_scale: float,
     guidance_stop: float = 1.0,
+    images: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Latents (n, ...) of a batch of embeddings; of the pipeline's models the transformer alone is used. See `generate`."""
+    """Latents (n, ...) of a batch of embeddings; of the pipeline's models the transformer alone is used, or with images also
+    VAE and image encoder. See `generate`."""
+    if family.reads_image and (images is None or len(images) != len(seeds)):
+        found = 0 if images is None else len(images)
+        raise ValueError(f"family {family.name} makes videos from first frames: {len(seeds)} images are needed, found {found}")
+    if images is not None and not family.reads_image:
+        raise ValueError(f"family {family.name} makes videos from text alone: give no image, or an image-to-video model")
     arguments: dict[str, Any] = {}
     if guidance_stop < 1:
         if not family.guidance_can_stop:
@@ -62,20 +70,29 @@ def denoise(
     # In the transformer's dtype, which a text encoder that is stored in 16 bits does not give, and not every pipeline sees to.
     transformer = pipeline.transformer
     text, negative = (None if x is None else x.to(transformer.device, transformer.dtype) for x in texts)
-    arguments["prompt_embeds"] = text
-    if negative is not None:
-        arguments["negative_prompt_embeds"] = negative
-    return both_at_once(pipeline, text, negative)(
-        height=size.height,
-        width=size.width,
-        num_frames=size.frames,
-        max_sequence_length=size.max_sequence_length,
-        num_inference_steps=inference_steps,
-        guidance_scale=guidance_scale,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="latent",
-        **arguments,
-    ).frames
+    assert text is not None
+    # diffusers' pipelines give all clips of a call the same image, so those with one are made one by one.
+    calls = [slice(0, len(seeds))] if images is None else batches(len(seeds), 1)
+    found = []
+    for call in calls:
+        arguments["prompt_embeds"] = text[call]
+        if negative is not None:
+            arguments["negative_prompt_embeds"] = negative[call]
+        if images is not None:
+            arguments["image"] = as_image(images[call][0].to(torch.uint8))
+        latents = both_at_once(pipeline, text[call], None if negative is None else negative[call])(
+            height=size.height,
+            width=size.width,
+            num_frames=size.frames,
+            max_sequence_length=size.max_sequence_length,
+            num_inference_steps=inference_steps,
+            guidance_scale=guidance_scale,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[call]],
+            output_type="latent",
+            **arguments,
+        ).frames
+        found.append(latents)
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def generate(
@@ -89,15 +106,17 @@ def generate(
     guidance_scale: float,
     guidance_stop: float = 1.0,
     negative_prompt: str = "",
+    images: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Latents (n, ...) sampled by a diffusers pipeline; those of all families take the same arguments.
+    """Latents (n, ...) sampled by a diffusers pipeline; those of all families take the same arguments, and families that make
+    videos from a first frame `images` (n, 3, h, w) besides, values 0 to 255.
 
     Each clip has its own seed, so it does not depend on the batch it is generated in (up to floating-point reductions).
     Guidance leads away from `negative_prompt`, and is off from cleanness (1 - t / 1000) `guidance_stop` on. Raises ValueError
     for a stop below 1 with a family whose pipeline fixes guidance before its first step.
     """
     texts = encode(pipeline, family, prompts, size, guidance_scale, negative_prompt)
-    options: dict[str, Any] = {"guidance_scale": guidance_scale, "guidance_stop": guidance_stop}
+    options: dict[str, Any] = {"guidance_scale": guidance_scale, "guidance_stop": guidance_stop, "images": images}
     return denoise(pipeline, family, texts, seeds, size, inference_steps=inference_steps, **options)
 
 
@@ -129,6 +148,7 @@ def sample(
     guidance_stop: float = 1.0,
     negative_prompt: str = "",
     on_batch: OnBatch = silent,
+    images: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sampled latents (n, ...) and their clips (n, 3, t, h, w) in [-1, 1], float32 on the CPU, one per prompt.
 
@@ -149,6 +169,7 @@ def sample(
             batch_size=batch_size,
             guidance_stop=guidance_stop,
             on_batch=on_batch,
+            images=images,
         )
     return latents, decode_all(model, family, latents, size, batch_size)
 
@@ -187,6 +208,7 @@ def denoise_all(
     guidance_stop: float = 1.0,
     on_batch: OnBatch = silent,
     store: Path | None = None,
+    images: Latents | None = None,
 ) -> torch.Tensor:
     """Latents of every batch of `texts`, float32 on the CPU, in a file in the folder `store` if one is given."""
     latents = Rows(len(seeds), store)
@@ -200,6 +222,7 @@ def denoise_all(
             inference_steps=inference_steps,
             guidance_scale=guidance_scale,
             guidance_stop=guidance_stop,
+            images=None if images is None else images[part],
         )
         latents.add(sampled)
         on_batch(len(sampled))
@@ -219,9 +242,11 @@ def decode_all(
     return clips.tensor()
 
 
-def spread_timesteps(count: int) -> list[float]:
-    """`count` timesteps in the middle of equal parts of [0, 1000]: 10 gives 50, 150, ... 950."""
-    return [(i + 0.5) * NUM_TRAIN_TIMESTEPS / count for i in range(count)]
+def spread_timesteps(count: int, noise_range: tuple[float, float] = (0.0, 1.0)) -> list[float]:
+    """`count` timesteps in the middle of equal parts of [0, 1000], or of a part of it: 10 gives 50, 150, ... 950."""
+    low, high = noise_range
+    first, share = low * NUM_TRAIN_TIMESTEPS, high - low
+    return [first + share * ((i + 0.5) * NUM_TRAIN_TIMESTEPS / count) for i in range(count)]
 
 
 @torch.no_grad()
@@ -236,12 +261,13 @@ def velocities(
     batch_size: int,
     on_batch: OnBatch = silent,
     store: Path | None = None,
+    image: Latents | None = None,
 ) -> torch.Tensor:
     """Predicted velocities (timesteps, n, ...) float32, on the CPU, for clean latents (n, ...) made noisy at each timestep.
 
-    `text` (n, l, d) are the captions' embeddings. The noise depends on `seed` alone, so two models given the same
-    arguments see the same inputs. Predictions are kept rather than compared at once, so that two large models need
-    never be in memory together.
+    `text` (n, l, d) are the captions' embeddings, `image` (n, m, e) those of the first frames. The noise depends on `seed`
+    alone, so two models given the same arguments see the same inputs. Predictions are kept rather than compared at once, so
+    that two large models need never be in memory together.
     """
     dtype, device = transformer.dtype, transformer.device
     generator = torch.Generator().manual_seed(seed)
@@ -256,7 +282,8 @@ def velocities(
             drawn = torch.randn(clean.shape, generator=generator) if noise is None else noise[part]
             t = torch.full((len(clean),), float(timestep), device=device)
             noisy = family.add_noise(clean, drawn.to(device), t)
-            predicted.add(family.predict(transformer, noisy.to(dtype), t, text[part].to(device, dtype)))
+            condition = [x[part].to(device, dtype) for x in (text, image) if x is not None]
+            predicted.add(family.predict(transformer, noisy.to(dtype), t, *condition))
             on_batch(len(clean))
     return predicted.tensor().unflatten(0, (len(timesteps), count))
 

@@ -80,6 +80,8 @@ class Engine:
         from qvgen.sampling.settings import read_settings
 
         self.folder, self.turns, self._on_video = Path(folder), turns or Turns(WAITING), on_video
+        if load_family(folder).reads_image:
+            raise ValueError(f"{folder} makes videos from a first frame, which no request has: use `qvgen generate --image`")
         self.limits = limits or Limits.of(vars(read_settings(folder)))
         self._family, self._pipeline = load_family(folder), load_pipeline(folder)
 

@@ -11,7 +11,7 @@ from qvgen.data.latents import LatentDataset
 from qvgen.models.family import Family
 from qvgen.params import Params
 
-Batch = tuple[torch.Tensor, ...]  # latents, text, timesteps, noise
+Batch = tuple[torch.Tensor, ...]  # latents, text, timesteps, noise, embeddings of first frames (n, m, e)
 
 
 class Batches(Dataset[Batch]):
@@ -40,7 +40,7 @@ class Batches(Dataset[Batch]):
         clean, text = self.data.read(index[self.share], dropped[self.share])
         timestep = method.timesteps(self.family, len(index), generator)
         noise = torch.randn((len(index), *clean.shape[1:]), generator=generator)
-        return clean, text, timestep[self.share], noise[self.share]
+        return clean, text, timestep[self.share], noise[self.share], self.data.image[index[self.share]]
 
     def between(self, first: int, until: int, workers: int = 0, pin_memory: bool = False) -> Iterator[Batch]:
         """The batches of steps `first` to `until`, in order, read ahead by `workers` processes if there are any."""

@@ -3,6 +3,7 @@ grids. Functions stand in the order of their use."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -74,26 +75,33 @@ def record_inputs(
     on_clips: Callable[[int], object] = lambda clips: None,
 ) -> Inputs:
     """Inputs of every layer that the scheme targets: the full-precision model runs over the calibration clips, sample i at a
-    random timestep of group i mod `timestep_groups`; where there are fewer clips than groups, each clip at several.
-    `on_clips(n)` is called after every batch."""
+    random timestep of group i mod `timestep_groups`; where there are fewer clips than groups, each clip at several. Of two
+    experts each has groups that only the other one sees: they get the rows of the nearest. `on_clips(n)` is called after every
+    batch."""
     scheme = params.effective_scheme
     groups = scheme.timestep_groups
     layers = match_linears(transformer, scheme.targets, scheme.ignore, family.default_targets)
     generator = torch.Generator().manual_seed(params.seed)
     recorder = InputRecorder(groups, params.calibrate.tokens_per_group, params.seed)
     device = next(transformer.parameters()).device
+    low, high = family.noise_range
+    reached = torch.arange(math.floor(low * groups), math.ceil(high * groups))  # the groups of its noise levels
     with recorder.attached({name: transformer.get_submodule(name) for name in layers}):
         for index in torch.arange(_samples(data, params)).split(params.calibrate.batch_size):
             clean, text = data.batch(index % len(data), 0.0, generator)
-            within = torch.rand(len(index), generator=generator)
+            image, group = data.image[index % len(data)], reached[index % len(reached)]
+            # Of a group that is reached in part, that part.
+            begins, ends = ((level * groups - group).clamp(0, 1) for level in family.noise_range)
+            within = begins + (ends - begins) * torch.rand(len(index), generator=generator)
             # Whole timesteps: families with discrete noise levels have no others.
-            timestep = torch.floor((index % groups + within) * NUM_TRAIN_TIMESTEPS / groups)
+            timestep = torch.floor((group + within) * NUM_TRAIN_TIMESTEPS / groups)
             noise = torch.randn(clean.shape, generator=generator)
             recorder.group = timestep_group(timestep, groups, NUM_TRAIN_TIMESTEPS)
-            clean, noise, timestep, text = (x.to(device) for x in (clean, noise, timestep, text))
-            family.predict(transformer, family.add_noise(clean, noise, timestep), timestep, text)
+            clean, noise, timestep, text, image = (x.to(device) for x in (clean, noise, timestep, text, image))
+            family.predict(transformer, family.add_noise(clean, noise, timestep), timestep, text, image)
             on_clips(len(index))
-    return {name: [recorder.inputs(name, group) for group in range(groups)] for name in layers}
+    nearest = torch.arange(groups).clamp(int(reached[0]), int(reached[-1])).tolist()
+    return {name: [recorder.inputs(name, group) for group in nearest] for name in layers}
 
 
 def _samples(data: LatentDataset, params: Params) -> int:

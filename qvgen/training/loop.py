@@ -120,7 +120,7 @@ class Trainer:
         return self._loss_on(*self.batches[step])
 
     def _loss_on(self, *batch: torch.Tensor) -> torch.Tensor:
-        clean, text, timestep, noise = (x.to(self.device, non_blocking=True) for x in batch)
+        clean, text, timestep, noise, image = (x.to(self.device, non_blocking=True) for x in batch)
         noisy = self.family.add_noise(clean, noise, timestep)
         target = self.family.target(clean, noise, timestep)
 
@@ -128,11 +128,11 @@ class Trainer:
         def teacher() -> torch.Tensor:
             model: Any = self.teacher
             dtype = model.dtype  # diffusers keeps some parameters of a 16-bit model in float32; this leaves them out
-            return self.family.predict(self.teacher, noisy.to(dtype), timestep, text.to(dtype)).float()
+            return self.family.predict(self.teacher, noisy.to(dtype), timestep, text.to(dtype), image.to(dtype)).float()
 
         mixed = self.params.qat.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16) if mixed else nullcontext():
-            student = self.family.predict(self.student, noisy, timestep, text).float()
+            student = self.family.predict(self.student, noisy, timestep, text, image).float()
         return self.method.loss(student, teacher, target, 1 - timestep / NUM_TRAIN_TIMESTEPS)
 
     def _averaged(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -87,7 +87,8 @@ def finish(trainer: Trainer, params: Params, sources: Sources) -> nn.Module:
 
 def _load(params: Params, sources: Sources, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Family]:
     device = resolve_device(params.compute.device)
-    return load_transformer(sources.model, dtype, device), load_family(sources.model)
+    family = load_family(sources.model)
+    return load_transformer(sources.model, dtype, device, family.component), family
 
 
 def _clips(sources: Sources) -> LatentDataset:

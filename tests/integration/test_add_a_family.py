@@ -101,5 +101,5 @@ def test_a_pipeline_class_has_one_family(toy: Path) -> None:
 
 def test_without_it_the_pipeline_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "ToyPipeline"}))
-    with pytest.raises(ValueError, match="'ToyPipeline' is not supported; supported: WanPipeline, CogVideoXPipeline"):
+    with pytest.raises(ValueError, match="'ToyPipeline' is not supported; supported: WanPipeline, WanImageToVideoPipeline"):
         read_pipeline(tmp_path)

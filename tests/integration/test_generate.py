@@ -38,6 +38,11 @@ def cogvideox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make("cogvideox", tmp_path_factory.mktemp("pipeline") / "cogvideox")
 
 
+@pytest.fixture(scope="module")
+def wan_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make("wan_image", tmp_path_factory.mktemp("pipeline") / "wan_image")
+
+
 def run(monkeypatch: pytest.MonkeyPatch, model: Path, out: Path, *more: str, prompt: str = "a red digit three") -> int:
     """Exit code of `qvgen generate`, in this process."""
     arguments = ["qvgen", "generate", "--model", str(model), "--prompt", prompt, "--out", str(out), *more]
@@ -60,6 +65,28 @@ def test_the_other_family(monkeypatch, cogvideox: Path, tmp_path: Path) -> None:
     assert run(monkeypatch, cogvideox, tmp_path / "a.gif", "--seed", "1") == 0
     assert run(monkeypatch, cogvideox, tmp_path / "b.gif", "--seed", "1") == 0
     assert (tmp_path / "a.gif").read_bytes() == (tmp_path / "b.gif").read_bytes()
+
+
+def test_a_video_from_its_first_frame(monkeypatch, capsys, wan_image: Path, model: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    pictures = {colour: str(tmp_path / f"{colour}.png") for colour in ("red", "blue")}
+    for colour, path in pictures.items():
+        Image.new("RGB", (70, 40), colour).save(path)
+    assert run(monkeypatch, wan_image, tmp_path / "a.gif", "--seed", "1", "--image", pictures["red"]) == 0
+    assert run(monkeypatch, wan_image, tmp_path / "b.gif", "--seed", "1", "--image", pictures["red"]) == 0
+    assert run(monkeypatch, wan_image, tmp_path / "c.gif", "--seed", "1", "--image", pictures["blue"]) == 0
+    a, b, c = ((tmp_path / f"{name}.gif").read_bytes() for name in "abc")
+    assert a == b != c
+    out = tmp_path / "refused.gif"
+    for folder, more, says in (
+        (wan_image, (), "from its first frame: give it with --image FILE"),
+        (wan_image, ("--image", str(tmp_path / "none.png")), "none.png does not exist"),
+        (wan_image, ("--image", str(wan_image / "model_index.json")), "cannot be read as a video"),
+        (model, ("--image", pictures["red"]), "from text alone: leave out --image"),
+    ):
+        assert run(monkeypatch, folder, out, *more) == 1
+        assert says in capsys.readouterr().err and not out.exists()
 
 
 def test_a_packed_model(monkeypatch, model: Path, tmp_path: Path) -> None:

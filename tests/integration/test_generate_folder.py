@@ -16,6 +16,7 @@ from pipelines import cli
 from pipelines.commands.generate.manifest import manifest_path
 from qvgen.models.tiny import TINY_CLIP, tiny_pipeline
 from qvgen.sampling.folder import video_seed
+from qvgen.serving.engine import Engine
 
 PROMPTS = ["a red digit three", "a blue digit one", "a green digit two, moving up"]
 SAMPLES = 2
@@ -44,6 +45,17 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     path.write_text("\n".join(PROMPTS) + "\n")
     return path
+
+
+def test_a_model_that_needs_an_image_is_refused(prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither a list of prompts nor a request to a server has a picture."""
+    folder = tiny_pipeline("wan_image", tmp_path / "model")
+    (folder / "generation.json").write_text(json.dumps(GENERATION))
+    assert run(folder, prompts, tmp_path / "out") == 1
+    assert "makes each video from a first frame, which a list of prompts does not have" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="from a first frame, which no request has: use `qvgen generate --image`"):
+        Engine(folder)
+    assert not (tmp_path / "out").exists()
 
 
 def arguments(model: Path, prompts: Path, out: Path, *more: str) -> list[str]:

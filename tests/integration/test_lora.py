@@ -12,16 +12,16 @@ from qvgen.checkpoint.packed import export_pipeline
 from qvgen.checkpoint.pipeline import load_pipeline
 from qvgen.integrations.lora import PackedLoraLinear
 from qvgen.models.registry import load_family
-from qvgen.models.tiny import tiny_pipeline
 from qvgen.nn.packed_linear import packed_layers
 from qvgen.nn.swap import convert_, prepare_
 from qvgen.quant.scheme import QuantArgs, QuantScheme
+from tests.support.families import KINDS, make_kind
 
 SCHEME = QuantScheme(
     weights=QuantArgs(num_bits=8), input_activations=QuantArgs(num_bits=8, strategy="token"), timestep_groups=2
 )
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2", "ff.net.0.proj", "ff.net.2"]
-SHAPES = {"wan": (1, 4, 3, 4, 4), "cogvideox": (1, 3, 4, 4, 4)}
+TARGETS = r".*blocks\..*(to_q|to_k|to_v|add_k_proj|add_v_proj|to_out\.0|ffn?\.net\.0\.proj|ffn?\.net\.2)"
+FAMILIES = ("wan", "wan_image", "cogvideox")
 
 
 def adapter(transformer: Any, seed: int) -> dict[str, torch.Tensor]:
@@ -36,10 +36,10 @@ def adapter(transformer: Any, seed: int) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.fixture(scope="module", params=list(SHAPES))
+@pytest.fixture(scope="module", params=FAMILIES)
 def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     root = tmp_path_factory.mktemp(request.param)
-    tiny_pipeline(request.param, root / "full")
+    make_kind(request.param, root / "full")
     family, full = load_family(root / "full"), load_pipeline(root / "full")
     packed = load_pipeline(root / "full").transformer
     prepare_(packed, SCHEME, default_targets=family.default_targets)
@@ -47,14 +47,16 @@ def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     export_pipeline(root / "full", packed, SCHEME, root / "packed", torch.float32)
     for seed in (1, 2):
         full.save_lora_weights(root / f"lora{seed}", transformer_lora_layers=adapter(full.transformer, seed))
-    latents = torch.randn(SHAPES[request.param], generator=torch.Generator().manual_seed(0))
-    text = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(1))
+    latents, *condition = KINDS[request.param].inputs(1)
+
+    def velocity(transformer: Any) -> torch.Tensor:
+        return family.predict(transformer, latents, torch.tensor([700.0]), *condition)
 
     def predict(pipeline: Any) -> torch.Tensor:
         with torch.no_grad():
-            return family.predict(pipeline.transformer, latents, torch.tensor([700.0]), text)
+            return velocity(pipeline.transformer)
 
-    return SimpleNamespace(root=root, family=family, full=full, predict=predict, latents=latents, text=text)
+    return SimpleNamespace(root=root, full=full, predict=predict, velocity=velocity)
 
 
 @pytest.fixture
@@ -117,7 +119,7 @@ def test_an_adapter_is_trained_on_the_frozen_packed_model(setup: SimpleNamespace
     optimizer = torch.optim.AdamW(trained, lr=0.02)
     losses = []
     for _ in range(8):
-        loss = (setup.family.predict(transformer, setup.latents, torch.tensor([700.0]), setup.text) - target).square().mean()
+        loss = (setup.velocity(transformer) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         assert all(parameter.grad is not None for parameter in trained)

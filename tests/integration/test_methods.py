@@ -1,4 +1,4 @@
-"""Every method from calibration to a packed folder that diffusers loads, on the two-layer models of both families."""
+"""Every method from calibration to a packed folder that diffusers loads, on the two-layer models of every family."""
 
 import json
 from pathlib import Path
@@ -12,22 +12,26 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qvgen.checkpoint.packed import export_pipeline, load_packed_transformer
-from qvgen.checkpoint.pipeline import load_pipeline
+from qvgen.checkpoint.pipeline import load_pipeline, load_transformer
 from qvgen.checkpoint.training import load_training_state, save_training_state
-from qvgen.data.latents import save_text
+from qvgen.data.latents import LatentDataset, save_text
 from qvgen.evaluation.quality.modules import module_errors
 from qvgen.methods.registry import METHODS
 from qvgen.models.registry import load_family
-from qvgen.models.tiny import TINY_CLIP, TINY_PROMPT, tiny_pipeline
+from qvgen.models.tiny import TINY_CLIP, TINY_PROMPT
 from qvgen.nn.swap import add_adapters_, convert_, merge_adapters_, prepare_, qat_layers
 from qvgen.params import Params, validate_params
 from qvgen.quant.scheme import QuantScheme
 from qvgen.sampling.sample import generate, sample
+from qvgen.training.batches import Batches
+from qvgen.training.calibration import record_inputs
 from qvgen.training.loop import Trainer
 from qvgen.training.recipe import Sources, build_trainer, calibrate, finish
+from tests.support.families import KINDS, make_kind
 
 ROOT = Path(__file__).parents[2]
-FAMILIES = ("wan", "cogvideox")
+FAMILIES = ("wan", "wan_image", "cogvideox")
+OTHERS = ("wan_experts", "wan_image_experts", "wan_image_expand")  # differ in what noise is added to: one method shows it
 UNTRAINED = ("rtn", "mse", "svdquant", "viditq")
 PACKED_TOLERANCE = 5e-3  # mean difference over mean output: the integer path rounds in another order, a code may flip
 
@@ -38,19 +42,22 @@ pytestmark = pytest.mark.integration
 def prepared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A pipeline folder and prepared data of random latents, as stages fetch and prepare leave them."""
     folder = tmp_path_factory.mktemp(request.param)
-    model = tiny_pipeline(request.param, folder / "model")
-    shape = (4, 3, 4, 4) if request.param == "wan" else (3, 4, 4, 4)
+    return prepare(request.param, folder)
+
+
+def prepare(name: str, folder: Path) -> SimpleNamespace:
+    model, kind = make_kind(name, folder / "model"), KINDS[name]
     captions = [TINY_PROMPT, "a blue digit two moving down"]
     pipeline, family = load_pipeline(model), load_family(model)
     text = torch.cat([family.encode_text(pipeline, [c], TINY_CLIP.max_sequence_length) for c in (*captions, "")])
     for i, part in enumerate(("train", "calibration", "held_out")):
         (folder / "data" / part).mkdir(parents=True)
-        latents = torch.randn(8, *shape, generator=torch.Generator().manual_seed(i))
-        shard = {"latents": latents, "caption_index": torch.arange(8) % 2}
+        latents, _, image = kind.inputs(8, seed=i)
+        shard = {"latents": latents, "caption_index": torch.arange(8) % 2} | ({"image": image} if image.numel() else {})
         save_file(shard, folder / "data" / part / "shard-00000.safetensors")
     (folder / "data" / "captions.json").write_text(json.dumps(captions))
     save_text(folder / "data" / "text" / "shard-00000.safetensors", text.detach().float().unbind())
-    return SimpleNamespace(family=request.param, model=model, data=folder / "data")
+    return SimpleNamespace(family=name, model=model, data=folder / "data")
 
 
 @pytest.mark.parametrize("method", ["qvgen", "qvgen+"])
@@ -106,17 +113,49 @@ def test_a_method_gives_a_packed_model_that_loads(prepared: SimpleNamespace, met
     if method == "qvgen":
         assert records[0].rank == 2 and records[-1].rank == 0
     data = trainer.data
-    inputs = data.latents[:2], torch.tensor([200.0, 800.0]), data.text(torch.arange(2))
+    inputs = data.latents[:2], torch.tensor([200.0, 800.0]), data.text(torch.arange(2)), data.image[:2]
     with torch.no_grad():
         wanted = trainer.family.predict(student, *inputs)
         reference = trainer.family.predict(trainer.teacher, *inputs)
     convert_(student)
-    export_pipeline(prepared.model, student, params.effective_scheme, tmp_path / "packed", torch.float32, method)
-    loaded = load_packed_transformer(tmp_path / "packed")
+    component = trainer.family.component
+    packed, scheme = tmp_path / "packed", params.effective_scheme
+    export_pipeline(prepared.model, student, scheme, packed, torch.float32, method, component=component)
+    loaded = load_packed_transformer(packed, component=component)
     with torch.no_grad():
         found = trainer.family.predict(loaded, *inputs)
     assert (found - wanted).abs().mean() <= PACKED_TOLERANCE * wanted.abs().mean()
     assert 0 < (found - reference).square().mean() < reference.square().mean()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_layouts_of_a_family(name: str, tmp_path: Path) -> None:
+    prepared = prepare(name, tmp_path)
+    test_a_method_gives_a_packed_model_that_loads(prepared, "qvgen+", tmp_path)
+    other = prepared.model / "transformer"
+    if KINDS[name].options.get("experts"):  # the one that was not trained stays as it was
+        files = {path.name: path.read_bytes() for path in other.iterdir()}
+        assert {path.name: path.read_bytes() for path in (tmp_path / "packed/transformer").iterdir()} == files
+
+
+@pytest.mark.parametrize(("expert", "own"), [("transformer", [2, 3]), ("transformer_2", [0, 1])])
+def test_an_expert_is_calibrated_and_trained_on_its_own_noise_levels(expert: str, own: list[int], tmp_path: Path) -> None:
+    """The groups that it never sees have the inputs of the nearest one that it does."""
+    prepared, seen = prepare("wan_experts", tmp_path), []
+    (prepared.model / "manifest.json").write_text(json.dumps({"expert": expert}))
+    params = settings("kd")
+    params = params.model_copy(update={"scheme": params.scheme.model_copy(update={"timestep_groups": 4})})
+    family, data = load_family(prepared.model), LatentDataset.open(prepared.data / "calibration")
+    model = load_transformer(prepared.model, component=family.component)
+    model.register_forward_pre_hook(lambda _m, _a, given: seen.extend(given["timestep"].tolist()), with_kwargs=True)
+    inputs = record_inputs(model, family, data, params)
+    low, high = 250 * own[0], 250 * (own[-1] + 1)
+    assert len(seen) == len(data) and {int(t) // 250 for t in seen} == {*own} and all(low <= t < high for t in seen)
+    for rows in inputs.values():
+        same = [next(i for i in range(4) if torch.equal(rows[i], rows[group])) for group in range(4)]
+        assert same == ([0, 0, 0, 3] if own == [2, 3] else [0, 1, 1, 1])
+    batches = Batches(data, family, params)
+    assert all(low <= t <= high for step in range(20) for t in batches[step][2].tolist())
 
 
 @pytest.mark.parametrize("method", ["efficientdm", "qvgen", "qvgen+", "qdm"])
@@ -184,14 +223,13 @@ def test_errors_of_modules(prepared: SimpleNamespace) -> None:
     model, family = load_pipeline(prepared.model).transformer.float(), load_family(prepared.model)
     other = load_pipeline(prepared.model).transformer.float()
     names = prepare_(other, QuantScheme(timestep_groups=1), default_targets=family.default_targets)
-    shape = (2, 4, 3, 4, 4) if prepared.family == "wan" else (2, 3, 4, 4, 4)
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    latents, _, image = KINDS[prepared.family].inputs(2)
     text = family.encode_text(load_pipeline(prepared.model), [TINY_PROMPT] * 2, TINY_CLIP.max_sequence_length)
     args = family, latents, text.detach(), torch.tensor([100.0, 800.0]), names
-    assert set(module_errors(model, model, *args, seed=0).values()) == {0.0}
-    errors = module_errors(model, other, *args, seed=0)
+    assert set(module_errors(model, model, *args, seed=0, image=image).values()) == {0.0}
+    errors = module_errors(model, other, *args, seed=0, image=image)
     assert all(error > 0 for error in errors.values())
-    last = "blocks.1.ffn" if prepared.family == "wan" else "transformer_blocks.1.ff"
+    last = "blocks.1.ffn" if prepared.family != "cogvideox" else "transformer_blocks.1.ff"
     assert last in errors
 
 
@@ -201,7 +239,8 @@ def test_guidance_stops_where_it_should(prepared: SimpleNamespace) -> None:
     pipeline.transformer.register_forward_pre_hook(
         lambda _module, _args, kwargs: calls.append(float(kwargs["timestep"][0])), with_kwargs=True
     )
-    arguments = {"inference_steps": 5, "guidance_scale": 3.0}
+    arguments: dict[str, Any] = {"inference_steps": 5, "guidance_scale": 3.0}
+    arguments["images"] = torch.zeros(1, 3, 32, 32) if family.reads_image else None
     if prepared.family == "cogvideox":
         with pytest.raises(ValueError, match="cannot stop guidance"):
             generate(pipeline, family, [TINY_PROMPT], [0], TINY_CLIP, guidance_stop=0.5, **arguments)

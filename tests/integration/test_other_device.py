@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PARTS = (
     *(f"wan {method}" for method in ("qvgen", "qvgen+", "efficientdm", "svdquant", "viditq", "qdm")),
+    "wan_image qvgen",
     "cogvideox qvgen",
     *(f"{family} {part}" for family in ("wan", "cogvideox") for part in ("vae", "text")),
 )

@@ -18,10 +18,14 @@ import pytest
 import torch
 import yaml
 
+from qvgen.checkpoint.packed import verify_folder
+from qvgen.checkpoint.unpack import unpack_folder
+from qvgen.evaluation.quality.canary import check_canary
 from qvgen.models.hashes import hash_files
 from qvgen.models.source import read_pipeline
 from qvgen.models.tiny import TINY_CLIP, tiny_pipeline
 from qvgen.sampling.video import write_video
+from tests.support.families import KINDS
 from tests.support.stages_in_process import TO_PACK, run_stages
 
 ROOT = Path(__file__).parents[2]
@@ -37,8 +41,9 @@ def make_project(folder: Path, family: str) -> Path:
     for name in ("stages", "qvgen"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "dvc.yaml", folder)
-    options = {"rotary": True} if family == "cogvideox" else {}
-    model = tiny_pipeline(family, folder / "assets/tiny-wan", **options)
+    kind = KINDS[family]
+    options = {"rotary": True} if family == "cogvideox" else kind.options
+    model = tiny_pipeline(kind.family, folder / "assets/tiny-wan", **options)
     recorded = {name: file.sha256 for name, file in hash_files(model, read_pipeline(model).files).items()}
     (model / "sha256.json").write_text(json.dumps(recorded))
     videos, generator = folder / "videos", torch.Generator().manual_seed(0)
@@ -285,11 +290,57 @@ def test_a_trained_method_goes_through_the_same_stages(method: str, family: str,
     assert stop == (0.8 if method == "dsa" else None)  # CogVideoX's pipeline cannot stop guidance, which qvgen+ would
 
 
-def test_cogvideox_goes_through_the_same_stages(tmp_path: Path) -> None:
-    folder = make_project(tmp_path / "cogvideox", "cogvideox")
-    params = yaml.safe_load((folder / "params.yaml").read_text())
-    params["qat"]["steps"], params["decay"] = 4, params["decay"] | {"phase_steps": 2, "final_steps": 2}
-    write_params(folder, params)
-    run_stages(folder, *TO_PACK, "evaluate")
+@pytest.mark.parametrize("family", ["cogvideox", "wan_image"])
+def test_other_families_go_through_the_same_stages(family: str, tmp_path: Path) -> None:
+    folder = make_project(tmp_path / family, family)
+    short(folder)
+    run_stages(folder, *TO_PACK, "evaluate", *(["baselines", "benchmark"] if family == "wan_image" else []))
     scores = json.loads((folder / "metrics/evaluate.json").read_text())["packed"]
     assert scores["psnr_db"] > 5 and scores["velocity_mse"] > 0
+    canary = json.loads((folder / "artifacts/evaluation/canary/canary.json").read_text())
+    assert len(canary.get("images", [])) == (0 if family == "cogvideox" else 2)
+    again = check_canary(folder / "artifacts/packed", folder / "artifacts/evaluation/canary", tmp_path)
+    assert again.ok and again.equal == again.videos == 2
+
+
+def short(folder: Path, **fetch: str) -> None:
+    """A few steps of training, and changes to section fetch."""
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["fetch"] |= fetch
+    params["qat"]["steps"], params["decay"] = 4, params["decay"] | {"phase_steps": 2, "final_steps": 2}
+    write_params(folder, params)
+
+
+def test_two_experts_one_after_the_other(tmp_path: Path) -> None:
+    """Wan 2.2 A14B: a run packs one transformer and keeps the other; a second run starts from what it left."""
+    folder = make_project(tmp_path / "project", "wan_experts")
+    short(folder)
+    with pytest.raises(ValueError, match=r"two transformers.* set fetch.expert to transformer or transformer_2"):
+        run_stages(folder, "fetch")
+    full = {name: hashes(folder / "assets/tiny-wan" / name) for name in ("transformer", "transformer_2")}
+    short(folder, expert="transformer_2")
+    run_stages(folder, *TO_PACK, "evaluate", "baselines", "benchmark")
+    packed = folder / "artifacts/packed"
+    assert hashes(packed / "transformer") == full["transformer"] and hashes(packed / "transformer_2") != full["transformer_2"]
+    details = json.loads((folder / "artifacts/evaluation/details.json").read_text())
+    assert list(details["velocity_mse_by_timestep"]) == ["125.0", "375.0"]  # of the levels below 0.5
+    sizes = json.loads((folder / "metrics/benchmark.json").read_text())["bytes"]
+    assert sizes["packed"] == sum(path.stat().st_size for path in (packed / "transformer_2").iterdir())
+    assert sizes["bf16"] < sizes["fp32"]
+
+    assert verify_folder(packed) == unpack_folder(packed, tmp_path / "plain", torch.float32) == 20
+    assert hashes(tmp_path / "plain/transformer") == full["transformer"]
+
+    second = tmp_path / "second"
+    shutil.copytree(folder, second, ignore=shutil.ignore_patterns("artifacts", "metrics", ".qvgen"))
+    shutil.copytree(packed, second / "first")
+    short(second, source="first", expert="transformer")
+    run_stages(second, *TO_PACK, "evaluate")
+    both = second / "artifacts/packed"
+    assert hashes(both / "transformer_2") == hashes(packed / "transformer_2")
+    assert hashes(both / "transformer") != full["transformer"]
+    assert verify_folder(both) == 2 * 20
+    assert json.loads((second / "metrics/evaluate.json").read_text())["packed"]["velocity_mse"] > 0
+    short(second, source="first", expert="transformer_2")
+    with pytest.raises(ValueError, match="already quantized by this project"):
+        run_stages(second, "fetch")

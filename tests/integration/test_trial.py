@@ -21,8 +21,9 @@ from qvgen.nn.swap import convert_, prepare_
 from qvgen.params import load_params
 from qvgen.quant.scheme import QuantArgs, QuantScheme
 from qvgen.sampling.sample import sample, spread_timesteps
+from tests.support.families import KINDS
 
-FAMILIES = ("wan", "cogvideox")
+FAMILIES = ("wan", "wan_image", "cogvideox")
 PROMPTS = (TINY_PROMPT, "a blue digit one moving left", "a green digit zero moving down")
 BATCH_TOLERANCE = 2e-4  # reductions of another batch size
 
@@ -34,18 +35,21 @@ def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     family = family_adapter(pipeline)
     with torch.no_grad():
         text = family.encode_text(pipeline, PROMPTS, TINY_CLIP.max_sequence_length)
-    shape = (3, 4, 3, 4, 4) if request.param == "wan" else (3, 3, 4, 4, 4)
+    latents, _, image = KINDS[request.param].inputs(3)
+    pictures = torch.randint(256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(0))
     trial = Trial(
         prompts=PROMPTS,
         seeds=(0, 1, 2),
         size=TINY_CLIP,
-        latents=torch.randn(shape, generator=torch.Generator().manual_seed(0)),
+        latents=latents,
         text=text,
         timesteps=(100.0, 900.0),
         seed=0,
         inference_steps=2,
         guidance_scale=2.0,
         batch_size=2,
+        image=image,
+        first_frames=pictures if family.reads_image else None,
     )
     return SimpleNamespace(pipeline=pipeline, family=family, trial=trial, name=request.param, folder=folder)
 
@@ -68,7 +72,7 @@ def test_a_model_equals_itself(setup: SimpleNamespace) -> None:
     reference = observe(setup.pipeline, setup.family, setup.trial, on_batch=done.append)
     assert sum(done) == setup.trial.predictions == 3 * (2 * 2) + 2 * 3  # with guidance two a step
     assert reference.clips.shape == (3, 3, 9, 32, 32) and reference.clips.abs().max() <= 1
-    assert reference.velocities.shape == (2, *setup.trial.latents.shape)
+    assert reference.velocities.shape == (2, 3, *reference.latents.shape[1:])
     scores = compare(reference, observe(setup.pipeline, setup.family, setup.trial), setup.trial)
     assert scores["psnr_db"] == MAX_PSNR_DB and scores["ssim"] == pytest.approx(1)
     assert scores["velocity_mse"] == scores["latent_mse"] == 0
@@ -76,9 +80,11 @@ def test_a_model_equals_itself(setup: SimpleNamespace) -> None:
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the models that are loaded, in order. While one is loaded none of those before it may be in memory."""
+    """Names of the models that are loaded, in order. While one is loaded none of those before it may be in memory, but for
+    those with which a pipeline encodes the image that it is given."""
     names: list[str] = []
     alive: list[weakref.ref[Any]] = []
+    together = ("WanTransformer3DModel", "AutoencoderKLWan", "CLIPVisionModel")
 
     def watched(name: str) -> None:
         original = getattr(loading, name)
@@ -86,7 +92,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def load(folder: Path, *arguments: Any, **options: Any) -> Any:
             found = original(folder, *arguments, **options)
             if isinstance(found, torch.nn.Module):
-                assert not [ref() for ref in alive if ref() is not None], names
+                others = {type(ref()).__name__ for ref in alive if ref() is not None}
+                assert not others or ("CLIPVisionModel" in names and {type(found).__name__, *others} <= {*together}), names
                 names.append(type(found).__name__)
                 alive.append(weakref.ref(found))
             return found
@@ -107,10 +114,12 @@ def test_one_model_in_memory_at_a_time_gives_the_same(setup: SimpleNamespace, tm
         for name in ("latents", "clips", "velocities"):
             assert torch.equal(getattr(seen, name), getattr(expected, name)), name
         assert not list(tmp_path.iterdir())  # files without a name
-    kinds = {"wan": "Wan", "cogvideox": "CogVideoX"}[setup.name]
-    encoder, transformer, vae = loaded[:3]
-    assert encoder.endswith("EncoderModel") and transformer.startswith(kinds) and vae.startswith("AutoencoderKL")
-    assert loaded == loaded[:3] * 2
+    kinds = {"wan": "Wan", "wan_image": "Wan", "cogvideox": "CogVideoX"}[setup.name]
+    times = len(loaded) // 2
+    encoder, *denoising, vae = loaded[:times]
+    assert encoder.endswith("EncoderModel") and vae.startswith("AutoencoderKL") and loaded == loaded[:times] * 2
+    with_image = ["AutoencoderKLWan", "CLIPVisionModel"] if setup.family.reads_image else []
+    assert sorted(denoising) == sorted([f"{kinds}Transformer3DModel", *with_image])
 
     changed = replace(model, change_=lambda transformer: transformer.proj_out.weight.data.zero_())
     assert observe(changed, setup.family, setup.trial).velocities.abs().max() < expected.velocities.abs().max() / 2
@@ -147,6 +156,7 @@ def test_samples_depend_on_their_own_prompt_and_seed_only(setup: SimpleNamespace
             inference_steps=2,
             guidance_scale=2.0,
             batch_size=batch_size,
+            images=None if setup.trial.images is None else setup.trial.images[[seed % 3 for seed in seeds]],
         )[0]
 
     together, alone = latents(PROMPTS, (0, 1, 2), 3), latents(PROMPTS, (0, 1, 2), 1)

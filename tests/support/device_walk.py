@@ -1,5 +1,5 @@
 """`python -m tests.support.device_walk [PART ...]`: the inner functions of every stage on a device that is not the CPU, for
-both families and every method that has something of its own there.
+every family and every method that has something of its own there.
 
 Prints a JSON object: what was run -> "" or the error that it ended in.
 """
@@ -25,7 +25,8 @@ from qvgen.methods.registry import METHODS
 from qvgen.models import cogvideox, wan
 from qvgen.models.cogvideox import CogVideoXFamily
 from qvgen.models.family import Family
-from qvgen.models.wan import WanFamily
+from qvgen.models.wan import WanFamily, image
+from qvgen.models.wan.image import WanImageFamily
 from qvgen.nn import packed_linear
 from qvgen.nn.swap import convert_, prepare_
 from qvgen.params import Params, validate_params
@@ -35,6 +36,7 @@ from qvgen.training import calibration as calibration_module
 from qvgen.training.calibration import apply_folds_, calibrate_
 from qvgen.training.loop import Trainer
 from tests.support.fake_device import devices, fake_tensors, move_, register
+from tests.support.families import KINDS
 
 DEVICE = register()
 ROOT = Path(__file__).parents[2]
@@ -43,6 +45,7 @@ CLIPS = 2
 # one of qdm; dsa and finetune have losses of their own, sums of what all compute.
 METHODS_OF = {
     "wan": ("qvgen", "qvgen+", "efficientdm", "svdquant", "viditq", "qdm"),
+    "wan_image": ("qvgen",),
     "cogvideox": ("qvgen",),
 }
 FEW_LAYERS = ["re:.*attn1.to_(q|out.0)"]  # of all methods but qvgen, which runs on all layers
@@ -79,6 +82,11 @@ def settings(method: str) -> Params:
 def subject(name: str) -> tuple[Callable[[], nn.Module], Family, LatentDataset]:
     """How a transformer is made, its family, and data on the CPU, where stages keep it."""
     family: Family
+    if name == "wan_image":
+        family, config = WanImageFamily(3.0), image.TINY_I2V
+        latents, text, embeddings = KINDS[name].inputs(CLIPS)
+        data = LatentDataset(latents, torch.zeros(CLIPS, dtype=torch.int64), ["a"], text, embeddings)
+        return lambda: family.transformer({**config, "num_layers": 1}).eval(), family, data
     if name == "wan":
         family, shape = WanFamily(3.0), (4, 3, 4, 4)
         config = wan.TINY
@@ -114,7 +122,9 @@ def walk_method(name: str, method: str) -> None:
     params.chosen.finish_(student, quantize_)
     layers = list(calibration.grids)
     timesteps = torch.tensor([900.0, 20.0])
-    module_errors(teacher, student, family, data.latents, data.text(torch.arange(CLIPS)), timesteps, layers, seed=0)
+    module_errors(
+        teacher, student, family, data.latents, data.text(torch.arange(CLIPS)), timesteps, layers, seed=0, image=data.image
+    )
     convert_(student)
     predicted = velocities(
         student,  # type: ignore[arg-type]
@@ -124,6 +134,7 @@ def walk_method(name: str, method: str) -> None:
         [50.0],
         seed=0,
         batch_size=1,
+        image=data.image,
     )
     assert predicted.device.type == "cpu", predicted.device
     assert devices(student) == devices(teacher) == {DEVICE.type}
@@ -168,9 +179,10 @@ def summary(error: Exception) -> str:
 
 def main(wanted: Collection[str] = ()) -> dict[str, str]:
     parts: dict[str, Callable[[], None]] = {"mixed devices": mixed_devices}
-    for name in ("wan", "cogvideox"):
-        for method in METHODS_OF[name]:
+    for name, methods in METHODS_OF.items():
+        for method in methods:
             parts[f"{name} {method}"] = lambda name=name, method=method: walk_method(name, method)
+    for name in ("wan", "cogvideox"):
         parts[f"{name} vae"] = lambda name=name: walk_vae(name)
         parts[f"{name} text"] = lambda name=name: walk_text(name)
     found = {}

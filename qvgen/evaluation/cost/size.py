@@ -18,20 +18,21 @@ def folder_bytes(folder: str | Path) -> int:
     return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
 
 
-def write_variant(pipeline: str | Path, target: str | Path, dtype: str) -> None:
-    """The pipeline folder `target`: `pipeline` with every parameter of its transformer in `dtype` ("bfloat16", ...).
+def write_variant(pipeline: str | Path, target: str | Path, dtype: str, component: str = "transformer") -> None:
+    """The pipeline folder `target`: `pipeline` with every parameter of its transformer, of two of `component`, in `dtype`
+    ("bfloat16", ...).
 
-    Only the transformer is written, the rest are links to `pipeline`.
+    Only this transformer is written, the rest are links to `pipeline`.
     """
     pipeline, target = Path(pipeline).resolve(), Path(target)
     target.mkdir(parents=True)
     for entry in pipeline.iterdir():
-        if entry.name != "transformer":
+        if entry.name != component:
             (target / entry.name).symlink_to(entry)
-    transformer = load_transformer(pipeline, getattr(torch, dtype))
+    transformer = load_transformer(pipeline, getattr(torch, dtype), component=component)
     for parameter in transformer.parameters():  # diffusers keeps some in float32 when it loads bfloat16
         parameter.data = parameter.data.to(getattr(torch, dtype))
-    transformer.save_pretrained(target / "transformer")
+    transformer.save_pretrained(target / component)
 
 
 def published_packed_ratio(family: Family, scheme: QuantScheme) -> float:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from qvgen.checkpoint.pipeline import load_pipeline
+from qvgen.models.files import DENOISERS
 
 _WARM_UP = 2  # calls of each variant that are not counted
 
@@ -116,14 +117,19 @@ def torch_threads(count: int | None) -> Iterator[None]:
 
 
 def peak_memory_mb(
-    folder: str | Path, inputs: str | Path, dtype: str, threads: int | None = None, device: torch.device | str = "cpu"
+    folder: str | Path,
+    inputs: str | Path,
+    dtype: str,
+    threads: int | None = None,
+    device: torch.device | str = "cpu",
+    component: str = "transformer",
 ) -> dict[str, float]:
     """Peak resident memory in MB (10^6 bytes) of a fresh process that loads one transformer and takes one step.
 
-    `folder`: a diffusers pipeline folder; `inputs`: a safetensors file with `latents`, `timestep`, `text`; `dtype`:
-    "float32" or "bfloat16". Returns {"peak", "imports", "loaded", "load_s"}: "imports" is the peak after the imports,
-    before loading, which every variant pays alike; "loaded" that after loading, which took `load_s` seconds. Raises
-    RuntimeError with the process's own words if it fails.
+    `folder`: a diffusers pipeline folder; `inputs`: a safetensors file with `latents`, `timestep`, `text` (and `image`);
+    `dtype`: "float32" or "bfloat16"; `component`: which transformer of two. Returns {"peak", "imports", "loaded",
+    "load_s"}: "imports" is the peak after the imports, before loading, which every variant pays alike; "loaded" that after
+    loading, which took `load_s` seconds. Raises RuntimeError with the process's own words if it fails.
     """
     command = [
         sys.executable,
@@ -134,6 +140,7 @@ def peak_memory_mb(
         dtype,
         str(threads or 0),
         str(device),
+        component,
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -142,7 +149,7 @@ def peak_memory_mb(
 
 
 def load_variant(folder: str | Path, dtype: str, device: torch.device | str | None = None, beside: Any = None) -> Any:
-    """A pipeline whose transformer and text encoder are in `dtype` ("bfloat16", ...), packed layers excepted; the VAE
+    """A pipeline whose transformers and text encoder are in `dtype` ("bfloat16", ...), packed layers excepted; the VAE
     stays float32. With a pipeline of another variant of the same model `beside`, VAE and a text encoder of the same dtype are
     shared with it."""
     reduced, shared = getattr(torch, dtype), {}
@@ -150,4 +157,5 @@ def load_variant(folder: str | Path, dtype: str, device: torch.device | str | No
         shared["vae"] = beside.vae
         if beside.text_encoder.dtype == reduced:
             shared["text_encoder"] = beside.text_encoder
-    return load_pipeline(folder, {"transformer": reduced, "text_encoder": reduced, "default": torch.float32}, device, shared)
+    dtypes = {**dict.fromkeys((*DENOISERS, "text_encoder"), reduced), "default": torch.float32}
+    return load_pipeline(folder, dtypes, device, shared)

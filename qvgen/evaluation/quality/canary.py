@@ -1,9 +1,10 @@
 """Videos that a packed model is known by: made when it is measured, made again where it serves, and compared.
 
 The folder holds 0.mp4, 1.mp4, ... as `qvgen generate` writes them, and canary.json: prompts, seeds, settings, the sha256 of
-each file, and what they were made with. On the same processor, kernel, threads and torch the same bytes must come out. Where
-one of these differs, sums are rounded otherwise and a code of an activation may fall to the other side, so another limit
-holds: LEAST_PSNR_DB for every video.
+each file, and what they were made with. Of a model that makes videos from a first frame 0.png, 1.png, ... lie beside, and
+their sha256 in the record. On the same processor, kernel, threads and torch the same bytes must come out. Where one of these
+differs, sums are rounded otherwise and a code of an activation may fall to the other side, so another limit holds:
+LEAST_PSNR_DB for every video.
 """
 
 from __future__ import annotations
@@ -52,9 +53,10 @@ def make_canary(
     seeds: Sequence[int],
     settings: SamplingSettings,
     on_video: OnVideo = lambda count: None,
+    images: Any = None,
 ) -> dict[str, Any]:
     """Make the videos of the pipeline in `folder`, one at a time, and write them and their record into `out`, a folder that
-    is there. Returns the record."""
+    is there. `images`: first frames (n, 3, h, w), values 0 to 255, if the model takes any. Returns the record."""
     from qvgen.checkpoint.pipeline import PipelineFolder, holding
     from qvgen.models.registry import load_family
     from qvgen.sampling.sample import decode_all, denoise_all, encode_all
@@ -74,6 +76,7 @@ def make_canary(
             batch_size=1,
             guidance_stop=settings.guidance_stop,
             on_batch=on_video,
+            images=images,
         )
         made_with = circumstances(pipeline.transformer)
     hashes = []
@@ -88,6 +91,8 @@ def make_canary(
         "sha256": hashes,
         "made_with": made_with,
     }
+    if images is not None:
+        record["images"] = [_write_picture(out / f"{number}.png", image) for number, image in enumerate(images)]
     (out / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     return record
 
@@ -112,7 +117,8 @@ def check_canary(folder: Path, known: Path, out: Path, on_video: OnVideo = lambd
     """
     record = read_canary(known)
     settings = SamplingSettings(**record["settings"])
-    made = make_canary(folder, out, record["prompts"], record["seeds"], settings, on_video)
+    images = _read_pictures(known, record["images"]) if "images" in record else None
+    made = make_canary(folder, out, record["prompts"], record["seeds"], settings, on_video, images)
     differing = tuple(name for name, value in made["made_with"].items() if record["made_with"].get(name) != value)
     equal = [a == b for a, b in zip(made["sha256"], record["sha256"], strict=True)]
     found = (math.inf if same else _psnr_db(known / f"{n}.mp4", out / f"{n}.mp4") for n, same in enumerate(equal))
@@ -126,16 +132,36 @@ def read_canary(known: Path) -> dict[str, Any]:
     record = read_json(known / RECORD, "so there is nothing to compare with")
     try:
         SamplingSettings(**record["settings"])
-        lists = [record[name] for name in ("prompts", "seeds", "sha256")]
+        lists = [record[name] for name in ("prompts", "seeds", "sha256", "images") if name != "images" or name in record]
         if len({len(entries) for entries in lists}) != 1 or not lists[0] or not isinstance(record["made_with"], dict):
             raise ValueError("lists of different lengths, or empty")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{known / RECORD} is damaged ({error})") from None
-    for number, sha256 in enumerate(record["sha256"]):
-        path = known / f"{number}.mp4"
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            raise ValueError(f"{path} is missing, or not the video that {RECORD} names")
+    for kind, suffix, what in (("sha256", "mp4", "video"), ("images", "png", "picture")):
+        for number, sha256 in enumerate(record.get(kind, [])):
+            path = known / f"{number}.{suffix}"
+            if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+                raise ValueError(f"{path} is missing, or not the {what} that {RECORD} names")
     return record
+
+
+def _write_picture(path: Path, picture: Any) -> str:
+    """Write a picture (3, h, w) and return the sha256 of the file."""
+    import torch
+
+    from qvgen.models.pictures import as_image
+
+    as_image(picture.to(torch.uint8)).save(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _read_pictures(known: Path, hashes: Sequence[str]) -> Any:
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    found = [np.array(Image.open(known / f"{number}.png").convert("RGB")) for number in range(len(hashes))]
+    return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2)
 
 
 def _psnr_db(reference: Path, candidate: Path) -> float:

@@ -23,9 +23,11 @@ def module_errors(
     timesteps: torch.Tensor,
     layers: Sequence[str],
     seed: int,
+    image: torch.Tensor | None = None,
 ) -> dict[str, float]:
     """|student - teacher|^2 / |teacher|^2 of the output of every module that holds some of the linear `layers` (their
-    attention or feed-forward), on clean latents (n, ...) made noisy at `timesteps` (n,), text (n, l, d).
+    attention or feed-forward), on clean latents (n, ...) made noisy at `timesteps` (n,), text (n, l, d), image
+    (n, m, e).
 
     Errors inherited from the modules before are included, as they are in the deployed model.
     """
@@ -37,7 +39,7 @@ def module_errors(
     outputs: list[dict[str, torch.Tensor]] = []
     for model in (teacher, student):
         with _recorded(model, names) as found:
-            family.predict(model, noisy, timesteps, text)
+            family.predict(model, noisy, timesteps, text, None if image is None else image.to(device))
         outputs.append(found)
     wanted, got = outputs
     return {n: float((got[n] - wanted[n]).square().sum() / wanted[n].square().sum()) for n in names if n in wanted}

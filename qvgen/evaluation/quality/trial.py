@@ -43,12 +43,15 @@ class Trial:
     inference_steps: int
     guidance_scale: float
     batch_size: int
+    image: Latents | None = None  # embeddings (n, m, e) of the first frames of the clips of `latents`
+    first_frames: Latents | None = None  # (n, 3, h, w), of families that read one: prompt i has that of clip i mod n
     judged: bool = False  # whether the prompts are captions of the embedded digits, whose clips can be judged
 
     @classmethod
-    def from_params(cls, params: Params, held_out: LatentDataset) -> Trial:
+    def from_params(cls, params: Params, held_out: LatentDataset, noise_range: tuple[float, float] = (0.0, 1.0)) -> Trial:
         """The trial of params.yaml's `evaluate`. Prompts are captions of the held-out clips, from the first on, and
-        again from the first if there are too few; each has its own seed either way."""
+        again from the first if there are too few; each has its own seed either way. `noise_range`: of the velocities, those
+        that the transformer denoises (`Family.noise_range`)."""
         wanted, prepare = params.evaluate, params.prepare
         clips = len(held_out)
         return cls(
@@ -57,13 +60,22 @@ class Trial:
             size=ClipSize(prepare.frames, prepare.height, prepare.width, prepare.max_sequence_length),
             latents=held_out.latents,
             text=held_out.text_of_samples,
-            timesteps=tuple(spread_timesteps(wanted.velocity_timesteps)),
+            timesteps=tuple(spread_timesteps(wanted.velocity_timesteps, noise_range)),
             seed=params.seed,
             inference_steps=wanted.inference_steps,
             guidance_scale=wanted.guidance_scale,
             batch_size=wanted.batch_size,
+            image=held_out.image,
+            first_frames=held_out.first_frames,
             judged=prepare.source == "digits" and prepare.frames == FRAMES,
         )
+
+    @property
+    def images(self) -> torch.Tensor | None:
+        """The first frame of each prompt's video (prompts, 3, h, w); None where the family takes none."""
+        if self.first_frames is None:
+            return None
+        return self.first_frames[torch.arange(len(self.prompts)) % len(self.first_frames)]
 
     @property
     def predictions_per_video(self) -> int:
@@ -119,9 +131,10 @@ def observe(
             guidance_stop=guidance_stop,
             on_batch=lambda videos: on_batch(videos * trial.predictions_per_video),
             store=store,
+            images=trial.images,
         )
         predicted = velocities(
-            pipeline.transformer,
+            getattr(pipeline, family.component),
             family,
             trial.latents,
             trial.text,
@@ -130,6 +143,7 @@ def observe(
             batch_size=batch_size,
             on_batch=on_batch,
             store=store,
+            image=trial.image,
         )
     return Observation(latents, decode_all(model, family, latents, size, batch_size, store), predicted)
 

@@ -91,7 +91,8 @@ def fill(writer: ShardWriter, batch_size: int, stop_after: int | None = None) ->
             if made == stop_after:
                 return made
             bad = {i: (f"{i}.mp4", f"no frame {i}") for i in span if i == 5 or 8 <= i < 12}
-            rows = {i: (torch.tensor([i, 10.0 * i]), torch.tensor(i)) for i in span if i not in bad}
+            good = [i for i in span if i not in bad]
+            rows = {i: {"latents": torch.tensor([i, 10.0 * i]), "caption_index": torch.tensor(i)} for i in good}
             writer.add(span, rows, bad)
             made += 1
     return made

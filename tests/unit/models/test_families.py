@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,34 +10,42 @@ import pytest
 import torch
 
 from qvgen.checkpoint.pipeline import load_pipeline
-from qvgen.models.family import ClipSize, ClipStep
+from qvgen.models.family import ClipSize, ClipStep, Family
+from qvgen.models.pictures import as_clips, as_image
 from qvgen.models.registry import families, family_adapter, family_of
 from qvgen.models.size import check_size
 from qvgen.models.tiny import TINY_CLIP, TINY_PROMPT, tiny_pipeline
 from qvgen.sampling import one_batch
 from qvgen.sampling.sample import generate, sample
+from tests.support.families import KINDS, make_kind
 
 ROOT = Path(__file__).parents[3]
 WAN_2_2_5B = {"patch_size": [1, 2, 2]}, {"scale_factor_temporal": 4, "scale_factor_spatial": 16}
-VARIANTS = ("wan", "cogvideox", "rotary", "temporal_patch")
+VARIANTS = (*KINDS, "rotary", "temporal_patch")
+IMAGES = torch.randint(256, (1, 3, 32, 32), generator=torch.Generator().manual_seed(0))
 STEP_TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def pipeline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("pipeline") / request.param
-    if request.param in families():
-        tiny_pipeline(request.param, folder)
+    if request.param in KINDS:
+        make_kind(request.param, folder)
     else:
         tiny_pipeline("cogvideox", folder, **{request.param: True})
     return load_pipeline(folder)
+
+
+def images(family: Family) -> dict[str, Any]:
+    return {"images": IMAGES} if family.reads_image else {}
 
 
 @pytest.mark.parametrize("frames", [1, 9, 17])
 def test_a_clip_has_as_many_frames_as_were_asked_for(pipeline: Any, frames: int) -> None:
     """CogVideoX 1.5 (temporal_patch) once gave 16 for 9: its latents are padded in front."""
     family, size = family_adapter(pipeline), ClipSize(frames, 32, 32, 8)
-    _, clips = sample(pipeline, family, [TINY_PROMPT], [0], size, inference_steps=1, guidance_scale=1.0, batch_size=1)
+    options: dict[str, Any] = {"inference_steps": 1, "guidance_scale": 1.0, "batch_size": 1, **images(family)}
+    _, clips = sample(pipeline, family, [TINY_PROMPT], [0], size, **options)
     assert clips.shape == (1, 3, frames, 32, 32)
     with torch.no_grad():
         latents = family.encode_clips(pipeline, clips.clamp(-1, 1))
@@ -47,14 +56,17 @@ def test_decoding_is_the_pipelines_own(pipeline: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(one_batch, "MOST_TOKENS", 0)  # steps are the pipeline's own too
     family = family_adapter(pipeline)
     arguments: dict[str, Any] = {"inference_steps": 2, "guidance_scale": 2.0}
-    _, clips = sample(pipeline, family, [TINY_PROMPT], [3], TINY_CLIP, batch_size=1, **arguments)
+    _, clips = sample(pipeline, family, [TINY_PROMPT], [3], TINY_CLIP, batch_size=1, **arguments, **images(family))
+    given: dict[str, Any] = {"image": as_image(IMAGES[0].to(torch.uint8))} if family.reads_image else {}
+    length = 512 if getattr(pipeline, "image_encoder", None) is not None else 8  # that diffusers' transformer needs there
     own = pipeline(
+        **given,
         prompt=[TINY_PROMPT],
         negative_prompt=[""],
         height=32,
         width=32,
         num_frames=9,
-        max_sequence_length=8,
+        max_sequence_length=length,
         num_inference_steps=2,
         guidance_scale=2.0,
         generator=[torch.Generator().manual_seed(3)],
@@ -66,17 +78,61 @@ def test_decoding_is_the_pipelines_own(pipeline: Any, monkeypatch: pytest.Monkey
 def test_a_pipeline_denoises_with_the_familys_velocity(pipeline: Any) -> None:
     """The first step of the pipeline is the scheduler's step along `predict`."""
     family, seen = family_adapter(pipeline), {}
-    first = generate(pipeline, family, [TINY_PROMPT], [0], TINY_CLIP, inference_steps=1, guidance_scale=1.0)
+    options: dict[str, Any] = {"inference_steps": 1, "guidance_scale": 1.0, **images(family)}
+    first = generate(pipeline, family, [TINY_PROMPT], [0], TINY_CLIP, **options)
     hook = pipeline.transformer.register_forward_pre_hook(lambda _m, _a, given: seen.update(given), with_kwargs=True)
-    generate(pipeline, family, [TINY_PROMPT], [0], TINY_CLIP, inference_steps=1, guidance_scale=1.0)
+    generate(pipeline, family, [TINY_PROMPT], [0], TINY_CLIP, **options)
     hook.remove()
     noise, timestep = seen["hidden_states"], seen["timestep"]
+    timestep = timestep.amax(-1) if timestep.ndim == 2 else timestep  # 0 for the tokens of a first frame
     with torch.no_grad():
         text = family.encode_text(pipeline, [TINY_PROMPT], 8)
-        velocity = family.predict(pipeline.transformer, noise, timestep, text)
+        image = family.encode_image(pipeline, as_clips(IMAGES.to(torch.uint8)))
+        velocity = family.predict(pipeline.transformer, noise, timestep, text, image)
     pipeline.scheduler.set_timesteps(1)
-    expected = pipeline.scheduler.step(velocity, pipeline.scheduler.timesteps[0], noise, return_dict=False)[0]
+    sample_of_step = noise[:, : velocity.shape[1]]
+    expected = pipeline.scheduler.step(velocity, pipeline.scheduler.timesteps[0], sample_of_step, return_dict=False)[0]
     assert torch.allclose(first, expected, atol=STEP_TOLERANCE)
+
+
+@pytest.mark.parametrize("pipeline", [name for name in KINDS if name.startswith("wan_image")], indirect=True)
+def test_training_reads_of_the_first_frame_what_the_pipeline_reads(pipeline: Any) -> None:
+    """Whatever of the transformer's input is not noise is the same, for a clip that begins with the image."""
+    family, seen = family_adapter(pipeline), {}
+    hook = pipeline.transformer.register_forward_pre_hook(lambda _m, _a, given: seen.update(given), with_kwargs=True)
+    options: dict[str, Any] = {"inference_steps": 1, "guidance_scale": 1.0, **images(family)}
+    generate(pipeline, family, [TINY_PROMPT], [0], TINY_CLIP, **options)
+    hook.remove()
+    first = as_clips(IMAGES.to(torch.uint8))
+    clips = torch.cat([first, torch.rand(1, 3, 8, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1], dim=2)
+    with torch.no_grad():
+        clean, image = family.encode_clips(pipeline, clips), family.encode_image(pipeline, clips)
+    noise, timestep = torch.randn(clean.shape, generator=torch.Generator().manual_seed(2)), torch.tensor([1000.0])
+    noisy, target = family.add_noise(clean, noise, timestep), family.target(clean, noise, timestep)
+    kept = noisy == clean
+    assert 0 < kept.float().mean() < 1
+    torch.testing.assert_close(noisy[kept], seen["hidden_states"].broadcast_to(kept.shape)[kept], rtol=0, atol=STEP_TOLERANCE)
+    assert torch.equal(noisy[~kept], noise[~kept])
+    if seen["timestep"].ndim == 2:  # tokens of 2 x 2 latent pixels, of which the first frame's are clean and have no velocity
+        assert torch.equal(seen["timestep"][0] == 0, kept[0, 0, :, ::2, ::2].flatten()) and target[kept].count_nonzero() == 0
+    given = seen["encoder_hidden_states_image"]
+    assert image.shape[1] == 0 if given is None else torch.allclose(image, given, atol=STEP_TOLERANCE)
+
+
+@pytest.mark.parametrize("component", ["transformer", "transformer_2"])
+def test_an_expert_trains_on_its_own_noise_levels(component: str) -> None:
+    index = {"boundary_ratio": 0.875, "expert": component}
+    family = family_of("WanPipeline", {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, index)
+    whole = family_of("WanPipeline", {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
+    low, high = (875, 1000) if component == "transformer" else (0, 875)
+    drawn = family.sample_timesteps(400_000, torch.Generator().manual_seed(0))
+    assert low <= drawn.min() < low + 5 and high - 5 < drawn.max() <= high
+    everything = whole.sample_timesteps(400_000, torch.Generator().manual_seed(1))
+    own = everything[(everything >= low) & (everything < high)]  # as the whole model trains, restricted
+    quantiles = torch.tensor([0.1, 0.5, 0.9])
+    torch.testing.assert_close(drawn.quantile(quantiles), own.quantile(quantiles), rtol=0.02, atol=0)
+    ends = family.timesteps_at(torch.tensor([0.0, 0.5, 1.0]), uniform=True)
+    assert ends.tolist() == pytest.approx([low, (low + high) / 2, high])
 
 
 @pytest.mark.parametrize("family_name", ["wan", "cogvideox"])
@@ -98,6 +154,24 @@ def test_clip_steps_are_vae_factor_times_patch() -> None:
     assert wan.clip_step({}, {}) == ClipStep(4, 16, 16)
     assert wan.clip_step(*WAN_2_2_5B) == ClipStep(4, 32, 32)
     assert cogvideox.clip_step({}, {}) == ClipStep(8, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("index", "config", "says"),
+    [
+        ({"boundary_ratio": 0.9}, {}, "boundary_ratio = 0.9, and no transformer_2 for the levels below"),
+        ({"transformer_2": ["diffusers", "X"]}, {}, "boundary_ratio = None must be a number between 0 and 1"),
+        ({"transformer_2": ["diffusers", "X"], "boundary_ratio": True}, {}, "boundary_ratio = True must be a number"),
+        ({}, {"in_channels": 16}, "16 input channels for 16; a first frame takes 36"),
+        ({"expand_timesteps": True}, {"in_channels": 36}, "36 input channels for 16; a first frame takes 16"),
+        ({}, {"in_channels": 36, "image_dim": 1280}, "attends to embeddings of the image .* there is no image_encoder"),
+        ({}, {"in_channels": 36, "pos_embed_seq_len": 514}, "reads a first and a last frame"),
+    ],
+)
+def test_what_a_family_refuses(index: dict[str, Any], config: dict[str, Any], says: str) -> None:
+    assert re.search(says, families()["wan_image"].refusal(index, config) or "")
+    whole = {"image_encoder": ["transformers", "CLIPVisionModel"]}
+    assert families()["wan_image"].refusal(whole, {"in_channels": 36, "image_dim": 1280}) is None
 
 
 @pytest.mark.parametrize(
@@ -172,8 +246,10 @@ def test_other_noise_levels_and_targets_are_refused(pipeline_class: str, config:
 
 
 def test_no_family_is_named_outside_its_own_file() -> None:
-    own = {"qvgen/models/wan.py", "qvgen/models/cogvideox.py", "qvgen/models/registry.py", "qvgen/integrations/fused/wan.py"}
+    own = {f"qvgen/models/{name}.py" for name in ("wan/__init__", "wan/text", "wan/image", "cogvideox", "registry")}
+    own.add("qvgen/integrations/fused/wan.py")
     words = ("WanPipeline", "WanFamily", "WanTransformer3DModel", "CogVideoXPipeline", "CogVideoXFamily")
+    words += ("WanImageToVideoPipeline", "WanImageFamily")
     named = {
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for package in ("qvgen", "stages", "comparison", "pipelines")

@@ -11,24 +11,31 @@ from qvgen.models.family import Family
 from qvgen.models.folding import ChannelGrid, FoldableInput, fold_, shift_fold
 from qvgen.models.wan import WanFamily
 from qvgen.models.wan import tiny_transformer as tiny_wan_transformer
+from qvgen.models.wan.image import WanImageFamily
+from qvgen.models.wan.image import tiny_transformer as tiny_wan_image_transformer
 from qvgen.quant.grid import layer_error
 from qvgen.quant.scheme import QuantArgs, QuantScheme
 from qvgen.quant.search.mse import search_grid
 from qvgen.quant.search.settings import SearchSettings
+from tests.support.families import KINDS
 
 SAME = 2e-5  # largest difference over the largest output: float32 sums in another order
 
 
 def subject(name: str) -> tuple[nn.Module, Family, tuple[torch.Tensor, ...]]:
     """A two-layer model whose parameters are all random, biases and tables too, and one input."""
-    model, family = (
-        (tiny_wan_transformer(), WanFamily()) if name == "wan" else (tiny_cogvideox_transformer(), CogVideoXFamily({}))
-    )
+    model, family = {
+        "wan": lambda: (tiny_wan_transformer(), WanFamily()),
+        "wan_image": lambda: (tiny_wan_image_transformer(), WanImageFamily()),
+        "cogvideox": lambda: (tiny_cogvideox_transformer(), CogVideoXFamily({})),
+    }[name]()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     config = model.config
+    if name == "wan_image":
+        return model, family, (*KINDS[name].inputs(2)[:1], torch.tensor([100.0, 900.0]), *KINDS[name].inputs(2)[1:])
     if name == "wan":
         latents = torch.randn(2, config.in_channels, 3, 4, 4, generator=generator)
         text = torch.randn(2, 6, config.text_dim, generator=generator)
@@ -49,13 +56,14 @@ def read_inputs(model: nn.Module, family: Family, inputs: tuple[torch.Tensor, ..
     return kept[0].flatten(0, -2)
 
 
-@pytest.mark.parametrize("name", ["wan", "cogvideox"])
+@pytest.mark.parametrize("name", ["wan", "wan_image", "cogvideox"])
 def test_folding_changes_the_inputs_and_not_the_model(name: str) -> None:
     model, family, inputs = subject(name)
     with torch.no_grad():
         before = family.predict(model, *inputs)
     sources = family.foldable_inputs(model)
-    assert len(sources) == (3 + 2 * 5 if name == "wan" else 2 * 3)
+    # Not that of the image's and the text's attention together: both have values of their own.
+    assert len(sources) == {"wan": 3 + 2 * 5, "wan_image": 3 + 2 * 4, "cogvideox": 2 * 3}[name]
     assert len({source.name for source in sources}) == len(sources)
     assert {layer for source in sources for layer in source.layers} <= {n for n, _ in model.named_modules()}
     generator = torch.Generator().manual_seed(2)

@@ -49,7 +49,7 @@ def test_captions_are_dropped_and_belong_to_their_clips() -> None:
     batches = Batches(data(), WanFamily(), params())
     dropped = 0
     for step in range(20):
-        clean, text, _, _ = batches[step]
+        clean, text, *_ = batches[step]
         for clip, caption in zip(clean[:, 0].tolist(), text[:, 0, 0].tolist(), strict=True):
             assert caption in (clip % 3, 3)
             dropped += caption == 3

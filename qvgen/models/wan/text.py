@@ -1,14 +1,16 @@
-"""Wan 2.1 / 2.2 text-to-video: flow matching on latents (n, c, t, h, w)."""
+"""Wan 2.1 / 2.2 text-to-video: flow matching on latents (n, c, t, h, w), by one transformer or two."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 
 from qvgen.models.family import NUM_TRAIN_TIMESTEPS, ClipStep, Family, SamplingSettings
+from qvgen.models.files import EXPERT
 from qvgen.models.folding import Fold, FoldableInput, affine_fold, linear_fold, shared_modulation_fold, shift_fold
 from qvgen.models.tiny import LATENT_CHANNELS, TEXT_DIM, seeded, t5_sizes, word_tokenizer
 
@@ -63,27 +65,29 @@ class WanFamily(Family):
         "sigma_max": (None,),
     }
     published: ClassVar[tuple[str, Mapping[str, Any]]] = ("wan2.1_1.3b", WAN_2_1_1_3B)
+    optional: ClassVar[tuple[str, ...]] = ("transformer_2",)
 
-    def __init__(self, shift: float = 1.0) -> None:
-        self.shift = shift
+    def __init__(self, shift: float = 1.0, boundary: float | None = None, component: str = "transformer") -> None:
+        """`boundary`: of Wan 2.2 A14B, the noise level from which on `transformer` denoises, and `transformer_2` below it."""
+        self.shift, self.component = shift, component
+        if boundary is not None:
+            self.noise_range = (boundary, 1.0) if component == "transformer" else (0.0, boundary)
 
     @classmethod
-    def from_scheduler(cls, config: Mapping[str, Any]) -> Self:
-        return cls(shift=float(config.get("shift", config.get("flow_shift", 1.0))))
+    def from_scheduler(cls, config: Mapping[str, Any], index: Mapping[str, Any] = MappingProxyType({})) -> Self:
+        shift = float(config.get("shift", config.get("flow_shift", 1.0)))
+        return cls(shift, index.get("boundary_ratio"), index.get(EXPERT) or "transformer")
 
     @staticmethod
     def refusal(index: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> str | None:
-        if index.get("boundary_ratio") is not None:
-            return (
-                f"boundary_ratio = {index['boundary_ratio']}: two transformers share the noise levels (Wan 2.2 A14B), and "
-                "only `transformer` would be quantized, trained on the levels of both; one transformer is supported"
-            )
+        if fault := experts_fault(index):
+            return fault
         options = ("image_dim", "added_kv_proj_dim", "vace_layers")
         image = [name for name in options if transformer_config.get(name) is not None]
         channels = [transformer_config.get(name, 16) for name in ("in_channels", "out_channels")]
         if image or channels[0] != (channels[1] or channels[0]):
             found = f"{image[0]} = {transformer_config[image[0]]}" if image else "{} input channels for {}".format(*channels)
-            return f"the transformer is conditioned on images ({found}), which no stage encodes; give a text-to-video model"
+            return f"the transformer is conditioned on images ({found}), which WanPipeline lacks; give a text-to-video model"
         return None
 
     @staticmethod
@@ -104,11 +108,14 @@ class WanFamily(Family):
 
     @staticmethod
     def tiny_pipeline(seed: int = 0, **options: bool) -> Any:
+        """Options: `experts`, two transformers as in Wan 2.2 A14B."""
         from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
         from transformers import UMT5Config, UMT5EncoderModel
 
+        experts = options.pop("experts", False)
         if any(options.values()):
-            raise ValueError(f"a tiny Wan pipeline has no options, got {', '.join(options)}")
+            raise ValueError(f"a tiny Wan pipeline has the option experts and no other, got {', '.join(options)}")
+        both: dict[str, Any] = {"transformer_2": tiny_transformer(seed + 1), "boundary_ratio": 0.5} if experts else {}
         tokenizer = word_tokenizer()
         with seeded(seed):
             vae = AutoencoderKLWan(
@@ -127,6 +134,7 @@ class WanFamily(Family):
             vae=vae.eval(),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
             transformer=tiny_transformer(seed),
+            **both,
         )
 
     def sample_timesteps(self, n: int, generator: torch.Generator) -> torch.Tensor:
@@ -134,6 +142,10 @@ class WanFamily(Family):
         return self.timesteps_at(torch.rand(n, generator=generator))
 
     def timesteps_at(self, u: torch.Tensor, *, uniform: bool = False) -> torch.Tensor:
+        low, high = self.noise_range
+        if not uniform:  # the quantiles of the two ends
+            low, high = (x if x in (0, 1) else x / (self.shift - (self.shift - 1) * x) for x in (low, high))
+        u = low + (high - low) * u
         return NUM_TRAIN_TIMESTEPS * (u if uniform else self.shift * u / (1 + (self.shift - 1) * u))
 
     def add_noise(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
@@ -144,7 +156,14 @@ class WanFamily(Family):
         """The velocity of the straight path from data to noise."""
         return noise - clean
 
-    def predict(self, model: nn.Module, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    def predict(
+        self,
+        model: nn.Module,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        text: torch.Tensor,
+        image: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         return model(hidden_states=latents, timestep=timestep, encoder_hidden_states=text, return_dict=False)[0]
 
     def foldable_inputs(self, model: nn.Module) -> list[FoldableInput]:
@@ -168,6 +187,8 @@ class WanFamily(Family):
             found.append(FoldableInput(read, shift_fold(table[0]), scales=False))
             found.append(FoldableInput((f"{name}.ffn.net.0.proj",), shift_fold(table[3]), scales=False))
             for part in ("attn1", "attn2"):
+                if block.get_submodule(part).add_k_proj is not None:
+                    continue  # values of the image are added to those of the text
                 value = block.get_submodule(part).to_v
                 found.append(FoldableInput((f"{name}.{part}.to_out.0",), linear_fold(value)))
             if getattr(block.norm2, "weight", None) is not None:
@@ -198,6 +219,19 @@ def tiny_transformer(seed: int = 0) -> Any:
     """2 layers, 2 heads of 12, in evaluation mode. Latents (n, 4, t, h, w), text (n, l, 16)."""
     with seeded(seed):
         return WanFamily.transformer(TINY).eval()
+
+
+def experts_fault(index: Mapping[str, Any]) -> str | None:
+    """What is wrong with the two transformers of a pipeline, in words; None if they belong together, or there is one."""
+    boundary, second = index.get("boundary_ratio"), index.get("transformer_2")
+    there = isinstance(second, list) and second[1] is not None
+    if boundary is None and not there:
+        return None
+    if not there:
+        return f"boundary_ratio = {boundary!r:.100}, and no transformer_2 for the levels below: get the whole pipeline"
+    if isinstance(boundary, bool) or not isinstance(boundary, int | float) or not 0 < boundary < 1:
+        return f"boundary_ratio = {boundary!r:.100} must be a number between 0 and 1: which levels transformer_2 denoises"
+    return None
 
 
 def _modulated(time_proj: nn.Linear, blocks: Sequence[Any], first: int) -> Fold:
