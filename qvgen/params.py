@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qvgen.device import PATTERN as DEVICE
+from qvgen.faults import explain
 from qvgen.gate import Gate
 from qvgen.methods.method import Method
 from qvgen.methods.registry import METHODS
@@ -128,7 +129,10 @@ class Pack(_Section):
 
 
 class Evaluate(_Section):
-    prompts: int = Field(ge=1, le=LARGEST)
+    prompts: int = Field(ge=1, le=LARGEST, description="videos of each model, each with its own seed")
+    prompts_file: str | None = Field(
+        default=None, min_length=1, description="one prompt a line (.txt), or objects with a caption (.jsonl); null: captions"
+    )
     inference_steps: int = Field(ge=1, le=1000)
     guidance_scale: float = Field(ge=1)
     batch_size: int = Field(ge=1, le=LARGEST)
@@ -265,36 +269,4 @@ def validate_params(tree: dict[str, Any], source: str | Path) -> Params:
     try:
         return Params.model_validate(tree)
     except ValidationError as error:
-        raise ParamsError(_explain(source, error)) from None
-
-
-_SHOWN = 100  # characters of a value in a message
-_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
-
-
-def _explain(path: str | Path, error: ValidationError) -> str:
-    lines = [f"{path}: {error.error_count()} fault(s)"]
-    for fault in error.errors():
-        where = ".".join(map(str, fault["loc"])) or "(whole file)"
-        message = fault["msg"].removeprefix("Value error, ")
-        shown = "" if isinstance(fault["input"], dict) else f" = {fault['input']!r:.{_SHOWN}}"
-        if fault["type"] == "extra_forbidden":
-            allowed = ", ".join(_known_keys(fault["loc"][:-1]))
-            message = f"unknown key; allowed here: {allowed}"
-        elif fault["type"] == "float_type" and _EXPONENT.fullmatch(str(fault["input"])):
-            message = "is text in YAML; write an exponent with a point and a sign, such as 5.0e-4"
-        elif fault["type"] == "missing":
-            shown, message = "", "is missing"
-        lines.append(f"  {where}{shown}: {message}")
-    return "\n".join(lines)
-
-
-def _known_keys(location: tuple[str | int, ...]) -> list[str]:
-    """Keys of the section at `location`, by walking the declared types."""
-    model: type[BaseModel] = Params
-    for part in location:
-        for name, info in model.model_fields.items():
-            if part in (name, info.alias):
-                kinds = [info.annotation, *getattr(info.annotation, "__args__", ())]
-                model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), model)
-    return [info.alias or name for name, info in model.model_fields.items()]
+        raise ParamsError(explain(source, error, Params)) from None

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from qvgen.checkpoint.pipeline import holding
-from qvgen.data.digits import FRAMES, parse_caption
+from qvgen.data.digits import ALL_ATTRIBUTES, FRAMES, parse_caption
 from qvgen.data.latents import LatentDataset
 from qvgen.data.stored import Latents, Text
 from qvgen.evaluation.quality import motion, similarity
 from qvgen.evaluation.quality.prompt_accuracy import judge
 from qvgen.models.family import ClipSize, Family
 from qvgen.params import Params
+from qvgen.sampling.folder import read_prompts
 from qvgen.sampling.sample import OnBatch, decode_all, denoise_all, encode_all, silent, spread_timesteps, velocities
 
 ACCURACIES = ("colour", "direction", "digit")  # what the judge of the embedded digits tells
@@ -47,12 +48,19 @@ class Trial:
 
     @classmethod
     def from_params(cls, params: Params, held_out: LatentDataset) -> Trial:
-        """The trial of params.yaml's `evaluate`. Prompts are captions of the held-out clips, from the first on, and
-        again from the first if there are too few; each has its own seed either way."""
+        """The trial of params.yaml's `evaluate`. Prompts are those of `prompts_file`, or else captions of the held-out clips,
+        from the first on, and again from the first if there are too few; each has its own seed either way. Raises ValueError
+        for a file that is missing, empty or not UTF-8."""
         wanted, prepare = params.evaluate, params.prepare
-        clips = len(held_out)
+        digits = prepare.source == "digits" and prepare.frames == FRAMES
+        if wanted.prompts_file is None:
+            prompts = [held_out.caption(i % len(held_out)) for i in range(wanted.prompts)]
+        else:
+            listed = read_prompts(wanted.prompts_file)
+            prompts = [listed[i % len(listed)] for i in range(wanted.prompts)]
+            digits = digits and set(prompts) <= {attributes.caption for attributes in ALL_ATTRIBUTES}
         return cls(
-            prompts=tuple(held_out.caption(i % clips) for i in range(wanted.prompts)),
+            prompts=tuple(prompts),
             seeds=tuple(params.seed + i for i in range(wanted.prompts)),
             size=ClipSize(prepare.frames, prepare.height, prepare.width, prepare.max_sequence_length),
             latents=held_out.latents,
@@ -62,7 +70,7 @@ class Trial:
             inference_steps=wanted.inference_steps,
             guidance_scale=wanted.guidance_scale,
             batch_size=wanted.batch_size,
-            judged=prepare.source == "digits" and prepare.frames == FRAMES,
+            judged=digits,
         )
 
     @property
