@@ -44,7 +44,7 @@ def read_clip(path: str | Path, size: ClipSize, fps: float | None = None, place:
     """`size.frames` frames as (3, t, h, w) float32 in [-1, 1], upright, resized to cover and cropped at the centre: those from
     `place` on, or with `fps` so many a second from there on (data/frames.py).
 
-    Raises ValueError if the file has no video, too few frames, too slow or too large ones.
+    Raises ValueError if the file has no video, too few frames, too slow, too large or damaged ones.
     """
     frames: list[torch.Tensor] = []
     last = None
@@ -91,6 +91,8 @@ def _decode_from(container: Any, path: Path, size: ClipSize, fps: float | None, 
 def _cover(path: str | Path, frame: Any, size: ClipSize) -> torch.Tensor:
     """One decoded frame as (1, 3, h, w), resized at once: a clip in its own resolution may take gigabytes."""
     _check_pixels(path, "a frame", frame.height, frame.width)
+    if frame.is_corrupt:  # FFmpeg fills what is missing with what was there before
+        raise ValueError(f"{path} cannot be read as a video: the frame at {frame.time or 0:.3g} s is damaged")
     try:
         pixels = upright(frame)
     except ValueError as error:
