@@ -7,6 +7,7 @@ found and what is allowed.
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -24,6 +25,7 @@ from qvgen.safe_yaml import read_yaml
 
 LARGEST = 10**9  # of steps, clips, pixels and other counts: what is larger is a slip, and would run for years
 Share = Annotated[float, Field(ge=0, lt=1)]
+Side = Annotated[int, Field(ge=16, le=LARGEST, multiple_of=16)]  # of a frame, pixels
 
 
 def _known_method(name: str) -> str:
@@ -62,8 +64,11 @@ class Prepare(_Section):
     source: Literal["digits", "videos"]
     folder: str | None = Field(default=None, description="of source 'videos', with captions.csv, captions.jsonl or .txt")
     frames: int = Field(ge=1, le=LARGEST)
-    height: int = Field(ge=16, le=LARGEST, multiple_of=16, description="pixels")
-    width: int = Field(ge=16, le=LARGEST, multiple_of=16, description="pixels")
+    height: Side = Field(description="of the videos that are made, and of clips where there are no buckets")
+    width: Side
+    buckets: list[Annotated[tuple[Side, Side], Field(strict=False)]] = Field(
+        default_factory=list, description="height and width of clips: each video takes the nearest aspect ratio"
+    )
     fps: Annotated[float, Field(gt=0, le=1000)] | Literal["native"] | None = Field(
         default=None, description="of clips from videos; null: what the model was trained with; native: every frame"
     )
@@ -83,6 +88,12 @@ class Prepare(_Section):
     def _possible(self) -> Self:
         if (self.source == "videos") != (self.folder is not None):
             raise ValueError("folder belongs to source 'videos', and source 'videos' needs it")
+        if self.buckets and self.source != "videos":
+            raise ValueError("buckets belong to source 'videos'")
+        if self.buckets and (self.height, self.width) not in self.buckets:
+            raise ValueError(f"buckets must hold [height, width] = [{self.height}, {self.width}], which evaluation measures")
+        if len({Fraction(*bucket) for bucket in self.buckets}) < len(self.buckets):
+            raise ValueError("two buckets have the same aspect ratio: no video could tell them apart, remove one")
         return self
 
 

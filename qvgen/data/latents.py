@@ -6,13 +6,14 @@ text/shard-00000.safetensors
                          rows (r, d) of many of them together, without padding, and offsets (n + 1,) int64, where each begins;
                          max_sequence_length in the metadata
 train/ calibration/ held_out/ shard-00000.safetensors
-                         latents (n, ...), caption_index (n,) int64
+                         latents (n, ...), caption_index (n,) int64; where clips have several sizes latents.0, latents.1, ...
+                         instead, and size_index (n,), which of them holds each
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from qvgen.data.shards import ShardWriter
-from qvgen.data.stored import LENGTH, Latents, Selected, StoredLatents, StoredText, without_padding
+from qvgen.data.stored import LATENTS, LENGTH, SIZES, Latents, Selected, StoredLatents, StoredText, without_padding
 from qvgen.models.family import Family
 from qvgen.tensors import save_tensors
 
@@ -55,6 +56,24 @@ class LatentDataset:
     def text_of_samples(self) -> Selected:
         """Embeddings, indexed as samples are."""
         return Selected(self.embeddings, self.caption_index)
+
+    @property
+    def size_index(self) -> torch.Tensor:
+        """(n,): samples of one number have one size, and only those can be read together."""
+        latents = self.latents
+        return latents.size_index if isinstance(latents, StoredLatents) else torch.zeros(len(latents), dtype=torch.int64)
+
+    def of_size(self, height: int, width: int) -> LatentDataset:
+        """Samples of the size that has the aspect ratio of height x width, all if there is only one size. Raises ValueError if
+        none has it."""
+        latents = self.latents
+        if not isinstance(latents, StoredLatents) or len(latents.sizes) == 1:
+            return self
+        fits = torch.tensor([shape[-2] * width == shape[-1] * height for shape in latents.sizes])
+        index = fits[latents.size_index].nonzero()[:, 0]
+        if not len(index):
+            raise ValueError(f"none of {len(self)} clips is {height} x {width}: take more clips, or another height and width")
+        return LatentDataset(Selected(latents, index), self.caption_index[index], self.captions, self.embeddings)
 
     def text(self, index: torch.Tensor) -> torch.Tensor:
         """Embeddings (n, l, d) of samples."""
@@ -120,19 +139,30 @@ def write_text(
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """Clips (n, 3, t, h, w) in [-1, 1] at `positions` of a part, out of `span`; the others of it could not be read."""
+    """Clips (3, t, h, w) in [-1, 1] at `positions` of a part, out of `span`; the others of it could not be read."""
 
     span: range
     positions: list[int]
-    clips: torch.Tensor | None  # None: there are none
+    clips: Sequence[torch.Tensor]
     caption_index: torch.Tensor  # (n,)
     skipped: dict[int, tuple[str, str]] = field(default_factory=dict)  # position -> (name, reason)
+
+    def by_size(self) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Positions, and their clips (n, 3, t, h, w), of each size."""
+        for shape in dict.fromkeys(clip.shape for clip in self.clips):
+            these = [i for i, clip in enumerate(self.clips) if clip.shape == shape]
+            yield [self.positions[i] for i in these], torch.stack([self.clips[i] for i in these])
 
 
 def part_writer(folder: Path, total: int, shard_size: int) -> ShardWriter:
     def save(path: Path, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         latents, captions = zip(*rows, strict=True)
-        save_tensors(path, {"latents": torch.stack(latents), "caption_index": torch.stack(captions)})
+        sizes = list(dict.fromkeys(x.shape for x in latents))
+        stacked = [torch.stack([x for x in latents if x.shape == size]) for size in sizes]
+        tensors = {LATENTS: stacked[0]} if len(sizes) == 1 else {f"{LATENTS}.{i}": x for i, x in enumerate(stacked)}
+        if len(sizes) > 1:
+            tensors[SIZES] = torch.tensor([sizes.index(x.shape) for x in latents])
+        save_tensors(path, {**tensors, "caption_index": torch.stack(captions)})
 
     return ShardWriter(folder, total, shard_size, save)
 
@@ -149,10 +179,11 @@ def write_part(
     """Encode clips into the shards of `writer`. Raises ValueError for latents that are not finite."""
     for batch in batches:
         rows: dict[int, Any] = {}
-        if batch.clips is not None:
-            encoded = family.encode_clips(pipeline, batch.clips).to("cpu", dtype)
+        captions = dict(zip(batch.positions, batch.caption_index.unbind(), strict=True))
+        for positions, clips in batch.by_size():
+            encoded = family.encode_clips(pipeline, clips).to("cpu", dtype)
             if not torch.isfinite(encoded).all():
                 raise ValueError(f"{writer.folder.name}: a clip gives NaN or Inf latents; check that its pixels are finite")
-            rows = dict(zip(batch.positions, zip(encoded.unbind(), batch.caption_index.unbind(), strict=True), strict=True))
+            rows |= {i: (latents, captions[i]) for i, latents in zip(positions, encoded.unbind(), strict=True)}
         writer.add(batch.span, rows, batch.skipped)
         on_batch(len(batch.span))

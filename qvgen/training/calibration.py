@@ -83,7 +83,7 @@ def record_inputs(
     recorder = InputRecorder(groups, params.calibrate.tokens_per_group, params.seed)
     device = next(transformer.parameters()).device
     with recorder.attached({name: transformer.get_submodule(name) for name in layers}):
-        for index in torch.arange(_samples(data, params)).split(params.calibrate.batch_size):
+        for index in _batches(data, params):
             clean, text = data.batch(index % len(data), 0.0, generator)
             within = torch.rand(len(index), generator=generator)
             # Whole timesteps: families with discrete noise levels have no others.
@@ -94,6 +94,14 @@ def record_inputs(
             family.predict(transformer, family.add_noise(clean, noise, timestep), timestep, text)
             on_clips(len(index))
     return {name: [recorder.inputs(name, group) for group in range(groups)] for name in layers}
+
+
+def _batches(data: LatentDataset, params: Params) -> list[torch.Tensor]:
+    """Numbers of samples, each batch of clips of one size, in the order of their first."""
+    samples = torch.arange(_samples(data, params))
+    sizes = data.size_index[samples % len(data)]
+    parts = [part for size in sizes.unique() for part in samples[sizes == size].split(params.calibrate.batch_size)]
+    return sorted(parts, key=lambda part: int(part[0]))
 
 
 def _samples(data: LatentDataset, params: Params) -> int:

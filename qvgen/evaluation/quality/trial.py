@@ -49,8 +49,9 @@ class Trial:
     @classmethod
     def from_params(cls, params: Params, held_out: LatentDataset) -> Trial:
         """The trial of params.yaml's `evaluate`. Prompts are those of `prompts_file`, or else captions of the held-out clips,
-        from the first on, and again from the first if there are too few; each has its own seed either way. Raises ValueError
-        for a file that is missing, empty or not UTF-8."""
+        from the first on, and again from the first if there are too few; each has its own seed either way. Velocities are
+        predicted for the clips of one size, that of the videos. Raises ValueError for a file that is missing, empty or not
+        UTF-8, and for data without such clips."""
         wanted, prepare = params.evaluate, params.prepare
         digits = prepare.source == "digits" and prepare.frames == FRAMES
         if wanted.prompts_file is None:
@@ -63,8 +64,8 @@ class Trial:
             prompts=tuple(prompts),
             seeds=tuple(params.seed + i for i in range(wanted.prompts)),
             size=ClipSize(prepare.frames, prepare.height, prepare.width, prepare.max_sequence_length),
-            latents=held_out.latents,
-            text=held_out.text_of_samples,
+            latents=(measured := held_out.of_size(prepare.height, prepare.width)).latents,
+            text=measured.text_of_samples,
             timesteps=tuple(spread_timesteps(wanted.velocity_timesteps)),
             seed=params.seed,
             inference_steps=wanted.inference_steps,

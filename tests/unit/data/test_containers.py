@@ -1,6 +1,7 @@
 """Videos as people have them: other containers and codecs, no suffix, sound, odd sizes; and files that are none or damaged."""
 
 import shutil
+import struct
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,16 @@ def write(path: Path, suffix: str, height: int = 32, width: int = 48, sound: boo
     return path
 
 
+def turned(path: Path, matrix: tuple[int, int, int, int]) -> Path:
+    """Write a display matrix into the track header of an mp4, as phones do."""
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 4 + 40
+    a, b, c, d = (part << 16 for part in matrix)
+    data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    return path
+
+
 def levels(clip: torch.Tensor) -> torch.Tensor:
     return (clip.mean(dim=(0, 2, 3)) + 1) * 127.5 / STEP
 
@@ -90,6 +101,25 @@ def test_sound_odd_sizes_and_portrait(tmp_path: Path) -> None:
     path = write(tmp_path / "b.mp4", ".mp4", 96, 54, sound=True)
     clip = read_clip(path, size(9), FPS)
     assert clip.shape == (3, 9, 32, 48) and (levels(clip) - torch.arange(9)).abs().max() < 0.5
+
+
+def test_the_nearest_aspect_ratio_is_taken(tmp_path: Path) -> None:
+    """As a quotient: 1:2 is as far from 1:1 as 2:1. Turned by metadata a video is portrait."""
+    sizes = [size(5, 32, 48), size(5, 48, 32), size(5, 32, 32)]
+    for height, width, expected in (
+        (32, 48, 0),
+        (90, 160, 0),
+        (48, 32, 1),
+        (160, 90, 1),
+        (64, 64, 2),
+        (40, 48, 2),
+        (38, 48, 0),
+    ):
+        clip = read_clip(write(tmp_path / "a.mp4", ".mp4", height, width), sizes, FPS)
+        assert clip.shape == (3, 5, sizes[expected].height, sizes[expected].width), (height, width)
+        assert torch.equal(clip, read_clip(tmp_path / "a.mp4", sizes[expected], FPS))
+    path = turned(write(tmp_path / "b.mp4", ".mp4", 32, 48), (0, 1, -1, 0))
+    assert read_clip(path, sizes, FPS, Place("centre")).shape == (3, 5, 48, 32)
 
 
 def test_too_short(video: Path) -> None:
