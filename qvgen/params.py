@@ -110,6 +110,9 @@ class Qat(_Section):
     learning_rate: float = Field(gt=0, lt=1, description="weights and Φ")
     quantizer_learning_rate: float = Field(gt=0, lt=1, description="scales and zero points")
     clip_learning_rate: float = Field(gt=0, lt=1, description="logits of the activation clips")
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        default="adamw", description="adamw8bit: moments in blocks of 256 codes of 8 bits; needs torchao"
+    )
     betas: tuple[Share, Share] = Field(strict=False, description="AdamW's moment decay rates")
     weight_decay: float = Field(ge=0, lt=1, description="weights and Φ only; never scales, zero points, clips")
     warmup_fraction: float = Field(ge=0, lt=1)
