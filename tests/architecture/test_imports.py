@@ -48,8 +48,8 @@ def test_help_is_quick() -> None:
 
 
 def test_every_import_is_declared() -> None:
-    """`pip install qvgen[pipeline,lora,triton,eight-bit]` brings all that the packages import, also those inside functions. One
-    that is not installed here is looked for by its own name."""
+    """`pip install qvgen[pipeline,lora,triton,eight-bit]` brings all that the packages import, also those inside functions.
+    One that is not installed here is looked for by its own name."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     optional = ("serve", "pipeline", "lora", "triton", "eight-bit")
