@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,11 @@ def measure(folder: Path, params: Params) -> dict[str, float]:
     return {part: size / sum(p.numel() for p in teacher.parameters()) for part, size in found.items()}
 
 
-def write_model(folder: Path, layers: int) -> None:
+def write_model(folder: Path, config: Mapping[str, Any]) -> None:
     """What `load_transformer` reads of a pipeline folder."""
     torch.manual_seed(0)
-    WanFamily.transformer({**WAN_2_1_1_3B, "num_layers": layers}).save_pretrained(folder / "transformer")
+    transformer: Any = WanFamily.transformer(config)
+    transformer.save_pretrained(folder / "transformer")
     index = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
     (folder / "model_index.json").write_text(json.dumps(index))
 
@@ -95,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_model(folder, options.layers)
+        write_model(folder, {**WAN_2_1_1_3B, "num_layers": options.layers})
         for precision in [options.precision] if options.precision else PRECISIONS:
             for optimizer in [options.optimizer] if options.optimizer else OPTIMIZERS:
                 found = measure(folder, settings(optimizer, precision, options.rank))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -87,7 +88,7 @@ def load_training_state(
     return step
 
 
-def _plain(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+def _plain(name: str, tensor: Any) -> dict[str, torch.Tensor]:
     """A moment by its name, or if it is one of 8 bits (torchao's) the tensors that it consists of."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return {name: tensor}

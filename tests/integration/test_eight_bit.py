@@ -8,6 +8,8 @@ import pytest
 import torch
 import yaml
 
+from bench.training_bytes import PRECISIONS, held, measure, write_model
+from bench.training_bytes import settings as bench_settings
 from qvgen.checkpoint.training import load_training_state, save_training_state
 from qvgen.data.latents import LatentDataset
 from qvgen.models.wan import TINY, WanFamily
@@ -47,11 +49,21 @@ def test_without_torchao_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatc
         build_optimizer(student, settings("adamw8bit").qat)
 
 
+def test_the_bench_counts_what_a_step_leaves(tmp_path: Path) -> None:
+    """Four bytes for a weight, its gradient and each moment, and as much for the teacher; half for one of 16 bits."""
+    write_model(tmp_path, TINY)
+    found = {precision: measure(tmp_path, bench_settings("adamw", precision, 2)) for precision in PRECISIONS}
+    whole, mixed = found["float32"], found["bfloat16"]
+    trained = whole["gradients"]  # with Φ and quantizers more than a weight for each of the teacher's
+    assert 4 < trained < 8 and trained <= whole["student"]
+    assert whole["moments"] == pytest.approx(2 * trained, rel=0.01)  # and a counter for each tensor
+    assert whole["teacher"] == 4 and 2 <= mixed["teacher"] < 4
+    assert all(mixed[part] == whole[part] for part in ("student", "gradients", "moments"))
+
+
 @pytest.mark.slow
 def test_eight_bits_learn_alike_and_go_on_where_they_stopped(tmp_path: Path) -> None:
     pytest.importorskip("torchao.optim", reason="torchao is not installed: pip install 'torchao>=0.18'")
-    from bench.training_bytes import held
-
     plain, plain_losses = trainer("adamw"), []
     plain.run(plain.schedule.total_steps, lambda _, record: plain_losses.append(record.loss))
     whole, losses = trainer("adamw8bit"), []
