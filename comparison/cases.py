@@ -99,6 +99,7 @@ def case_params(root: Path, case: Case, factor: float = 1.0) -> Params:
     _merge(tree, settings["variants"][case.variant] if case.variant else {})
     weights, activations = parse_bits(case.bits)
     tree["method"], tree["seed"] = case.method, case.seed
+    tree["evaluate"]["prompts_file"] = None  # its trial is one of held-out captions
     tree["scheme"]["weights"]["num_bits"], tree["scheme"]["input_activations"]["num_bits"] = weights, activations
     tree["qat"]["learning_rate"] *= factor
     if case.group in ("main", "low"):

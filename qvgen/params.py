@@ -7,12 +7,14 @@ found and what is allowed.
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qvgen.device import PATTERN as DEVICE
+from qvgen.faults import explain
 from qvgen.gate import Gate
 from qvgen.methods.method import Method
 from qvgen.methods.registry import METHODS
@@ -23,6 +25,7 @@ from qvgen.safe_yaml import read_yaml
 
 LARGEST = 10**9  # of steps, clips, pixels and other counts: what is larger is a slip, and would run for years
 Share = Annotated[float, Field(ge=0, lt=1)]
+Side = Annotated[int, Field(ge=16, le=LARGEST, multiple_of=16)]  # of a frame, pixels
 
 
 def _known_method(name: str) -> str:
@@ -60,8 +63,11 @@ class Prepare(_Section):
     source: Literal["digits", "videos"]
     folder: str | None = Field(default=None, description="of source 'videos', with captions.csv, captions.jsonl or .txt")
     frames: int = Field(ge=1, le=LARGEST)
-    height: int = Field(ge=16, le=LARGEST, multiple_of=16, description="pixels")
-    width: int = Field(ge=16, le=LARGEST, multiple_of=16, description="pixels")
+    height: Side = Field(description="of the videos that are made, and of clips where there are no buckets")
+    width: Side
+    buckets: list[Annotated[tuple[Side, Side], Field(strict=False)]] = Field(
+        default_factory=list, description="height and width of clips: each video takes the nearest aspect ratio"
+    )
     fps: Annotated[float, Field(gt=0, le=1000)] | Literal["native"] | None = Field(
         default=None, description="of clips from videos; null: what the model was trained with; native: every frame"
     )
@@ -81,6 +87,12 @@ class Prepare(_Section):
     def _possible(self) -> Self:
         if (self.source == "videos") != (self.folder is not None):
             raise ValueError("folder belongs to source 'videos', and source 'videos' needs it")
+        if self.buckets and self.source != "videos":
+            raise ValueError("buckets belong to source 'videos'")
+        if self.buckets and (self.height, self.width) not in self.buckets:
+            raise ValueError(f"buckets must hold [height, width] = [{self.height}, {self.width}], which evaluation measures")
+        if len({Fraction(*bucket) for bucket in self.buckets}) < len(self.buckets):
+            raise ValueError("two buckets have the same aspect ratio: no video could tell them apart, remove one")
         return self
 
 
@@ -97,6 +109,9 @@ class Qat(_Section):
     learning_rate: float = Field(gt=0, lt=1, description="weights and Φ")
     quantizer_learning_rate: float = Field(gt=0, lt=1, description="scales and zero points")
     clip_learning_rate: float = Field(gt=0, lt=1, description="logits of the activation clips")
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        default="adamw", description="adamw8bit: moments in blocks of 256 codes of 8 bits; needs torchao"
+    )
     betas: tuple[Share, Share] = Field(strict=False, description="AdamW's moment decay rates")
     weight_decay: float = Field(ge=0, lt=1, description="weights and Φ only; never scales, zero points, clips")
     warmup_fraction: float = Field(ge=0, lt=1)
@@ -127,7 +142,10 @@ class Pack(_Section):
 
 
 class Evaluate(_Section):
-    prompts: int = Field(ge=1, le=LARGEST)
+    prompts: int = Field(ge=1, le=LARGEST, description="videos of each model, each with its own seed")
+    prompts_file: str | None = Field(
+        default=None, min_length=1, description="one prompt a line (.txt), or objects with a caption (.jsonl); null: captions"
+    )
     inference_steps: int = Field(ge=1, le=1000)
     guidance_scale: float = Field(ge=1)
     batch_size: int = Field(ge=1, le=LARGEST)
@@ -264,36 +282,4 @@ def validate_params(tree: dict[str, Any], source: str | Path) -> Params:
     try:
         return Params.model_validate(tree)
     except ValidationError as error:
-        raise ParamsError(_explain(source, error)) from None
-
-
-_SHOWN = 100  # characters of a value in a message
-_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
-
-
-def _explain(path: str | Path, error: ValidationError) -> str:
-    lines = [f"{path}: {error.error_count()} fault(s)"]
-    for fault in error.errors():
-        where = ".".join(map(str, fault["loc"])) or "(whole file)"
-        message = fault["msg"].removeprefix("Value error, ")
-        shown = "" if isinstance(fault["input"], dict) else f" = {fault['input']!r:.{_SHOWN}}"
-        if fault["type"] == "extra_forbidden":
-            allowed = ", ".join(_known_keys(fault["loc"][:-1]))
-            message = f"unknown key; allowed here: {allowed}"
-        elif fault["type"] == "float_type" and _EXPONENT.fullmatch(str(fault["input"])):
-            message = "is text in YAML; write an exponent with a point and a sign, such as 5.0e-4"
-        elif fault["type"] == "missing":
-            shown, message = "", "is missing"
-        lines.append(f"  {where}{shown}: {message}")
-    return "\n".join(lines)
-
-
-def _known_keys(location: tuple[str | int, ...]) -> list[str]:
-    """Keys of the section at `location`, by walking the declared types."""
-    model: type[BaseModel] = Params
-    for part in location:
-        for name, info in model.model_fields.items():
-            if part in (name, info.alias):
-                kinds = [info.annotation, *getattr(info.annotation, "__args__", ())]
-                model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), model)
-    return [info.alias or name for name, info in model.model_fields.items()]
+        raise ParamsError(explain(source, error, Params)) from None

@@ -1,6 +1,6 @@
 """Stage observe: what results depend on besides parameters and the data that dvc.yaml names. Writes artifacts/hardware.json,
 the machine, which the benchmark depends on; artifacts/code.json, with the fingerprint of each stage's code; and
-artifacts/inputs.json, with the content of the folders that params.yaml names.
+artifacts/inputs.json, with the content of the folders and the file that params.yaml names.
 
 It runs at every `dvc repro`, so it imports nothing heavy, caches what it has read in .qvgen/, and records no run.
 """

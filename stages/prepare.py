@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 from stages.runtime.run import Stage, stage_main
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from qvgen.data.latents import ClipBatch
     from qvgen.data.shards import ShardWriter
-    from qvgen.params import Params
+    from qvgen.params import Params, Prepare
 
 Source = Callable[["ShardWriter"], Iterator["ClipBatch"]]  # the batches of a part that its writer does not have
 
@@ -40,7 +42,8 @@ def run(stage: Stage) -> None:
 
     settings = stage.params.prepare
     source = stage.root / "artifacts/model"
-    check_size(source, ClipSize(settings.frames, settings.height, settings.width, settings.max_sequence_length))
+    for height, width in [(settings.height, settings.width), *settings.buckets]:
+        check_size(source, ClipSize(settings.frames, height, width, settings.max_sequence_length))
     family, device, dtype = load_family(source), stage.device, getattr(torch, settings.dtype)
     fps = None
     if settings.source == "videos" and settings.fps != "native":
@@ -71,16 +74,35 @@ def run(stage: Stage) -> None:
     read = {part: size - len(writers[part].skipped()) for part, size in sizes.items()}
     if empty := [part for part, count in read.items() if not count]:
         raise ValueError(f"{empty[0]}: there are no clips, none of {sizes[empty[0]]} could be read")
+    buckets = {part: clips_of_buckets(work / part, settings) for part in sizes} if settings.buckets else {}
     with stage.outputs("artifacts/data") as folder:
         for made in sorted(work.iterdir()):
             shutil.move(made, folder / made.name)
         remove_records(folder)
     summary = {"clips": read, "captions": len(captions), "skipped": len(skipped), "reasons": skipped}
+    summary |= {"buckets": buckets} if buckets else {}
     with stage.outputs("metrics/prepare.json") as path:
         path.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     rate = {} if fps is None else {"fps": fps}
     counts = {"captions": len(captions), "skipped": len(skipped)}
     stage.log_metrics({f"clips.{part}": n for part, n in read.items()} | counts | rate)
+
+
+def clips_of_buckets(part: Path, settings: Prepare) -> dict[str, int]:
+    """{"480x832": clips}. Raises ValueError if no held-out clip has the size of the videos that are made."""
+    from qvgen.data.stored import StoredLatents
+
+    stored, found = StoredLatents(part), {}
+    counts = stored.size_index.bincount(minlength=len(stored.sizes)).tolist()
+    for height, width in settings.buckets:
+        of_ratio = [n for n, shape in zip(counts, stored.sizes, strict=True) if shape[-2] * width == shape[-1] * height]
+        found[f"{height}x{width}"] = sum(of_ratio)
+    if part.name == "held_out" and not found[f"{settings.height}x{settings.width}"]:
+        raise ValueError(
+            f"no held-out clip is {settings.height} x {settings.width}, which evaluation measures ({found}): raise "
+            "prepare.held_out_clips, or make prepare.height and width those of a bucket that has some"
+        )
+    return found
 
 
 def limited(source: Source, writers: dict[str, ShardWriter], part: str, settings: Any) -> Iterator[ClipBatch]:
@@ -122,7 +144,7 @@ def digit_clips(params: Params) -> tuple[list[str], dict[str, Source]]:
                 # Those that are done too: the next ones are drawn after them.
                 clips = sample_clips([ALL_ATTRIBUTES[i] for i in index], generator, held_out=held_out)
                 if not writer.done(span):
-                    yield ClipBatch(span, list(span), clips, index)
+                    yield ClipBatch(span, list(span), clips.unbind(), index)
 
         return batches
 
@@ -155,7 +177,8 @@ def video_clips(params: Params, fps: float | None) -> tuple[list[str], dict[str,
     captions = sorted({caption for _, caption in rows})
     number = {caption: i for i, caption in enumerate(captions)}
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(params.seed))[: sum(counts)]
-    size = ClipSize(settings.frames, settings.height, settings.width, settings.max_sequence_length)
+    shapes = settings.buckets or [(settings.height, settings.width)]
+    sizes = [ClipSize(settings.frames, height, width, settings.max_sequence_length) for height, width in shapes]
 
     def source(index: torch.Tensor) -> Source:
         videos = [rows[i] for i in index]
@@ -163,7 +186,7 @@ def video_clips(params: Params, fps: float | None) -> tuple[list[str], dict[str,
         def read(position: int) -> torch.Tensor | tuple[str, str]:
             path, place = videos[position // each][0], Place(settings.start, position % each, each, params.seed)
             try:
-                return read_clip(path, size, fps, place)
+                return read_clip(path, sizes, fps, place)
             except ValueError as error:
                 name = path.relative_to(settings.folder or "").as_posix()
                 reason = str(error).replace(str(path), name)  # the same wherever the folder lies
@@ -177,7 +200,7 @@ def video_clips(params: Params, fps: float | None) -> tuple[list[str], dict[str,
                 good = {i: clip for i, clip in seen.items() if isinstance(clip, torch.Tensor)}
                 bad = {i: why for i, why in seen.items() if not isinstance(why, torch.Tensor)}
                 index = torch.tensor([number[videos[i // each][1]] for i in good])
-                yield ClipBatch(span, list(good), torch.stack(list(good.values())) if good else None, index, bad)
+                yield ClipBatch(span, list(good), list(good.values()), index, bad)
 
         return batches
 

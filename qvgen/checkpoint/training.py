@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +17,8 @@ from torch import nn
 from qvgen.nn.swap import qat_layers
 from qvgen.phi.auxiliary import replace_parameters
 from qvgen.tensors import save_tensors
+
+CODES = "codes"  # of a moment in 8 bits, beside its scale and its qmap
 
 
 def save_training_state(
@@ -31,7 +34,8 @@ def save_training_state(
     tensors = {f"model.{n}": t for n, t in student.state_dict().items()}
     for parameter, state in optimizer.state.items():
         if id(parameter) in names:  # not Φ that has decayed away
-            tensors |= {f"optimizer.{names[id(parameter)]}.{moment}": tensor for moment, tensor in state.items()}
+            for moment, tensor in state.items():
+                tensors |= _plain(f"optimizer.{names[id(parameter)]}.{moment}", tensor)
     tensors |= {f"average.{n}": t for n, t in (average or {}).items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -65,13 +69,16 @@ def load_training_state(
         raise ValueError(f"{path} is the state of another model: {len(mismatch)} tensors differ, such as {min(mismatch)}")
     student.load_state_dict(model)
     moments = _part(tensors, "optimizer.")
+    if isinstance(optimizer, torch.optim.AdamW) and any(name.endswith(f".{CODES}") for name in moments):
+        raise ValueError(f"{path} was written with qat.optimizer: adamw8bit; set that again, or delete it to start again")
     names = {id(p): n for n, p in student.named_parameters()}
     optimizer.state.clear()
     owned = ((p, bool(group.get("fused"))) for group in optimizer.param_groups for p in group["params"])
     for parameter, fused in owned:
         state = _part(moments, f"{names[id(parameter)]}.")
         if state:
-            optimizer.state[parameter] = {k: v.to(_device(k, parameter, fused)) for k, v in state.items()}
+            placed = {k: v.to(_device(k, parameter, fused)) for k, v in state.items()}
+            optimizer.state[parameter] = _moments(placed, parameter.dtype)
     saved_average = _part(tensors, "average.")
     if (average is None) != (not saved_average):
         raise ValueError(f"{path} was written with another qat.ema_decay; delete it to start again")
@@ -79,6 +86,25 @@ def load_training_state(
         assert average is not None
         average[name].copy_(value)
     return step
+
+
+def _plain(name: str, tensor: Any) -> dict[str, torch.Tensor]:
+    """A moment by its name, or if it is one of 8 bits (torchao's) the tensors that it consists of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return {name: tensor}
+    parts, _ = tensor.__tensor_flatten__()
+    return {f"{name}.{part}": getattr(tensor, part) for part in parts}
+
+
+def _moments(saved: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What `_plain` has taken apart, as the optimizer has it."""
+    found = {k: v for k, v in saved.items() if "." not in k}
+    for name in (k.removesuffix(f".{CODES}") for k in saved if k.endswith(f".{CODES}")):
+        from torchao.optim.subclass_8bit import OptimState8bit  # type: ignore[import-not-found]
+
+        codes, scale, qmap = (saved[f"{name}.{part}"] for part in (CODES, "scale", "qmap"))
+        found[name] = OptimState8bit(codes, scale, qmap, signed=bool(qmap.min() < 0), dtype=dtype)
+    return found
 
 
 def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

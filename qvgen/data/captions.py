@@ -50,7 +50,14 @@ def _rows_of_table(table: Path) -> Iterator[Row]:
 
 
 def _rows_of_lines(lines: Path) -> Iterator[Row]:
-    for number, text in enumerate(_text(lines).split("\n"), start=1):
+    for number, (name, caption) in read_lines(lines, ("file", "caption")):
+        yield _checked(f"{lines} line {number}", lines.parent, name, caption)
+
+
+def read_lines(lines: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
+    """Of the lines of a .jsonl file that are not blank their numbers and the texts of `keys`. Raises ValueError that names the
+    line for one that is no object with these texts; what else an object holds does not count."""
+    for number, text in enumerate(read_text(lines).split("\n"), start=1):
         if not text.strip():
             continue
         where = f"{lines} line {number}"
@@ -58,10 +65,12 @@ def _rows_of_lines(lines: Path) -> Iterator[Row]:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON: {error!s:.200}") from None
-        name, caption = (row.get("file"), row.get("caption")) if isinstance(row, dict) else (None, None)
-        if not isinstance(name, str) or not isinstance(caption, str):
-            raise ValueError(f'{where} must be an object with the texts "file" and "caption", found {text!s:.100}')
-        yield _checked(where, lines.parent, name, caption)
+        found = [row.get(key) for key in keys] if isinstance(row, dict) else []
+        texts = [value for value in found if isinstance(value, str)]
+        if len(texts) != len(keys):
+            named = " and ".join(f'"{key}"' for key in keys)
+            raise ValueError(f"{where} must be an object with the text{'s' * (len(keys) > 1)} {named}, found {text!s:.100}")
+        yield number, texts
 
 
 def _texts_beside(folder: Path) -> list[Row]:
@@ -82,7 +91,7 @@ def _texts_beside(folder: Path) -> list[Row]:
         if len(beside) != 1:
             names = ", ".join(path.name for path in beside) or "none"
             raise ValueError(f"{text} must lie beside one video of the same name, found {names}")
-        rows.append(_checked(str(text), folder, str(beside[0].relative_to(folder)), _text(text)))
+        rows.append(_checked(str(text), folder, str(beside[0].relative_to(folder)), read_text(text)))
     return rows
 
 
@@ -104,7 +113,8 @@ def _checked(where: str, folder: Path, name: str, caption: str) -> Row:
     return folder / name, caption
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """UTF-8 with or without a byte-order mark. Raises ValueError for another encoding."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -7,13 +7,15 @@ text/shard-00000.safetensors
                          max_sequence_length in the metadata
 train/ calibration/ held_out/ shard-00000.safetensors
                          latents (n, ...), caption_index (n,) int64; of families that read a first frame also that frame,
-                         first_frame (n, 3, h, w) uint8, and what an image encoder makes of it, image (n, m, e)
+                         first_frame (n, 3, h, w) uint8, and what an image encoder makes of it, image (n, m, e); where clips
+                         have several sizes latents.0, latents.1, ... instead (and first_frame.0, ...), and size_index (n,),
+                         which of them holds each
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,14 +24,14 @@ import torch
 from safetensors.torch import load_file
 
 from qvgen.data.shards import ShardWriter
-from qvgen.data.stored import LENGTH, Latents, Selected, StoredLatents, StoredText, without_padding
+from qvgen.data.stored import LATENTS, LENGTH, SIZES, Latents, Selected, StoredLatents, StoredText, without_padding
 from qvgen.models.family import Family
 from qvgen.models.pictures import first_frames
 from qvgen.tensors import save_tensors
 
 PARTS = ("train", "calibration", "held_out")
 TEXT, WHOLE_TEXT, CAPTIONS = "text", "text.safetensors", "captions.json"
-LATENTS, IMAGE, FIRST_FRAME = "latents", "image", "first_frame"  # tensors of a shard
+IMAGE, FIRST_FRAME = "image", "first_frame"  # tensors of a shard, beside the latents
 
 
 class LatentDataset:
@@ -67,6 +69,28 @@ class LatentDataset:
     def text_of_samples(self) -> Selected:
         """Embeddings, indexed as samples are."""
         return Selected(self.embeddings, self.caption_index)
+
+    @property
+    def size_index(self) -> torch.Tensor:
+        """(n,): samples of one number have one size, and only those can be read together."""
+        latents = self.latents
+        return latents.size_index if isinstance(latents, StoredLatents) else torch.zeros(len(latents), dtype=torch.int64)
+
+    def of_size(self, height: int, width: int) -> LatentDataset:
+        """Samples of the size that has the aspect ratio of height x width, all if there is only one size. Raises ValueError if
+        none has it."""
+        latents = self.latents
+        if not isinstance(latents, StoredLatents) or len(latents.sizes) == 1:
+            return self
+        fits = torch.tensor([shape[-2] * width == shape[-1] * height for shape in latents.sizes])
+        index = fits[latents.size_index].nonzero()[:, 0]
+        if not len(index):
+            raise ValueError(f"none of {len(self)} clips is {height} x {width}: take more clips, or another height and width")
+        chosen = [
+            Selected(rows, index) if isinstance(rows, StoredLatents) else None if rows is None else rows[index]
+            for rows in (self.image, self.first_frames)
+        ]
+        return LatentDataset(Selected(latents, index), self.caption_index[index], self.captions, self.embeddings, *chosen)
 
     def text(self, index: torch.Tensor) -> torch.Tensor:
         """Embeddings (n, l, d) of samples."""
@@ -132,18 +156,34 @@ def write_text(
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """Clips (n, 3, t, h, w) in [-1, 1] at `positions` of a part, out of `span`; the others of it could not be read."""
+    """Clips (3, t, h, w) in [-1, 1] at `positions` of a part, out of `span`; the others of it could not be read."""
 
     span: range
     positions: list[int]
-    clips: torch.Tensor | None  # None: there are none
+    clips: Sequence[torch.Tensor]
     caption_index: torch.Tensor  # (n,)
     skipped: dict[int, tuple[str, str]] = field(default_factory=dict)  # position -> (name, reason)
+
+    def by_size(self) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Positions, and their clips (n, 3, t, h, w), of each size."""
+        for shape in dict.fromkeys(clip.shape for clip in self.clips):
+            these = [i for i, clip in enumerate(self.clips) if clip.shape == shape]
+            yield [self.positions[i] for i in these], torch.stack([self.clips[i] for i in these])
 
 
 def part_writer(folder: Path, total: int, shard_size: int) -> ShardWriter:
     def save(path: Path, rows: list[dict[str, torch.Tensor]]) -> None:
-        save_tensors(path, {name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+        shapes = list(dict.fromkeys(row[LATENTS].shape for row in rows))
+        which = torch.tensor([shapes.index(row[LATENTS].shape) for row in rows])
+        tensors = {} if len(shapes) == 1 else {SIZES: which}
+        for name in rows[0]:
+            values = [row[name] for row in rows]
+            if len({value.shape for value in values}) == 1:
+                tensors[name] = torch.stack(values)
+                continue
+            for i in range(len(shapes)):
+                tensors[f"{name}.{i}"] = torch.stack([values[row] for row in (which == i).nonzero()[:, 0].tolist()])
+        save_tensors(path, tensors)
 
     return ShardWriter(folder, total, shard_size, save)
 
@@ -160,15 +200,16 @@ def write_part(
     """Encode clips into the shards of `writer`. Raises ValueError for latents that are not finite."""
     for batch in batches:
         rows: dict[int, Any] = {}
-        if batch.clips is not None:
-            encoded = {LATENTS: family.encode_clips(pipeline, batch.clips).to("cpu", dtype)}
+        captions = dict(zip(batch.positions, batch.caption_index.unbind(), strict=True))
+        for positions, clips in batch.by_size():
+            encoded = {LATENTS: family.encode_clips(pipeline, clips).to("cpu", dtype)}
             if family.reads_image:
-                image = family.encode_image(pipeline, batch.clips).to("cpu", dtype)
-                encoded |= ({IMAGE: image} if image.shape[1] else {}) | {FIRST_FRAME: first_frames(batch.clips).cpu()}
+                image = family.encode_image(pipeline, clips).to("cpu", dtype)
+                encoded |= ({IMAGE: image} if image.shape[1] else {}) | {FIRST_FRAME: first_frames(clips).cpu()}
             if not all(tensor.isfinite().all() for tensor in encoded.values()):
                 raise ValueError(f"{writer.folder.name}: a clip gives NaN or Inf latents; check that its pixels are finite")
-            encoded["caption_index"] = batch.caption_index
-            for row, position in enumerate(batch.positions):
-                rows[position] = {name: tensor[row] for name, tensor in encoded.items()}
+            for row, position in enumerate(positions):
+                one = {name: tensor[row] for name, tensor in encoded.items()}
+                rows[position] = one | {"caption_index": captions[position]}
         writer.add(batch.span, rows, batch.skipped)
         on_batch(len(batch.span))

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 
 OPEN = 8  # shards mapped at a time
+LATENTS, SIZES = "latents", "size_index"  # tensors of a shard; of several sizes latents.0, latents.1, ..., and who has which
 LENGTH = "max_sequence_length"  # in the metadata of a text shard: rows of an embedding with its padding
 
 
@@ -45,32 +46,62 @@ class Shards:
 
 class StoredLatents:
     """Latents of a folder of shards, or another of its tensors with a row for each sample; indexed by a slice or a tensor of
-    positions, as a tensor (n, ...) would be."""
+    positions, as a tensor (n, ...) would be. Clips may have several sizes: `sizes` are their shapes, `size_index` (n,) says
+    which each has, and those read together have one."""
 
-    def __init__(self, folder: Path, name: str = "latents") -> None:
-        self._shards, self._name = Shards(folder), name
+    def __init__(self, folder: Path, name: str = LATENTS) -> None:
+        self._shards = Shards(folder)
         opened = [safe_open(path, framework="pt") for path in self._shards.paths]
-        self._names = set(opened[0].keys())
-        self._ends = list(accumulate(file.get_slice(name).get_shape()[0] for file in opened))
-        self.shape = (self._ends[-1], *opened[0].get_slice(name).get_shape()[1:])
-        self.caption_index = torch.cat([file.get_tensor("caption_index") for file in opened])
+        captions = [file.get_tensor("caption_index") for file in opened]
+        self.caption_index = torch.cat(captions)
+        self._ends = list(accumulate(map(len, captions)))
+        self._keys = set(opened[0].keys())
+        numbers: dict[tuple[int, ...], int] = {}
+        sizes, rows, self._names = [], [], []
+        for file, count in zip(opened, map(len, captions), strict=True):
+            several = f"{name}.0" in file.keys()  # noqa: SIM118
+            within = file.get_tensor(SIZES) if several else torch.zeros(count, dtype=torch.int64)
+            names = [f"{name}.{i}" for i in range(int(within.max()) + 1)] if several else [name]
+            shapes = [tuple(file.get_slice(each).get_shape()[1:]) for each in names]
+            sizes.append(torch.tensor([numbers.setdefault(shape, len(numbers)) for shape in shapes])[within])
+            # A clip's row among those of its size in the shard.
+            rows.append(torch.stack([(within == i).cumsum(0) - 1 for i in range(len(names))])[within, torch.arange(count)])
+            self._names.append([names[i] for i in within.tolist()] if several else names)
+        self.sizes, self.size_index, self._rows = list(numbers), torch.cat(sizes), torch.cat(rows)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Raises ValueError for clips of several sizes."""
+        return (len(self), *self._size(range(len(self))))
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def has(self, name: str) -> bool:
         """Whether the shards hold such a tensor."""
-        return name in self._names
+        return name in self._keys or f"{name}.0" in self._keys
 
     def __getitem__(self, index: slice | torch.Tensor) -> torch.Tensor:
-        """float32. Raises ValueError for NaN and Inf."""
-        found = torch.empty((len(wanted := torch.arange(len(self))[index].tolist()), *self.shape[1:]))
+        """float32. Raises ValueError for NaN and Inf, and for clips of several sizes."""
+        wanted = torch.arange(len(self))[index].tolist()
+        found = torch.empty((len(wanted), *self._size(wanted)))
         for row, position in enumerate(wanted):
             number, first = _place(self._ends, position)
-            found[row] = self._shards[number].get_slice(self._name)[position - first : position - first + 1][0]
+            name = self._names[number][position - first if len(self._names[number]) > 1 else 0]
+            at = int(self._rows[position])
+            found[row] = self._shards[number].get_slice(name)[at : at + 1][0]
         if not torch.isfinite(found).all():
             raise ValueError(f"{self._shards.folder} holds NaN or Inf; run the prepare stage again and check the source clips")
         return found
+
+    def _size(self, positions: Sequence[int]) -> tuple[int, ...]:
+        if len(self.sizes) == 1:
+            return self.sizes[0]
+        several = self.size_index[list(positions)].unique().tolist() or [0]
+        if len(several) > 1:
+            shapes = ", ".join(str(self.sizes[i]) for i in several)
+            raise ValueError(f"{self._shards.folder}: clips of several sizes are no batch, latents have shapes {shapes}")
+        return self.sizes[several[0]]
 
 
 class StoredText:
@@ -98,11 +129,12 @@ class StoredText:
 
 
 class Selected:
-    """Rows of `rows`, chosen by `index`: text of samples, which many samples share."""
+    """Rows of `rows`, chosen by `index`: text of samples, which many samples share, or clips of one size."""
 
-    def __init__(self, rows: torch.Tensor | StoredText, index: torch.Tensor) -> None:
+    def __init__(self, rows: torch.Tensor | StoredText | StoredLatents, index: torch.Tensor) -> None:
         self.rows, self.index = rows, index
-        self.shape = (len(index), *rows.shape[1:])
+        one = rows.sizes[int(rows.size_index[index[0]])] if isinstance(rows, StoredLatents) else rows.shape[1:]
+        self.shape = (len(index), *one)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -111,7 +143,7 @@ class Selected:
         return self.rows[self.index[index]]
 
 
-Latents = torch.Tensor | StoredLatents
+Latents = torch.Tensor | StoredLatents | Selected
 Text = torch.Tensor | StoredText | Selected
 
 

@@ -9,6 +9,8 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from qvgen.data.captions import read_lines, read_text
+
 SAMPLES = 5  # videos per prompt that VBench looks for
 _LONGEST_NAME = 240  # bytes: file systems allow 255, and a file that is being written has a longer name
 _LARGEST_SAMPLE = 9999  # that a name has room for: the name of a video does not depend on how many there are
@@ -47,19 +49,20 @@ def video_seed(seed: int, prompt: str, sample: int) -> int:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Prompts of a text file, one per line, in its order; blank lines and spaces around a prompt do not count.
+    """Prompts of a text file, one per line, or of a .jsonl file, an object {"caption": ...} on each line, in its order; blank
+    lines and spaces around a prompt do not count.
 
     Raises ValueError that names the line for a prompt that comes twice, and for a file that is missing, empty or not UTF-8.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist: write a text file with one prompt per line")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
+    if path.suffix == ".jsonl":
+        listed = [(number, caption) for number, (caption,) in read_lines(path, ("caption",))]
+    else:
+        listed = list(enumerate(read_text(path).split("\n"), start=1))
     found: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in listed:
         if not (prompt := line.strip()):
             continue
         if prompt in found:

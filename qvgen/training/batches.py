@@ -30,17 +30,26 @@ class Batches(Dataset[Batch]):
         self.data, self.family, self.params = data, family, params
         share = params.qat.batch_size // world_size
         self.share = slice(rank * share, (rank + 1) * share)
+        self._size = data.size_index
+        self._of_size = [(self._size == number).nonzero()[:, 0] for number in range(int(self._size.max()) + 1)]
 
     def __getitem__(self, step: int) -> Batch:
         qat, method = self.params.qat, self.params.chosen
         generator = torch.Generator().manual_seed(step_seed(self.params.seed, step))
-        index = torch.randint(len(self.data), (qat.batch_size,), generator=generator)
+        index = self._draw(qat.batch_size, generator)
         # Which captions are dropped is drawn for all, and only the share is read.
         dropped = torch.rand(len(index), generator=generator) < method.caption_dropout(qat.caption_dropout)
         clean, text = self.data.read(index[self.share], dropped[self.share])
         timestep = method.timesteps(self.family, len(index), generator)
         noise = torch.randn((len(index), *clean.shape[1:]), generator=generator)
         return clean, text, timestep[self.share], noise[self.share], self.data.image[index[self.share]]
+
+    def _draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Clips of one size, which is drawn as often as it has clips, so that all clips are drawn equally often."""
+        if len(self._of_size) == 1:
+            return torch.randint(len(self.data), (count,), generator=generator)
+        members = self._of_size[int(self._size[torch.randint(len(self.data), (), generator=generator)])]
+        return members[torch.randint(len(members), (count,), generator=generator)]
 
     def between(self, first: int, until: int, workers: int = 0, pin_memory: bool = False) -> Iterator[Batch]:
         """The batches of steps `first` to `until`, in order, read ahead by `workers` processes if there are any."""

@@ -87,7 +87,7 @@ def record_inputs(
     low, high = family.noise_range
     reached = torch.arange(math.floor(low * groups), math.ceil(high * groups))  # the groups of its noise levels
     with recorder.attached({name: transformer.get_submodule(name) for name in layers}):
-        for index in torch.arange(_samples(data, params)).split(params.calibrate.batch_size):
+        for index in _batches(data, params):
             clean, text = data.batch(index % len(data), 0.0, generator)
             image, group = data.image[index % len(data)], reached[index % len(reached)]
             # Of a group that is reached in part, that part.
@@ -102,6 +102,14 @@ def record_inputs(
             on_clips(len(index))
     nearest = torch.arange(groups).clamp(int(reached[0]), int(reached[-1])).tolist()
     return {name: [recorder.inputs(name, group) for group in nearest] for name in layers}
+
+
+def _batches(data: LatentDataset, params: Params) -> list[torch.Tensor]:
+    """Numbers of samples, each batch of clips of one size, in the order of their first."""
+    samples = torch.arange(_samples(data, params))
+    sizes = data.size_index[samples % len(data)]
+    parts = [part for size in sizes.unique() for part in samples[sizes == size].split(params.calibrate.batch_size)]
+    return sorted(parts, key=lambda part: int(part[0]))
 
 
 def _samples(data: LatentDataset, params: Params) -> int:

@@ -1,4 +1,5 @@
-"""What stages read from outside the project: the folder of `fetch.source` and that of `prepare.folder`, by content.
+"""What stages read from outside the project: the folders of `fetch.source` and `prepare.folder`, and the file of
+`evaluate.prompts_file`, by content.
 
 DVC tracks paths that dvc.yaml names, and these stand in params.yaml. So stage observe describes them at every `dvc repro`, and
 fetch and prepare depend on the description. A file is read once: its hash holds until its size or one of its times changes.
@@ -41,17 +42,21 @@ class Inputs:
         reads no such folder, or one that is missing (its own error says so), has no files."""
         try:
             params = read_yaml(self.root / "params.yaml")
-            fetch, prepare = (params.get(name) or {} for name in ("fetch", "prepare"))
-            source, folder = fetch.get("source"), prepare.get("folder")
+            fetch, prepare, evaluate = (params.get(name) or {} for name in ("fetch", "prepare", "evaluate"))
+            source, folder, prompts = fetch.get("source"), prepare.get("folder"), evaluate.get("prompts_file")
         except (OSError, ValueError, AttributeError):  # stages say what is wrong with params.yaml
-            source = folder = None
-        found = {"fetch": self._listing(source, _of_a_model), "prepare": self._listing(folder, _visible)}
+            source = folder = prompts = None
+        found = {
+            "fetch": self._listing(source, _of_a_model),
+            "prepare": self._listing(folder, _visible),
+            "evaluate": self._listing(prompts, _itself),
+        }
         self.changed = self.seen != self._known
         return found
 
     def _listing(self, folder: Any, files: Callable[[Path], Iterator[Path]]) -> dict[str, Any]:
         place = self.root / (folder if isinstance(folder, str) else "")
-        paths = sorted(files(place)) if isinstance(folder, str) and place.is_dir() else []
+        paths = sorted(files(place)) if isinstance(folder, str) and place.exists() else []
         states = {path: _state(path) for path in paths}
         new = [path for path in paths if self._known.get(str(path), [None])[0] != states[path]]
         if (size := sum(states[path][0] for path in new)) > TOLD:
@@ -63,6 +68,11 @@ class Inputs:
         listing = [[path.relative_to(place).as_posix(), states[path][0], self.seen[str(path)][1]] for path in paths]
         digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
         return {"files": len(paths), "bytes": sum(size for _, size, _ in listing), "sha256": digest}
+
+
+def _itself(file: Path) -> Iterator[Path]:
+    if file.is_file():
+        yield file
 
 
 def _of_a_model(folder: Path) -> Iterator[Path]:

@@ -21,13 +21,14 @@ class Bar(Protocol):
     seconds: float
 
 
+TRAINING = "lower compute.micro_batch, set compute.checkpointing: true, qat.precision: bfloat16, or qat.optimizer: adamw8bit"
 # Knobs that make a stage need less, the first to turn first.
 KNOBS = {
     "prepare": "lower prepare.batch_size, or set prepare.vae_tiling: true",
     "calibrate": "lower calibrate.batch_size or calibrate.tokens_per_group",
     "baselines": "lower evaluate.batch_size, or set prepare.vae_tiling: true",
-    "qat": "lower compute.micro_batch, set compute.checkpointing: true, or qat.precision: bfloat16",
-    "decay": "lower compute.micro_batch, set compute.checkpointing: true, or qat.precision: bfloat16",
+    "qat": TRAINING,
+    "decay": TRAINING,
     "pack": "it needs the transformer in float32: end other processes, or use a machine with more memory",
     "evaluate": "lower evaluate.batch_size, or set prepare.vae_tiling: true",
     "benchmark": "lower benchmark.batch_size",

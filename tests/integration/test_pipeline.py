@@ -63,7 +63,9 @@ def make_project(folder: Path, family: str) -> Path:
     params["scheme"]["timestep_groups"] = 3
     params["qat"] |= {"steps": STEPS, "batch_size": 2, "checkpoint_every": 10}
     params["decay"] |= {"initial_rank": 4, "phase_steps": PHASE, "final_steps": FINAL}
-    params["evaluate"] |= {"prompts": 2, "inference_steps": 2, "velocity_timesteps": 2, "videos": 1}
+    (folder / "prompts.txt").write_text("a red digit three moving left\n")
+    own = {"prompts_file": "prompts.txt"}
+    params["evaluate"] |= {"prompts": 2, "inference_steps": 2, "velocity_timesteps": 2, "videos": 1, **own}
     params["benchmark"] |= {"repetitions": 3}
     write_params(folder, params)
     subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=folder, check=True)
@@ -192,7 +194,8 @@ def test_metrics_have_the_promised_keys(finished: Path) -> None:
     assert metrics["baselines"].keys() == {"rtn", "mse"}
     assert metrics["qat"]["steps"] == STEPS and metrics["decay"]["steps"] == 3 * PHASE + FINAL
     assert metrics["decay"]["final_loss"] < metrics["qat"]["final_loss"]
-    assert len(list((finished / "artifacts/evaluation").glob("*.mp4"))) == 1
+    (video,) = (finished / "artifacts/evaluation").glob("*.mp4")
+    assert video.stem == "00-a-red-digit-three-moving-left"  # no caption, but the line of evaluate.prompts_file
 
 
 def test_the_model_that_dvc_made_is_the_one_that_was_measured(finished: Path) -> None:
@@ -212,24 +215,28 @@ def test_a_second_run_does_nothing(finished: Path) -> None:
     assert hashes(finished / "artifacts") == before
 
 
-def test_a_changed_video_runs_prepare_again(finished: Path) -> None:
-    """prepare.folder stands in params.yaml: DVC sees it through what stage observe writes. A touched file is the same file."""
-    video = finished / "videos/0.mp4"
-    whole = video.read_bytes()
+def test_changed_videos_and_prompts_are_seen(finished: Path) -> None:
+    """They stand in params.yaml: DVC sees them through what stage observe writes. A touched file is the same file."""
+    video, prompts = finished / "videos/0.mp4", finished / "prompts.txt"
+    whole = video.read_bytes(), prompts.read_bytes()
 
     def observed() -> str:
         repro(finished, "stages/dvc.yaml:observe")
-        output, _ = dvc(finished, "status", "prepare", "fetch").communicate(timeout=SECONDS)
+        output, _ = dvc(finished, "status", "prepare", "fetch", "evaluate", "baselines").communicate(timeout=SECONDS)
         return output
 
     try:
         os.utime(video)
+        os.utime(prompts)
         assert "inputs" not in observed()
-        video.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        video.write_bytes(whole[0][:-1] + bytes([whole[0][-1] ^ 1]))
         said = observed()
-        assert "inputs.prepare" in said and "inputs.fetch" not in said
+        assert "inputs.prepare" in said and "inputs.fetch" not in said and "inputs.evaluate" not in said
+        prompts.write_text("a blue digit\n")
+        assert observed().count("inputs.evaluate") == 2  # evaluate, baselines
     finally:
-        video.write_bytes(whole)
+        video.write_bytes(whole[0])
+        prompts.write_bytes(whole[1])
     assert "inputs" not in observed()
 
 

@@ -12,6 +12,7 @@ import torch
 
 from qvgen.checkpoint import pipeline as loading
 from qvgen.checkpoint.pipeline import PipelineFolder, load_pipeline
+from qvgen.data.digits import ALL_ATTRIBUTES
 from qvgen.data.latents import LatentDataset
 from qvgen.evaluation.quality.similarity import MAX_PSNR_DB
 from qvgen.evaluation.quality.trial import ACCURACIES, Trial, compare, observe, prompt_accuracy, velocity_mse
@@ -197,6 +198,34 @@ def test_a_trial_repeats_captions_with_new_seeds_when_there_are_few() -> None:
     assert trial.prompts[:4] == ("b", "a", "b", "a") and len(trial.prompts) == params.evaluate.prompts
     assert len(set(trial.seeds)) == params.evaluate.prompts
     assert trial.text[:].flatten().tolist() == [1.0, 0.0]
+
+
+def test_prompts_of_a_file_take_the_place_of_captions(tmp_path: Path) -> None:
+    """What only captions of the digits can tell is asked if the file holds nothing else."""
+    defaults = load_params(Path(__file__).parents[2] / "params.yaml")
+    assert defaults.evaluate.prompts_file is None  # so that the embedded model's prompts are what they were
+    digits = [attributes.caption for attributes in ALL_ATTRIBUTES[:3]]
+    held_out = LatentDataset(torch.zeros(3, 1), torch.tensor([2, 0, 1]), digits, torch.arange(4.0).view(4, 1, 1))
+    captions = Trial.from_params(defaults, held_out)
+    assert captions.prompts[:4] == tuple(digits[i] for i in (2, 0, 1, 2)) and captions.judged
+
+    def trial(*prompts: str) -> Trial:
+        path = tmp_path / "prompts.txt"
+        path.write_text("\n".join(prompts), encoding="utf-8")
+        evaluate = defaults.evaluate.model_copy(update={"prompts_file": str(path), "prompts": 5})
+        return Trial.from_params(defaults.model_copy(update={"evaluate": evaluate}), held_out)
+
+    own = trial("a cat", digits[0], "🏀, bouncing")
+    assert own.prompts == ("a cat", digits[0], "🏀, bouncing", "a cat", digits[0]) and not own.judged
+    assert own.seeds == captions.seeds[:5] and len(set(own.seeds)) == 5
+    assert own.text[:].flatten().tolist() == captions.text[:].flatten().tolist()  # velocities are those of held-out clips
+    assert trial(*digits[:2]).judged
+    with pytest.raises(ValueError, match=r"prompts\.txt has no prompts"):
+        trial(" ")
+    (tmp_path / "prompts.txt").unlink()
+    evaluate = defaults.evaluate.model_copy(update={"prompts_file": str(tmp_path / "prompts.txt")})
+    with pytest.raises(ValueError, match=r"prompts\.txt does not exist: write a text file with one prompt per line"):
+        Trial.from_params(defaults.model_copy(update={"evaluate": evaluate}), held_out)
 
 
 def test_timesteps_are_spread_over_the_whole_range() -> None:

@@ -72,6 +72,9 @@ def test_all_faults_come_at_once(tmp_path: Path) -> None:
         ("qat.learning_rate", float("nan"), "qat.learning_rate = nan: Input should be a finite number"),
         ("scheme.weights.num_bits", 9, "scheme.weights.num_bits = 9: Input should be less than or equal to 8"),
         ("prepare.width", 40, "prepare.width = 40: Input should be a multiple of 16"),
+        ("prepare.buckets", [[32, 32], [32, 40]], "prepare.buckets.1.1 = 40: Input should be a multiple of 16"),
+        ("prepare.buckets", [[32, 32, 32]], "prepare.buckets.0 = [32, 32, 32]: Tuple should have at most 2 items"),
+        ("evaluate.prompts_file", "", "evaluate.prompts_file = '': String should have at least 1 character"),
         ("fetch.revision", "main", "fetch.revision = 'main': String should match pattern '^[0-9a-f]{40}$'"),
         ("qat", 3, "qat = 3:"),
     ],
@@ -82,6 +85,9 @@ def test_a_fault_names_path_value_and_what_is_allowed(path: str, value: Any, sai
     assert said in message
 
 
+VIDEOS = {"prepare.source": "videos", "prepare.folder": "clips"}
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -89,6 +95,9 @@ def test_a_fault_names_path_value_and_what_is_allowed(path: str, value: Any, sai
         ({"fetch.source": f"org/name@{'0' * 40}"}, "the commit after @ belongs into fetch.revision"),
         ({"prepare.source": "videos"}, "source 'videos' needs it"),
         ({"prepare.folder": "clips"}, "folder belongs to source 'videos'"),
+        ({"prepare.buckets": [[32, 32]]}, "buckets belong to source 'videos'"),
+        ({**VIDEOS, "prepare.buckets": [[32, 48], [48, 32]]}, "buckets must hold [height, width] = [32, 32]"),
+        ({**VIDEOS, "prepare.buckets": [[32, 32], [32, 48], [64, 96]]}, "two buckets have the same aspect ratio"),
         ({"calibrate.clip_candidates": [0.5, 1.0]}, "strictly between 0 and 1, found [1.0]"),
         ({"decay.initial_rank": 0}, "method qvgen needs decay.initial_rank >= 1"),
         ({"evaluate.videos": 201}, "evaluate.videos = 201 but only evaluate.prompts = 200"),
@@ -142,6 +151,9 @@ def test_a_method_changes_the_scheme_unless_params_do() -> None:
     assert given.scheme_of("mse") == given.scheme_of("rtn") == params.scheme
     rotated = Params.model_validate(with_({"method": "viditq", "scheme.input_rotation": 8}))
     assert rotated.effective_scheme.extras == {"input_scaling": True, "input_rotation": 8}
+
+
+VIDEOS = {"prepare.source": "videos", "prepare.folder": "clips"}
 
 
 @pytest.mark.parametrize(

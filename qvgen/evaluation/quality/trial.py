@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from qvgen.checkpoint.pipeline import holding
-from qvgen.data.digits import FRAMES, parse_caption
+from qvgen.data.digits import ALL_ATTRIBUTES, FRAMES, parse_caption
 from qvgen.data.latents import LatentDataset
 from qvgen.data.stored import Latents, Text
 from qvgen.evaluation.quality import motion, similarity
 from qvgen.evaluation.quality.prompt_accuracy import judge
 from qvgen.models.family import ClipSize, Family
 from qvgen.params import Params
+from qvgen.sampling.folder import read_prompts
 from qvgen.sampling.sample import OnBatch, decode_all, denoise_all, encode_all, silent, spread_timesteps, velocities
 
 ACCURACIES = ("colour", "direction", "digit")  # what the judge of the embedded digits tells
@@ -49,25 +50,36 @@ class Trial:
 
     @classmethod
     def from_params(cls, params: Params, held_out: LatentDataset, noise_range: tuple[float, float] = (0.0, 1.0)) -> Trial:
-        """The trial of params.yaml's `evaluate`. Prompts are captions of the held-out clips, from the first on, and
-        again from the first if there are too few; each has its own seed either way. `noise_range`: of the velocities, those
-        that the transformer denoises (`Family.noise_range`)."""
+        """The trial of params.yaml's `evaluate`. Prompts are those of `prompts_file`, or else captions of the held-out clips,
+        from the first on, and again from the first if there are too few; each has its own seed either way. Velocities are
+        predicted for the clips of one size, that of the videos; `noise_range`: for the noise that the transformer is made for
+        (`Family.noise_range`). Raises ValueError for a file that is missing, empty or not UTF-8, and for data without such
+        clips."""
         wanted, prepare = params.evaluate, params.prepare
-        clips = len(held_out)
+        digits = prepare.source == "digits" and prepare.frames == FRAMES
+        measured = held_out.of_size(prepare.height, prepare.width)
+        if held_out.first_frames is not None:
+            held_out = measured  # a caption goes with the first frame of its clip
+        if wanted.prompts_file is None:
+            prompts = [held_out.caption(i % len(held_out)) for i in range(wanted.prompts)]
+        else:
+            listed = read_prompts(wanted.prompts_file)
+            prompts = [listed[i % len(listed)] for i in range(wanted.prompts)]
+            digits = digits and set(prompts) <= {attributes.caption for attributes in ALL_ATTRIBUTES}
         return cls(
-            prompts=tuple(held_out.caption(i % clips) for i in range(wanted.prompts)),
+            prompts=tuple(prompts),
             seeds=tuple(params.seed + i for i in range(wanted.prompts)),
             size=ClipSize(prepare.frames, prepare.height, prepare.width, prepare.max_sequence_length),
-            latents=held_out.latents,
-            text=held_out.text_of_samples,
+            latents=measured.latents,
+            text=measured.text_of_samples,
             timesteps=tuple(spread_timesteps(wanted.velocity_timesteps, noise_range)),
             seed=params.seed,
             inference_steps=wanted.inference_steps,
             guidance_scale=wanted.guidance_scale,
             batch_size=wanted.batch_size,
-            image=held_out.image,
-            first_frames=held_out.first_frames,
-            judged=prepare.source == "digits" and prepare.frames == FRAMES,
+            image=measured.image,
+            first_frames=measured.first_frames,
+            judged=digits,
         )
 
     @property

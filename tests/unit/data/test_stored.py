@@ -66,6 +66,38 @@ def test_a_part_reads_its_text_beside_it(tmp_path: Path) -> None:
     assert torch.equal(stored.text(index), text[index % 3]) and stored.caption(5) == "c"
 
 
+def test_clips_of_several_sizes(tmp_path: Path) -> None:
+    """Shards of clips of one size are those of before, bit for bit; the others say which clip has which."""
+    shapes = {i: (2, 3, 4 + i % 3) if i < 8 else (2, 3, 5) for i in range(11)}
+    rows = {i: (torch.full(shape, float(i)), torch.tensor(i % 3)) for i, shape in shapes.items()}
+    for dtype in (torch.float32, torch.bfloat16):
+        folder = tmp_path / str(dtype) / "train"
+        part_writer(folder, 11, 4).add(range(11), {i: (x.to(dtype), c) for i, (x, c) in rows.items()})
+        old = {"latents": torch.stack([rows[i][0].to(dtype) for i in (8, 9, 10)]), "caption_index": torch.tensor([2, 0, 1])}
+        save_tensors(tmp_path / "old", old)
+        assert (folder / "shard-00002.safetensors").read_bytes() == (tmp_path / "old").read_bytes()
+        stored = pickle.loads(pickle.dumps(StoredLatents(folder)))
+        assert len(stored) == 11 and stored.caption_index.tolist() == [i % 3 for i in range(11)]
+        assert [stored.sizes[i] for i in stored.size_index] == list(shapes.values())
+        for i, shape in shapes.items():
+            assert torch.equal(stored[torch.tensor([i])], torch.full((1, *shape), float(i))), i
+        assert torch.equal(stored[torch.tensor([10, 1, 9, 4])][:, 0, 0, 0], torch.tensor([10.0, 1, 9, 4]))
+        for mixed in (slice(0, 2), torch.tensor([9, 0])):
+            with pytest.raises(ValueError, match=r"train: clips of several sizes are no batch, .* \(2, 3, 4\), \(2, 3, 5\)"):
+                stored[mixed]
+        with pytest.raises(ValueError, match="clips of several sizes"):
+            _ = stored.shape
+        data = LatentDataset(stored, stored.caption_index, ["a", "b", "c"], torch.arange(4.0).view(4, 1, 1))
+        wide = data.of_size(30, 60)
+        assert wide.latents[:][:, 0, 0, 0].tolist() == [2.0, 5.0] and wide.latents.shape == (2, 2, 3, 6)
+        assert wide.text_of_samples[:].flatten().tolist() == [2.0, 2.0] and wide.caption(1) == "c"
+        assert wide.size_index.tolist() == [0, 0]
+        with pytest.raises(ValueError, match="none of 11 clips is 30 x 30: take more clips"):
+            data.of_size(30, 30)
+    one = LatentDataset(torch.zeros(3, 2), torch.zeros(3).long(), ["a"], torch.zeros(2, 1, 1))
+    assert one.of_size(7, 9) is one
+
+
 def test_damage_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train holds no shard-\*\.safetensors; run the prepare stage"):
         StoredLatents(tmp_path / "train")

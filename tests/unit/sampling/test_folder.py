@@ -25,6 +25,26 @@ def test_lists(tmp_path) -> None:
     assert read_prompts(path) == ["a dog", "two cats, running", "a dog."]
 
 
+def test_lists_of_json(tmp_path) -> None:
+    """captions.jsonl of a folder of videos does as it is."""
+    path = tmp_path / "prompts.jsonl"
+    rows = '{"file": "a.mp4", "caption": " a \\"red\\" dog,\\nrunning "}', '{"caption": "café"}'
+    path.write_bytes("\r\n\r\n".join(["\ufeff" + rows[0], rows[1]]).encode())
+    assert read_prompts(path) == ['a "red" dog,\nrunning', "café"]
+    for bad, says in (
+        ('{"prompt": "a"}', 'line 2 must be an object with the text "caption", found {"prompt"'),
+        ("a dog", "line 2 is not JSON"),
+        ('{"caption": "café"}', "line 2 repeats the prompt of line 1"),
+    ):
+        path.write_text(f'{{"caption": "café"}}\n{bad}\n', encoding="utf-8")
+        with pytest.raises(ValueError, match=r"prompts\.jsonl") as error:
+            read_prompts(path)
+        assert says in str(error.value)
+    path.write_text("\n")
+    with pytest.raises(ValueError, match=r"prompts\.jsonl has no prompts"):
+        read_prompts(path)
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [

@@ -128,6 +128,63 @@ def test_what_cannot_be_read_is_listed_and_a_stopped_run_goes_on(sources: Path, 
     assert (stopped / "metrics/prepare.json").read_text() == (whole / "metrics/prepare.json").read_text()
 
 
+def test_clips_of_several_sizes_and_a_stop_between_them(sources: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Each video goes to the bucket of nearest aspect ratio; a shard holds all of them; a run that goes on leaves the same."""
+    folder, generator = tmp_path / "shapes", torch.Generator().manual_seed(0)
+    folder.mkdir()
+    shapes = [(32, 32), (32, 56), (64, 40), (40, 40), (32, 64), (48, 32), (36, 32), (64, 32), (32, 48)]
+    for i, (height, width) in enumerate(shapes):
+        noise = torch.rand(3, TINY_CLIP.frames, height // 4, width // 4, generator=generator) * 2 - 1
+        write_video(folder / f"{i}.mp4", noise.repeat_interleave(4, -1).repeat_interleave(4, -2))
+        (folder / f"{i}.txt").write_text(f"clip {i}")
+    changes: dict[str, Any] = {
+        "folder": str(folder),
+        "buckets": [[32, 32], [32, 48], [48, 32]],
+        "batch_size": 2,
+        "shard_size": 2,
+    }
+    whole = project(sources, tmp_path / "whole")
+    run(FakeStage(whole, **changes))
+    found = json.loads((whole / "metrics/prepare.json").read_text())
+    totals = {name: sum(part[name] for part in found["buckets"].values()) for name in ("32x32", "32x48", "48x32")}
+    assert totals == {"32x32": 3, "32x48": 3, "48x32": 3} and {
+        part: sum(n.values()) for part, n in found["buckets"].items()
+    } == {
+        "train": 5,
+        "calibration": 2,
+        "held_out": 2,
+    }
+    data = LatentDataset.open(whole / "artifacts/data/train")
+    expected = {0: (4, 4), 1: (4, 6), 2: (6, 4), 3: (4, 4), 4: (4, 6), 5: (6, 4), 6: (4, 4), 7: (6, 4), 8: (4, 6)}
+    for i in range(len(data)):
+        assert data.latents[i : i + 1].shape[-2:] == expected[int(data.caption(i)[-1])]
+
+    encode, calls, limit = WanFamily.encode_clips, [], [0]
+
+    def counted(self: Any, pipeline: Any, clips: torch.Tensor) -> torch.Tensor:
+        if len(calls) == limit[0]:
+            raise KeyboardInterrupt
+        calls.append(len(clips))
+        return encode(self, pipeline, clips)
+
+    monkeypatch.setattr(WanFamily, "encode_clips", counted)
+    stopped = project(sources, tmp_path / "stopped")
+    for _ in range(9):
+        limit[0] = len(calls) + 2  # a shard of two sizes takes two calls
+        try:
+            run(FakeStage(stopped, **changes))
+            break
+        except KeyboardInterrupt:
+            assert not (stopped / "artifacts/data").exists()
+    assert content(stopped) == content(whole)
+
+    (missing, *_) = [name for name, clips in found["buckets"]["held_out"].items() if not clips]
+    height, width = map(int, missing.split("x"))
+    settings = FakeStage(whole, **changes, height=height, width=width).params.prepare
+    with pytest.raises(ValueError, match=rf"no held-out clip is {height} x {width}, which evaluation measures \(.*\): raise"):
+        prepare.clips_of_buckets(whole / "artifacts/data/held_out", settings)
+
+
 def test_too_many_is_an_error(sources: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"2 of 9 clips cannot be read, prepare\.max_skipped = 0\.2 allows 1: replace it"):
         run(FakeStage(project(sources, tmp_path / "a"), max_skipped=0.2))

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from qvgen.data.latents import LatentDataset
+from qvgen.data.latents import LatentDataset, part_writer, save_text
 from qvgen.models.wan import WanFamily
 from qvgen.params import Params, validate_params
 from qvgen.training.batches import Batches
@@ -54,6 +54,34 @@ def test_captions_are_dropped_and_belong_to_their_clips() -> None:
             assert caption in (clip % 3, 3)
             dropped += caption == 3
     assert 0.25 < dropped / 120 < 0.55
+
+
+def test_a_batch_has_clips_of_one_size(tmp_path: Path) -> None:
+    """Clip i has one of three sizes, which many, some and few have; each clip is drawn about equally often, whatever its size,
+    and a batch is a function of seed, step and rank."""
+    sides = {0: 4, 1: 4, 2: 4, 3: 6, 4: 8}
+    rows = {i: (torch.full((1, 2, sides[i % 5]), float(i)), torch.tensor(0)) for i in range(50)}
+    writer = part_writer(tmp_path / "train", 50, 8)
+    writer.add(range(50), rows)
+    save_text(tmp_path / "text/shard-00000.safetensors", torch.randn(2, 2, 3).unbind())
+    (tmp_path / "captions.json").write_text('["a"]')
+    stored = LatentDataset.open(tmp_path / "train")
+    whole, other = (Batches(stored, WanFamily(), params()) for _ in range(2))
+    ranks = [Batches(stored, WanFamily(), params(), rank, 3) for rank in range(3)]
+    drawn = torch.zeros(50)
+    steps = 500
+    for step in range(steps):
+        clean, _, _, noise = batch = whole[step]
+        clips = clean[:, 0, 0, 0].int().tolist()
+        assert {sides[clip % 5] for clip in clips} == {clean.shape[-1]} and noise.shape == clean.shape
+        drawn += torch.bincount(torch.tensor(clips), minlength=50)
+        if step < 20:
+            assert equal(batch, other[step])
+            assert equal(batch, tuple(torch.cat(column) for column in zip(*(rank[step] for rank in ranks), strict=True)))
+    by_side = {side: drawn[[i for i in range(50) if sides[i % 5] == side]].sum() / (6 * steps) for side in (4, 6, 8)}
+    for side, share in ((4, 0.6), (6, 0.2), (8, 0.2)):
+        assert abs(by_side[side] - share) < 0.07, by_side  # 4 deviations of 500 draws
+    assert drawn.min() > 0
 
 
 @pytest.mark.slow
