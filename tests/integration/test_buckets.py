@@ -1,4 +1,4 @@
-"""Clips of several sizes through every stage that reads them, on both families."""
+"""Clips of several sizes through every stage that reads them, on all families."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,9 @@ SHAPES = ((32, 32), (32, 48), (48, 32))
 pytestmark = [pytest.mark.slow, pytest.mark.integration]
 
 
-@pytest.mark.parametrize(("family", "options"), [("wan", {}), ("cogvideox", {}), ("cogvideox", {"rotary": True})])
+@pytest.mark.parametrize(
+    ("family", "options"), [("wan", {}), ("wan_image", {}), ("cogvideox", {}), ("cogvideox", {"rotary": True})]
+)
 def test_clips_of_several_sizes_are_trained_on_and_one_is_measured(
     family: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
