@@ -88,7 +88,8 @@ def result_text(result: Mapping[str, Mapping[str, Any]]) -> str:
     """JSON with an entry of a section on each line, so that a difference can be read."""
     sections = []
     for name, section in result.items():
-        lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in section.items())
+        values = {key: json.dumps(value, ensure_ascii=False, separators=(",", ":")) for key, value in section.items()}
+        lines = ",\n".join(f"  {json.dumps(key)}: {value}" for key, value in values.items())
         sections.append(f" {json.dumps(name)}: {{\n{lines}\n }}")
     return "{\n" + ",\n".join(sections) + "\n}\n"
 

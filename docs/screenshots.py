@@ -25,7 +25,8 @@ COLOURS = 16  # more are hardly seen on these pages, and the repository keeps ev
 def take(page: Page, name: str) -> None:
     page.wait_for_timeout(SETTLE_MS)
     picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(FOLDER / f"{name}.png", optimize=True)
+    small = picture.quantize(COLOURS, dither=Image.Dither.NONE).convert("RGB")
+    small.save(FOLDER / f"{name}.webp", lossless=True, quality=100, method=6)
 
 
 def main(login: str) -> None:
@@ -41,22 +42,21 @@ def main(login: str) -> None:
     qat = next(run for run in finished if run.data.tags.get("dvc.stage") == "qat" and "stage.state" not in run.data.tags)
     base = f"{MLFLOW}/#/experiments/{experiment.experiment_id}"
     pages = {
-        "mlflow-runs": f"{base}/runs{TRAINING}",
         "mlflow-execution": f"{base}/runs/{execution.info.run_id}{TRAINING}",
         "mlflow-qat": f"{base}/runs/{qat.info.run_id}/model-metrics{TRAINING}",
         "mlflow-model": f"{MLFLOW}/#/models/qvgen{TRAINING}",
-        "prefect-runs": f"{PREFECT}/runs",
     }
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=OPTIONS)
         page = browser.new_page(viewport={"width": 1400, "height": 900})
         page.goto(login)
         page.wait_for_timeout(SETTLE_MS)
-        page.goto(pages["mlflow-runs"])
+        page.goto(f"{base}/runs{TRAINING}")
         page.get_by_role("button", name="Close", exact=True).click()  # an assistant that nobody asked for
         for name, address in pages.items():
             page.goto(address)
             take(page, name)
+        page.goto(f"{PREFECT}/runs")
         page.get_by_role("link").filter(has_text="-").first.wait_for()
         link = page.locator("a[href*='/runs/flow-run/']").first.get_attribute("href")
         page.goto(f"{PREFECT}{link}")

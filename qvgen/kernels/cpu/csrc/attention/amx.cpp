@@ -2,7 +2,7 @@
 // second-level cache, are read once for both.
 //
 // Scores, softmax and products with values follow one another. Softmax between the products was tried, in slices of 4 to 40
-// vectors: no gain on a Xeon 6, where beside products of tiles vectors run at less than half their rate.
+// vectors: no gain, because beside products of tiles vectors run at less than half their rate (LOG.md).
 //
 // Panels, softmax and rounding are those of avx512bf16.cpp; sums of products are in another order.
 #if defined(__x86_64__) && (defined(QVGEN_HAVE_AMX) || defined(QVGEN_AMX_EMULATED))

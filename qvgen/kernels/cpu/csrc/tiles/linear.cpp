@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t BLOCK_TOKENS = 512;         // whose codes, or a chunk of them along k, stay in the second level
 constexpr int64_t WORTH_A_THREAD = 1 << 21;   // multiply-adds
 constexpr int64_t STREAM_BYTES = 1 << 20;     // of outputs, most of which would leave the second level (2 MiB) in any case
-constexpr int64_t LEAST_TOKENS = 16;          // at 12 registers are still as fast or faster, at 24 tiles 1.4 times (Xeon 6)
+constexpr int64_t LEAST_TOKENS = 16;          // at 12 registers are still as fast or faster, at 24 tiles 1.4 times (LOG.md)
 
 std::atomic<int64_t> least_tokens{LEAST_TOKENS};
 
