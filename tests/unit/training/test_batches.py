@@ -60,7 +60,8 @@ def test_a_batch_has_clips_of_one_size(tmp_path: Path) -> None:
     """Clip i has one of three sizes, which many, some and few have; each clip is drawn about equally often, whatever its size,
     and a batch is a function of seed, step and rank."""
     sides = {0: 4, 1: 4, 2: 4, 3: 6, 4: 8}
-    rows = {i: (torch.full((1, 2, sides[i % 5]), float(i)), torch.tensor(0)) for i in range(50)}
+    clips = [torch.full((1, 2, sides[i % 5]), float(i)) for i in range(50)]
+    rows = {i: {"latents": clip, "caption_index": torch.tensor(0)} for i, clip in enumerate(clips)}
     writer = part_writer(tmp_path / "train", 50, 8)
     writer.add(range(50), rows)
     save_text(tmp_path / "text/shard-00000.safetensors", torch.randn(2, 2, 3).unbind())
@@ -71,10 +72,10 @@ def test_a_batch_has_clips_of_one_size(tmp_path: Path) -> None:
     drawn = torch.zeros(50)
     steps = 500
     for step in range(steps):
-        clean, _, _, noise = batch = whole[step]
-        clips = clean[:, 0, 0, 0].int().tolist()
-        assert {sides[clip % 5] for clip in clips} == {clean.shape[-1]} and noise.shape == clean.shape
-        drawn += torch.bincount(torch.tensor(clips), minlength=50)
+        clean, _, _, noise, _ = batch = whole[step]
+        found = clean[:, 0, 0, 0].int().tolist()
+        assert {sides[clip % 5] for clip in found} == {clean.shape[-1]} and noise.shape == clean.shape
+        drawn += torch.bincount(torch.tensor(found), minlength=50)
         if step < 20:
             assert equal(batch, other[step])
             assert equal(batch, tuple(torch.cat(column) for column in zip(*(rank[step] for rank in ranks), strict=True)))
