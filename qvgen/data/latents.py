@@ -76,6 +76,10 @@ class LatentDataset:
         latents = self.latents
         return latents.size_index if isinstance(latents, StoredLatents) else torch.zeros(len(latents), dtype=torch.int64)
 
+    @property
+    def has_several_sizes(self) -> bool:
+        return isinstance(self.latents, StoredLatents) and len(self.latents.sizes) > 1
+
     def of_size(self, height: int, width: int) -> LatentDataset:
         """Samples of the size that has the aspect ratio of height x width, all if there is only one size. Raises ValueError if
         none has it."""

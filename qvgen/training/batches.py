@@ -31,7 +31,8 @@ class Batches(Dataset[Batch]):
         share = params.qat.batch_size // world_size
         self.share = slice(rank * share, (rank + 1) * share)
         self._size = data.size_index
-        self._of_size = [(self._size == number).nonzero()[:, 0] for number in range(int(self._size.max()) + 1)]
+        numbers = range(int(self._size.max()) + 1) if data.has_several_sizes else ()
+        self._of_size = [(self._size == number).nonzero()[:, 0] for number in numbers]  # empty: all have one
 
     def __getitem__(self, step: int) -> Batch:
         qat, method = self.params.qat, self.params.chosen
@@ -46,7 +47,7 @@ class Batches(Dataset[Batch]):
 
     def _draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """Clips of one size, which is drawn as often as it has clips, so that all clips are drawn equally often."""
-        if len(self._of_size) == 1:
+        if not self._of_size:
             return torch.randint(len(self.data), (count,), generator=generator)
         members = self._of_size[int(self._size[torch.randint(len(self.data), (), generator=generator)])]
         return members[torch.randint(len(members), (count,), generator=generator)]

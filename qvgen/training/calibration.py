@@ -106,9 +106,11 @@ def record_inputs(
 
 def _batches(data: LatentDataset, params: Params) -> list[torch.Tensor]:
     """Numbers of samples, each batch of clips of one size, in the order of their first."""
-    samples = torch.arange(_samples(data, params))
+    samples, size = torch.arange(_samples(data, params)), params.calibrate.batch_size
+    if not data.has_several_sizes:
+        return list(samples.split(size))
     sizes = data.size_index[samples % len(data)]
-    parts = [part for size in sizes.unique() for part in samples[sizes == size].split(params.calibrate.batch_size)]
+    parts = [part for each in sizes.unique() for part in samples[sizes == each].split(size)]
     return sorted(parts, key=lambda part: int(part[0]))
 
 

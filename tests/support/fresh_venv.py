@@ -59,7 +59,7 @@ def build_wheel(folder: Path) -> Path:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
-    command += ["-C", "wheel.cmake=false", "-w", str(folder), str(source)]
+    command += ["--config-settings", "wheel.cmake=false", "-w", str(folder), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return next(folder.glob("qvgen-*.whl"))
