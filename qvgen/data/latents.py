@@ -84,7 +84,7 @@ class LatentDataset:
         """Samples of the size that has the aspect ratio of height x width, all if there is only one size. Raises ValueError if
         none has it."""
         latents = self.latents
-        if not isinstance(latents, StoredLatents) or len(latents.sizes) == 1:
+        if not isinstance(latents, StoredLatents) or not self.has_several_sizes:
             return self
         fits = torch.tensor([shape[-2] * width == shape[-1] * height for shape in latents.sizes])
         index = fits[latents.size_index].nonzero()[:, 0]

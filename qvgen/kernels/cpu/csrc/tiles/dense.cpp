@@ -20,12 +20,6 @@ constexpr int64_t WORTH_A_THREAD = 1 << 20;   // multiply-adds
 
 thread_local Workspace input_memory, piece_memory, value_memory, rest_memory;
 
-struct Configured {
-  const TileKernel& kernel;
-  explicit Configured(const TileKernel& k) : kernel(k) { kernel.begin(); }
-  ~Configured() { kernel.end(); }
-};
-
 struct Input {
   const uint8_t* x;
   int64_t stride, group_stride;  // bytes

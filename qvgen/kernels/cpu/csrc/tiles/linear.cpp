@@ -18,12 +18,6 @@ std::atomic<int64_t> least_tokens{LEAST_TOKENS};
 
 thread_local Workspace row_memory, range_memory, code_memory, shared_memory;
 
-struct Configured {
-  const TileKernel& kernel;
-  explicit Configured(const TileKernel& k) : kernel(k) { kernel.begin(); }
-  ~Configured() { kernel.end(); }
-};
-
 bool streams(const qvgen_layer& layer, int64_t total) {
   const Header& h = header(layer);
   const int64_t row = h.n * (layer.out_dtype ? 2 : 4);

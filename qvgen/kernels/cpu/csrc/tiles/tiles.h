@@ -84,6 +84,13 @@ struct TileKernel {
   int64_t (*products)(int64_t rounds);  // as Isa::burst; 0 where it would say nothing
 };
 
+// Tiles of this thread, for as long as it lives.
+struct Configured {
+  const TileKernel& kernel;
+  explicit Configured(const TileKernel& k) : kernel(k) { kernel.begin(); }
+  ~Configured() { kernel.end(); }
+};
+
 const TileKernel* tiles_amx();  // null: not in this build
 bool tiles_multiply_bf16();     // whether "amx" can run here, and its tiles multiply bfloat16
 
