@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from qvgen.kernels import registry
-from qvgen.kernels.linear_ops import quantized_linear_out
 from qvgen.kernels.registry import KernelPreference
 from qvgen.kernels.triton import configurations
 from qvgen.nn.layers_together import feed_forward, linears
@@ -183,7 +182,8 @@ def test_opcheck_and_one_graph() -> None:
     arguments = (x, *layer._tensors(), *layer._arguments(x))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(registry_op(), (*arguments, False, None), test_utils=checks)
-    torch.library.opcheck(quantized_linear_out, (*arguments, torch.empty(2, 3, 5, device=DEVICE), True), test_utils=checks)
+    into = torch.ops.qvgen.quantized_linear_out.default
+    torch.library.opcheck(into, (*arguments, torch.empty(2, 3, 5, device=DEVICE), True), test_utils=checks)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x), layer(x))
 
