@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comparison.cases import CLIPS, REFERENCE, RESULTS, Case, read_settings, reference_params
-from comparison.store import result_text, save_clips, short, thinned
+from comparison.store import save_clips, short, thinned, write_result
 from qvgen.training.recipe import Sources, build_trainer, calibrate, finish
 from stages.runtime.run import Stage
 
@@ -76,8 +76,7 @@ def measure(stage: Stage, case: Case, factor: float, made: Mapping[str, Any]) ->
     if case.group in ("main", "low"):  # the report shows no others
         result |= {"curve": thinned(curve)} if curve else {}
         result |= {"spectrum": spectrum} if spectrum["step"] else {}
-    with stage.outputs(RESULTS / f"{case.name}.json") as path:
-        path.write_text(result_text(result), "utf-8")
+    write_result(stage.root / RESULTS / f"{case.name}.json", result)
     stage.log_metrics({k: v for k, v in scores.items() if isinstance(v, int | float) and not isinstance(v, bool)})
     stage.log_tags({"method": case.method, "bits": case.bits, "seed": str(case.seed), "variant": case.variant})
 

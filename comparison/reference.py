@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from comparison.cases import CLIPS, FULL_PRECISION, REFERENCE, RESULTS, read_settings
-from comparison.store import differences, result_text, save_clips
+from comparison.store import differences, save_clips, write_result
 from stages.runtime.run import Stage
 
 MADE = REFERENCE / "made.json"
@@ -46,8 +46,7 @@ def measure_reference(stage: Stage, made: Mapping[str, Any]) -> None:
         "bytes": sum(f.stat().st_size for f in (source / "transformer").rglob("*") if f.is_file()),
         "zero_inference_cost": True,
     }
-    with stage.outputs(RESULTS / f"{FULL_PRECISION}.json") as path:
-        path.write_text(result_text({"made": made, "scores": scores}), "utf-8")
+    write_result(stage.root / RESULTS / f"{FULL_PRECISION}.json", {"made": made, "scores": scores})
     with stage.outputs(CLIPS / f"{FULL_PRECISION}.safetensors") as path:
         save_clips(path, seen.clips, trial.prompts, read_settings(stage.root)["clips"])
     with stage.outputs(REFERENCE) as folder:

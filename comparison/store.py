@@ -1,6 +1,7 @@
 """Result files of the comparison: one small JSON file per case, with what made it.
 
-    made     revision of the method and hash of its fingerprint, DVC hashes of model and data, parameters by dotted name
+    made     revision of the method and hash of its fingerprint, DVC hashes of model and data, parameters by dotted name:
+             most cases share them, so each section is a file of its own, named in `sections` (results/params)
     scores   numbers of the case, see case.py
     curve    of compared cases: loss and gradient norm of training, means over windows of steps; rank and factor u of Φ
     spectrum of compared cases with Φ: its singular values
@@ -12,7 +13,9 @@ measured again.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,10 +25,12 @@ from pydantic import BaseModel, TypeAdapter
 
 from qvgen.params import Params
 from stages.runtime.dvc import flatten
+from stages.runtime.outputs import write_whole
 
 if TYPE_CHECKING:
     import torch
 
+PARAMS = "params"  # folder beside the results
 POINTS = 60  # of a kept curve
 # They change no result.
 WITHOUT_EFFECT = {"evaluate.videos", "qat.checkpoint_every"}
@@ -75,13 +80,42 @@ def declared_default(name: str) -> Any:
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
-    """The result file, None if there is none. Raises ValueError for one that is not whole."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    """The result file with all its parameters, None if there is none. Raises ValueError for one that is not whole."""
+    if not path.is_file():
         return None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); delete it and run the comparison again") from error
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        for name in result.get("made", {}).pop("sections", ()):
+            text = (path.parent / PARAMS / f"{name}.json").read_text(encoding="utf-8")
+            if _section_name(text) != name:
+                raise ValueError(f"{PARAMS}/{name}.json was edited")
+            result["made"]["params"] |= json.loads(text)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not whole ({error}); delete it and run the comparison again") from error
+    return result
+
+
+def write_result(path: Path, result: Mapping[str, Mapping[str, Any]]) -> None:
+    """The file that `read_result` reads, and the sections of its parameters that no other case has written."""
+    sections: dict[str, dict[str, Any]] = {}
+    made = result["made"]
+    for name, value in made["params"].items():
+        sections.setdefault(name.partition(".")[0], {})[name] = value
+    own = {name: sections.pop(name)[name] for name in list(sections) if name in sections[name]}
+    texts = {_section_name(text): text for text in (json.dumps(section, indent=1) + "\n" for section in sections.values())}
+    for name, text in texts.items():
+        if not (kept := path.parent / PARAMS / f"{name}.json").exists():
+            kept.parent.mkdir(exist_ok=True)
+            new = kept.with_suffix(f".{os.getpid()}")  # two cases may come to the same section at once
+            new.write_text(text, "utf-8")
+            new.replace(kept)
+    with write_whole(path) as new:
+        new.write_text(result_text({**result, "made": {**made, "params": own, "sections": list(texts)}}), "utf-8")
+
+
+def _section_name(text: str) -> str:
+    """Such as qat-1a2b3c4d: the section that all names of the text begin with, and a hash of what it says."""
+    return f"{next(iter(json.loads(text))).partition('.')[0]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def result_text(result: Mapping[str, Mapping[str, Any]]) -> str:

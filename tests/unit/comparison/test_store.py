@@ -10,7 +10,17 @@ import yaml
 
 from comparison.cases import RESULTS, Case, case_params, read_settings, scored_cases, tuning_cases
 from comparison.run import DATA, reference_origin, wanted
-from comparison.store import declared_default, differences, origin, read_clips, read_result, result_text, save_clips, thinned
+from comparison.store import (
+    declared_default,
+    differences,
+    origin,
+    read_clips,
+    read_result,
+    result_text,
+    save_clips,
+    thinned,
+    write_result,
+)
 
 ROOT = Path(__file__).parents[3]
 
@@ -61,7 +71,9 @@ def test_recorded_results_are_those_that_are_wanted() -> None:
     assert stale == {}
     full = read_result(ROOT / RESULTS / "full_precision.json")
     assert full is not None and differences(full["made"], reference_origin(ROOT, data)) == []
-    assert {path.stem for path in (ROOT / RESULTS).iterdir()} == {case.name for case in cases} | {"full_precision"}
+    assert {path.stem for path in (ROOT / RESULTS).glob("*.json")} == {case.name for case in cases} | {"full_precision"}
+    named = {name for path in (ROOT / RESULTS).glob("*.json") for name in json.loads(path.read_text())["made"]["sections"]}
+    assert {path.stem for path in (ROOT / RESULTS / "params").iterdir()} == named
 
 
 def test_a_curve_is_thinned_to_means_over_windows() -> None:
@@ -78,8 +90,25 @@ def test_a_result_file_is_json_with_an_entry_a_line(tmp_path: Path) -> None:
     assert read_result(tmp_path / "case.json") == result and len(result_text(result).splitlines()) == 9
     assert read_result(tmp_path / "other.json") is None
     (tmp_path / "case.json").write_text("{")
-    with pytest.raises(ValueError, match=r"case\.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"case\.json is not whole"):
         read_result(tmp_path / "case.json")
+
+
+def test_cases_share_the_files_of_their_parameters(tmp_path: Path) -> None:
+    """By section; one that is edited or gone is refused, because it would say of a result what did not make it."""
+    scheme = {"scheme.weights.num_bits": 4, "scheme.targets": []}
+    results = [{"made": made(params={"qat.steps": n, "seed": n} | scheme), "scores": {"bits": n}} for n in (45, 60)]
+    for number, result in enumerate(results):
+        write_result(tmp_path / f"{number}.json", result)
+    assert [read_result(tmp_path / f"{number}.json") for number in range(2)] == results
+    kept = sorted((tmp_path / "params").iterdir())
+    assert [path.name.partition("-")[0] for path in kept] == ["qat", "qat", "scheme"]
+    kept[2].write_text(kept[2].read_text().replace("4", "3"))
+    with pytest.raises(ValueError, match=r"0\.json is not whole .*scheme-\w+\.json was edited"):
+        read_result(tmp_path / "0.json")
+    kept[2].unlink()
+    with pytest.raises(ValueError, match=r"0\.json is not whole .*No such file.*delete it"):
+        read_result(tmp_path / "0.json")
 
 
 def test_clips_keep_their_prompts(tmp_path: Path) -> None:
