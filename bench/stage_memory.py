@@ -1,8 +1,7 @@
 """`python -m bench.stage_memory`: the peak resident memory of each stage on a model of true width, against a budget.
 
-Writes a pipeline folder with the published config of Wan 2.1 1.3B but few layers (random weights, bfloat16), its VAE at full
-size (float32), and a text encoder as wide as the published one with one thin layer and 64,000 words; videos; and a
-project around them. `dvc repro` runs every stage once, in a process of its own, and each prints its peak (VmHWM).
+Writes a pipeline folder of a published model's width with few layers (true_width.py), videos, and a project around them. `dvc
+repro` runs every stage once, in a process of its own, and each prints its peak (VmHWM).
 
 A budget is what the stage has to hold at one time: `imports`, measured, plus these parts. P, T, V: bytes of the transformer in
 float32, of the text encoder and of the VAE as they are stored.
@@ -23,8 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.true_width import PUBLISHED, write_model
+
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = 64_000
 CLIP = {"frames": 9, "height": 64, "width": 96, "max_sequence_length": 64}
 WORK = 400e6  # bytes that any stage may compute with: activations of small clips, one layer's search, buffers of files
 IMPORTS = "import torch, diffusers, transformers; from diffusers import WanPipeline; from transformers import UMT5EncoderModel"
@@ -50,29 +50,6 @@ BUDGETS: dict[str, Budget] = {
     ),
     "register": (lambda p, t, v: 0.0, "nothing"),
 }
-
-
-def write_model(folder: Path, layers: int) -> dict[str, float]:
-    """The pipeline folder. Returns the bytes P, T and V."""
-    import torch
-    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    from qvgen.models.tiny import word_tokenizer
-    from qvgen.models.wan import WAN_2_1_1_3B
-
-    torch.manual_seed(0)
-    tokenizer = word_tokenizer()
-    tokenizer.model_max_length = 512
-    sizes: dict[str, Any] = {"vocab_size": WORDS, "d_model": 4096, "d_kv": 64, "d_ff": 64, "num_layers": 1, "num_heads": 1}
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    options: dict[str, Any] = {"tokenizer": tokenizer, "scheduler": scheduler, "vae": AutoencoderKLWan()}
-    encoder: Any = UMT5EncoderModel(UMT5Config(**sizes))
-    transformer: Any = WanTransformer3DModel(**{**WAN_2_1_1_3B, "num_layers": layers})
-    options |= {"text_encoder": encoder.to(torch.bfloat16), "transformer": transformer.to(torch.bfloat16)}
-    WanPipeline(**options).save_pretrained(folder)
-    count = {name: sum(p.numel() for p in options[name].parameters()) for name in ("transformer", "text_encoder", "vae")}
-    return {"P": 4.0 * count["transformer"], "T": 2.0 * count["text_encoder"], "V": 4.0 * count["vae"]}
 
 
 def write_project(folder: Path) -> None:
@@ -139,12 +116,13 @@ def imports() -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.stage_memory", description="peak memory of each stage")
+    parser.add_argument("--model", choices=PUBLISHED, default="wan2.1-1.3b", help="whose width; default wan2.1-1.3b")
     parser.add_argument("--layers", type=int, default=2, help="of the transformer; default 2")
     parser.add_argument("--json", help="file to write")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        sizes = write_model(folder / "model", options.layers)
+        sizes = write_model(folder / "model", options.model, options.layers)
         write_project(folder)
         base, peaks = imports(), run(folder)
     rows, over = [], 0
@@ -157,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     for row in rows:
         print(f"| `{row['stage']}` | {row['peak_mb']} | {row['budget_mb']} | {row['holds']} |")
     if options.json:
-        content = {"layers": options.layers, "bytes": {**sizes, "imports": base}, "stages": rows}
+        content = {"model": options.model, "layers": options.layers, "bytes": {**sizes, "imports": base}, "stages": rows}
         Path(options.json).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return 1 if over else 0
 

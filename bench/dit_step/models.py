@@ -12,6 +12,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanTransformerBlock
 from torch import Tensor, nn
 
+from bench.true_width import PUBLISHED
 from qvgen.checkpoint.packed import export_pipeline
 from qvgen.evaluation.cost.size import write_variant
 from qvgen.models.cogvideox import COGVIDEOX_2B, CogVideoXFamily
@@ -24,13 +25,12 @@ from qvgen.quant.scheme import QuantScheme
 # The tiny one is for tests of the harness.
 _TINY = {"num_attention_heads": 2, "attention_head_dim": 32, "text_dim": 48, "freq_dim": 32, "ffn_dim": 160}
 ARCHITECTURES: dict[str, dict[str, Any]] = {"wan2.1-1.3b": WAN_2_1_1_3B, "tiny": WAN_2_1_1_3B | _TINY}
-# transformer/config.json of Wan 2.1 T2V 14B, where it differs.
-_WAN_14B = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
 # What bench.dit_step measures on a GPU: the family, and its configuration.
 ON_GPUS: dict[str, tuple[type[Family], dict[str, Any]]] = {
-    "wan2.1-1.3b": (WanFamily, WAN_2_1_1_3B),
-    "wan2.1-14b": (WanFamily, WAN_2_1_1_3B | _WAN_14B),
-    "cogvideox-2b": (CogVideoXFamily, dict(COGVIDEOX_2B)),
+    **{
+        name: (PUBLISHED[name].family, dict(PUBLISHED[name].transformer))
+        for name in ("wan2.1-1.3b", "wan2.1-14b", "cogvideox-2b")
+    },
     "tiny": (WanFamily, ARCHITECTURES["tiny"]),
     "tiny-cogvideox": (CogVideoXFamily, dict(COGVIDEOX_2B) | {"num_attention_heads": 2, "text_embed_dim": 48}),
 }
