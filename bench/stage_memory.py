@@ -82,7 +82,7 @@ def write_project(folder: Path) -> None:
         "decay": {"initial_rank": 4, "phase_steps": 1, "final_steps": 1},
         "evaluate": {"prompts": 2, "inference_steps": 2, "velocity_timesteps": 2, "videos": 1, "batch_size": 1},
         "benchmark": {"repetitions": 3},
-        "compute": {"micro_batch": 1, "checkpointing": True},
+        "compute": {"processes": 1, "micro_batch": 1, "checkpointing": True},
     }
     for section, values in changes.items():
         tree[section] |= values

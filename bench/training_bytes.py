@@ -34,6 +34,7 @@ PARTS = ("student", "gradients", "moments", "teacher")
 
 def settings(optimizer: str, precision: str, rank: int) -> Params:
     tree = yaml.safe_load((ROOT / "params.yaml").read_text())
+    tree["compute"]["processes"] = 1
     tree["qat"] |= {"steps": 1, "batch_size": 1, "optimizer": optimizer, "precision": precision}
     tree["decay"] |= {"initial_rank": rank}
     return validate_params(tree, "params.yaml")

@@ -105,7 +105,7 @@ def write_result(path: Path, result: Mapping[str, Mapping[str, Any]]) -> None:
     texts = {_section_name(text): text for text in (json.dumps(section, indent=1) + "\n" for section in sections.values())}
     for name, text in texts.items():
         if not (kept := path.parent / PARAMS / f"{name}.json").exists():
-            kept.parent.mkdir(exist_ok=True)
+            kept.parent.mkdir(parents=True, exist_ok=True)
             new = kept.with_suffix(f".{os.getpid()}")  # two cases may come to the same section at once
             new.write_text(text, "utf-8")
             new.replace(kept)

@@ -181,6 +181,7 @@ class Compute(_Section):
     """Where and in which portions stages compute. No stage depends on it: results are the same up to rounding."""
 
     device: str = Field(default="auto", pattern=DEVICE, description="auto, cpu, cuda, cuda:N or mps")
+    processes: int = Field(default=1, ge=1, le=256, description="that share a batch in training, each on a GPU of its own")
     micro_batch: int | None = Field(
         default=None, ge=1, le=LARGEST, description="clips that training runs at once; gradients add up to qat.batch_size"
     )
@@ -217,10 +218,17 @@ class Params(_Section):
             faults.append(
                 f"evaluate.videos = {self.evaluate.videos} but only evaluate.prompts = {self.evaluate.prompts} are generated"
             )
-        if self.compute.micro_batch is not None and self.qat.batch_size % self.compute.micro_batch:
+        share, rest = divmod(self.qat.batch_size, self.compute.processes)
+        if rest:
             faults.append(
-                f"compute.micro_batch = {self.compute.micro_batch} does not divide qat.batch_size = {self.qat.batch_size}: "
-                "choose a divisor, or null"
+                f"qat.batch_size = {self.qat.batch_size} clips cannot be shared equally by compute.processes = "
+                f"{self.compute.processes}: choose a multiple of {self.compute.processes}"
+            )
+        elif self.compute.micro_batch is not None and share % self.compute.micro_batch:
+            each = f" / compute.processes = {share}" if self.compute.processes > 1 else ""
+            faults.append(
+                f"compute.micro_batch = {self.compute.micro_batch} does not divide qat.batch_size = "
+                f"{self.qat.batch_size}{each}: choose a divisor, or null"
             )
         for name, value in self.scheme.extras.items():
             if name not in self.chosen.extras:

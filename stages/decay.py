@@ -11,16 +11,13 @@ from stages.runtime.training import STATE, train, write_metrics
 
 
 def run(stage: Stage) -> None:
-    from qvgen.checkpoint.training import load_training_state
     from qvgen.tensors import save_tensors
-    from qvgen.training.recipe import Sources, build_trainer, finish
+    from qvgen.training.recipe import Sources, finish
 
-    sources = Sources.of(stage.root)
-    trainer = build_trainer(stage.params, sources, resumed=True)
+    schedule = stage.params.schedule
     start = stage.root / "artifacts/qat" / STATE
-    trainer.step = load_training_state(start, trainer.student, trainer.optimizer, trainer.average)
-    rows = train(stage, trainer, stage.params.schedule.total_steps)
-    student = finish(trainer, stage.params, sources)
+    trainer, rows = train(stage, schedule.hold_steps, schedule.total_steps, start)
+    student = finish(trainer, stage.params, Sources.of(stage.root))
     with stage.outputs("artifacts/decay") as folder:
         save_tensors(folder / "student.safetensors", student.state_dict())
     write_metrics(stage, rows)

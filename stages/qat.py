@@ -11,11 +11,7 @@ from stages.runtime.training import STATE, save_state, train, write_metrics
 
 
 def run(stage: Stage) -> None:
-    from qvgen.training.recipe import Sources, build_trainer
-
-    resumed = (stage.checkpoint_dir / STATE).exists()
-    trainer = build_trainer(stage.params, Sources.of(stage.root), resumed)
-    rows = train(stage, trainer, stage.params.schedule.hold_steps)
+    trainer, rows = train(stage, 0, stage.params.schedule.hold_steps)
     with stage.outputs("artifacts/qat") as folder:
         save_state(folder / STATE, trainer)
     write_metrics(stage, rows)

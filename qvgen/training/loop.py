@@ -23,6 +23,7 @@ from qvgen.params import Params
 from qvgen.phi.auxiliary import replace_parameters
 from qvgen.training.batches import Batch, Batches
 from qvgen.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
+from qvgen.training.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,25 @@ class StepRecord:
 
 class Trainer:
     """Student, optimizer and step of one run; of `params` it reads seed, method, qat and decay. `student` must be as the
-    method's `prepare_` leaves it, with Φ or adapters attached if it has them."""
+    method's `prepare_` leaves it, with Φ or adapters attached if it has them. `ranks`: processes that train along, each with
+    a trainer like this one."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, family: Family, data: LatentDataset, params: Params) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        family: Family,
+        data: LatentDataset,
+        params: Params,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.student, self.teacher = student, teacher.eval().requires_grad_(False)
-        self.family, self.data, self.batches = family, data, Batches(data, family, params)
+        self.device = next(student.parameters()).device
+        self.ranks = ranks or Ranks(self.device)
+        self.family, self.data = family, data
+        self.batches = Batches(data, family, params, self.ranks.rank, self.ranks.size)
         self.params, self.method, self.schedule = params, params.chosen, params.schedule
         self.step = 0
-        self.device = next(student.parameters()).device
         self.optimizer = build_optimizer(student, params.qat)
         if params.compute.checkpointing:
             self._blocks().enable_gradient_checkpointing()
@@ -67,11 +79,14 @@ class Trainer:
         for step in range(self.step, until):
             started = time.perf_counter()
             phi = self.schedule.at(step)
-            replace_parameters(self.optimizer, set_phi_(self.student, phi, self.params.decay.redecompose))
+            replaced = set_phi_(self.student, phi, self.params.decay.redecompose)
+            self.ranks.copy_from_first_([new.data for new in replaced.values() if new is not None])
+            replace_parameters(self.optimizer, replaced)
             factor = learning_rate_factor(step, self.schedule.total_steps, qat)
             set_learning_rate(self.optimizer, factor)
 
             loss = self._backward(next(batches))
+            self.ranks.average_([loss, *(p.grad for p in self.student.parameters() if p.grad is not None)])
             norm = nn.utils.clip_grad_norm_(self.student.parameters(), qat.max_grad_norm)
             reached, size = torch.stack([loss, norm]).tolist()  # the only wait for the device in a step
             if not math.isfinite(reached):

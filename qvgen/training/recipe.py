@@ -22,6 +22,7 @@ from qvgen.nn.swap import prepare_
 from qvgen.params import Params
 from qvgen.training.calibration import Calibration, apply_folds_, calibrate_
 from qvgen.training.loop import Trainer
+from qvgen.training.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Sources:
 
 def calibrate(params: Params, sources: Sources) -> None:
     """Calibrate the full-precision model and write folds and grids, from which training starts."""
-    transformer, family = _load(params, sources)
+    transformer, family = _load(sources, resolve_device(params.compute.device))
     save_calibration(sources.calibration, calibrate_(transformer, family, _clips(sources), params))
 
 
@@ -54,14 +55,16 @@ def save_calibration(folder: Path, calibration: Calibration) -> None:
         save_grids(folder / "mse.safetensors", calibration.plain)
 
 
-def build_trainer(params: Params, sources: Sources, resumed: bool = False) -> Trainer:
+def build_trainer(params: Params, sources: Sources, resumed: bool = False, ranks: Ranks | None = None) -> Trainer:
     """Trainer at step 0: the student as the method starts it, and the full-precision teacher.
 
-    `resumed`: a training state will be loaded into it, so that what costs time and is then overwritten is left out.
+    `resumed`: a training state will be loaded into it, so that what costs time and is then overwritten is left out. `ranks`:
+    the processes that share its batches.
     """
     # In mixed precision the teacher is loaded in the dtype that it computes in: half the memory.
     dtype = torch.bfloat16 if params.qat.precision == "bfloat16" else torch.float32
-    (teacher, family), (student, _) = _load(params, sources, dtype), _load(params, sources)
+    device = ranks.device if ranks else resolve_device(params.compute.device)
+    (teacher, family), (student, _) = _load(sources, device, dtype), _load(sources, device)
 
     def quantize_(model: nn.Module) -> None:
         apply_folds_(model, family, load_folds(sources.calibration / "folds.safetensors"))
@@ -70,7 +73,7 @@ def build_trainer(params: Params, sources: Sources, resumed: bool = False) -> Tr
 
     start = params.decay.model_copy(update={"initialization": "zero"}) if resumed else params.decay  # of Φ
     params.chosen.prepare_(student, quantize_, start, torch.Generator().manual_seed(params.seed))
-    return Trainer(student, teacher, family, LatentDataset.open(sources.data / "train"), params)
+    return Trainer(student, teacher, family, LatentDataset.open(sources.data / "train"), params, ranks)
 
 
 def finish(trainer: Trainer, params: Params, sources: Sources) -> nn.Module:
@@ -85,8 +88,7 @@ def finish(trainer: Trainer, params: Params, sources: Sources) -> nn.Module:
     return student
 
 
-def _load(params: Params, sources: Sources, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Family]:
-    device = resolve_device(params.compute.device)
+def _load(sources: Sources, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Family]:
     family = load_family(sources.model)
     return load_transformer(sources.model, dtype, device, family.component), family
 

@@ -9,28 +9,56 @@ from __future__ import annotations
 import csv
 import json
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.runtime.run import Stage
 
 if TYPE_CHECKING:
+    from qvgen.params import Params
     from qvgen.training.loop import StepRecord, Trainer
+    from qvgen.training.ranks import Ranks
+    from qvgen.training.recipe import Sources
 
 STATE = "state.safetensors"
 COLUMNS: tuple[str, ...] = ("step", "loss", "gradient_norm", "rank", "u", "lr", "seconds")
 LAST = 50  # steps averaged into the final loss
 
 
-def train(stage: Stage, trainer: Trainer, until: int) -> list[dict[str, float]]:
-    """Train up to step `until`, resuming this stage's own checkpoint if there is one. Returns one row per step."""
-    from qvgen.checkpoint.training import load_training_state
+def train(stage: Stage, first: int, until: int, start: Path | None = None) -> tuple[Trainer, list[dict[str, float]]]:
+    """Train from step `first`, whose state is in the file `start` if it is not the beginning, up to step `until`; or from this
+    stage's own checkpoint if there is one. Returns the trainer and one row per step."""
+    from qvgen.training.ranks import ranks
+    from qvgen.training.recipe import Sources
 
-    first, checkpoint = trainer.step, stage.checkpoint_dir / STATE
+    checkpoint = stage.checkpoint_dir / STATE
+    build = partial(_trainer, stage.params, Sources.of(stage.root), checkpoint if checkpoint.exists() else start)
+    with ranks(stage.params.compute.processes, stage.device, partial(_train_along, build, until)) as group:
+        trainer = build(group)
+        return trainer, _train(stage, trainer, first, until)
+
+
+def _trainer(params: Params, sources: Sources, state: Path | None, group: Ranks) -> Trainer:
+    from qvgen.checkpoint.training import load_training_state
+    from qvgen.training.recipe import build_trainer
+
+    trainer = build_trainer(params, sources, resumed=state is not None, ranks=group)
+    if state is not None:
+        trainer.step = load_training_state(state, trainer.student, trainer.optimizer, trainer.average)
+    return trainer
+
+
+def _train_along(build: Callable[[Ranks], Trainer], until: int, group: Ranks) -> None:
+    build(group).run(until)
+
+
+def _train(stage: Stage, trainer: Trainer, first: int, until: int) -> list[dict[str, float]]:
+    checkpoint = stage.checkpoint_dir / STATE
     rows: list[dict[str, float]] = []
     written = time.monotonic()  # the last checkpoint
     if checkpoint.exists():
-        trainer.step = load_training_state(checkpoint, trainer.student, trainer.optimizer, trainer.average)
         rows = _read_rows(checkpoint.with_suffix(".csv"))[: trainer.step - first]
         print(f"{stage.name}: continues at step {trainer.step} of {until}")
 

@@ -42,6 +42,7 @@ def test_clips_of_several_sizes_are_trained_on_and_one_is_measured(
     params["qat"] |= {"steps": 6, "batch_size": 2}
     params["decay"] |= {"initial_rank": 2, "phase_steps": 2, "final_steps": 2}
     params["evaluate"] |= {"prompts": 2, "inference_steps": 2, "velocity_timesteps": 2, "videos": 1}
+    params["compute"]["processes"] = 1
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
 
     run_stages(tmp_path, *TO_PACK, "baselines", "evaluate")

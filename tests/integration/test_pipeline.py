@@ -36,7 +36,7 @@ CAPTIONS = ("a red digit three moving up", "a blue digit two moving down", "a gr
 pytestmark = [pytest.mark.slow, pytest.mark.integration]
 
 
-def make_project(folder: Path, family: str) -> Path:
+def make_project(folder: Path, family: str, processes: int = 1) -> Path:
     """A checkout of the pipeline whose model has two layers and whose data are nine short videos."""
     for name in ("stages", "qvgen"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -67,6 +67,7 @@ def make_project(folder: Path, family: str) -> Path:
     own = {"prompts_file": "prompts.txt"}
     params["evaluate"] |= {"prompts": 2, "inference_steps": 2, "velocity_timesteps": 2, "videos": 1, **own}
     params["benchmark"] |= {"repetitions": 3}
+    params["compute"]["processes"] = processes
     write_params(folder, params)
     subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=folder, check=True)
     return folder
@@ -138,8 +139,8 @@ def curve(folder: Path, stage: str) -> list[tuple[str, ...]]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Wan project run to the end without interruption."""
-    folder = make_project(tmp_path_factory.mktemp("whole"), "wan")
+    """A Wan project run to the end without interruption, trained by two processes."""
+    folder = make_project(tmp_path_factory.mktemp("whole"), "wan", processes=2)
     repro(folder)
     return folder
 

@@ -1,7 +1,9 @@
 """Quantization-aware training on two-layer models of both families, from prepare_ to convert_."""
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -21,12 +23,21 @@ from qvgen.params import Params, validate_params
 from qvgen.quant.scheme import QuantScheme
 from qvgen.training.loop import StepRecord, Trainer
 from qvgen.training.optim import build_optimizer, learning_rate_factor
+from qvgen.training.ranks import Ranks
 
 SCHEME = QuantScheme(timestep_groups=5)
 ROOT = Path(__file__).parents[2]
 
 
-def settings(method: str = "qvgen", rank: int = 4, steps: int = 3, phase: int = 2, final: int = 3, **qat: object) -> Params:
+def settings(
+    method: str = "qvgen",
+    rank: int = 4,
+    steps: int = 3,
+    phase: int = 2,
+    final: int = 3,
+    compute: Mapping[str, object] = MappingProxyType({}),
+    **qat: object,
+) -> Params:
     """Parameters of a short run: 3 + 3 * 2 + 3 = 12 steps unless said otherwise."""
     tree = yaml.safe_load((ROOT / "params.yaml").read_text())
     tree["method"] = method
@@ -41,6 +52,7 @@ def settings(method: str = "qvgen", rank: int = 4, steps: int = 3, phase: int = 
         "caption_dropout": 0.1,
     } | qat
     tree["decay"] |= {"initial_rank": rank, "phase_steps": phase, "final_steps": final}
+    tree["compute"] |= compute
     return validate_params(tree, "test")
 
 
@@ -71,7 +83,7 @@ def subject(name: str) -> tuple[nn.Module, Family, LatentDataset]:
 FAMILIES = ("wan", "cogvideox", "cogvideox-rotary")
 
 
-def trainer(name: str, params: Params = SETTINGS, scheme: QuantScheme = SCHEME) -> Trainer:
+def trainer(name: str, params: Params = SETTINGS, scheme: QuantScheme = SCHEME, ranks: Ranks | None = None) -> Trainer:
     teacher, family, data = subject(name)
     student = copy.deepcopy(teacher)
     prepare_(student, scheme, default_targets=family.default_targets)
@@ -82,7 +94,7 @@ def trainer(name: str, params: Params = SETTINGS, scheme: QuantScheme = SCHEME) 
         nn.init.constant_(layer.input_quantizer.clip_upper_logit, 1.5)
     if params.schedule.initial_rank:
         add_phi_(student, params.schedule.initial_rank)
-    return Trainer(student, teacher, family, data, params)
+    return Trainer(student, teacher, family, data, params, ranks)
 
 
 def state(of: Trainer) -> dict[str, torch.Tensor]:

@@ -36,7 +36,7 @@ def test_checkpoints_wait_for_their_time(
         resumable=Nothing,
         params=SimpleNamespace(compute=SimpleNamespace(checkpoint_seconds=seconds), qat=SimpleNamespace(checkpoint_every=2)),
     )
-    rows = training.train(stage, Trainer(), 10)  # type: ignore[arg-type]
+    rows = training._train(stage, Trainer(), 0, 10)  # type: ignore[arg-type]
     assert saved == expected and len(rows) == 10
     with (tmp_path / training.STATE).with_suffix(".csv").open() as file:
         assert len(list(csv.DictReader(file))) == expected[-1], "the rows beside a state are those before it"
