@@ -39,6 +39,9 @@ from qvgen.packing.layout import EXACT_NAMES
 from qvgen.packing.record import is_asked_for, record, verify
 from qvgen.tensors import own_memory
 
+if is_peft_available():  # diffusers has imported it then
+    from qvgen.integrations import lora
+
 _log = logging.getLogger(__name__)
 _NOTED = "qvgen_config"  # in the metadata of a state dict
 _told: list[str] = []  # that files record nothing is said once in a process
@@ -175,6 +178,8 @@ class QVGenQuantizer(DiffusersQuantizer):
         fuse_(model)
         join_without_copies_(model)
         count_(model)
+        if is_peft_available():
+            lora.refuse_merging_(model)
         model.register_state_dict_post_hook(_note_config)
         # diffusers refuses model.to(dtype) for quantized models; packed layers keep their grid by themselves.
         model.is_quantized = False  # type: ignore[assignment]
@@ -202,9 +207,7 @@ def register() -> None:
             )
     for table, ours in tables:
         table[METHOD] = ours
-    if is_peft_available():  # diffusers has imported it then
-        from qvgen.integrations import lora
-
+    if is_peft_available():
         lora.register()
 
 

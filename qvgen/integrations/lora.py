@@ -9,12 +9,18 @@ room for the sum.
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import peft
 from peft.tuners import lora
 
 from qvgen.nn.packed_linear import PackedLinear
+
+_NO_MERGING = (
+    "LoRA weights cannot be merged into packed ones (fuse_lora, merge): leave them loaded as adapters, or fuse them into the "
+    "full-precision pipeline before packing: `qvgen fuse` or `qvgen pack`, --lora FILE@SCALE"
+)
 
 
 class PackedLoraLinear(lora.Linear):
@@ -29,10 +35,19 @@ class PackedLoraLinear(lora.Linear):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raises ValueError: see the module's text."""
-        raise ValueError(
-            "LoRA weights cannot be merged into packed ones (fuse_lora, merge): leave them loaded as adapters, or fuse them "
-            "into the full-precision pipeline before packing: `qvgen fuse` or `qvgen pack`, --lora FILE@SCALE"
-        )
+        raise ValueError(_NO_MERGING)
+
+
+def refuse_merging_(model: Any) -> None:
+    """Let `model.fuse_lora` refuse before it scales or merges anything: diffusers' goes from layer to layer, and would leave
+    those that are not packed merged."""
+    model.fuse_lora = partial(_fuse, model)
+
+
+def _fuse(model: Any, *args: Any, **options: Any) -> None:
+    if any(isinstance(module, PackedLoraLinear) for module in model.modules()):
+        raise ValueError(_NO_MERGING)
+    type(model).fuse_lora(model, *args, **options)
 
 
 def register() -> None:

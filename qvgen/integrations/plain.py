@@ -42,7 +42,7 @@ def plain_(model: Any, state_hook: Callable[..., Any]) -> Any:
     join_as_before_(model)
     for key in [key for key, hook in model._state_dict_hooks.items() if hook is state_hook]:
         del model._state_dict_hooks[key]
-    for name in ("num_parameters", "quantization_method"):
+    for name in ("num_parameters", "fuse_lora", "quantization_method"):
         model.__dict__.pop(name, None)
     model._internal_dict = FrozenDict({name: value for name, value in model.config.items() if name not in _OF_PACKED})
     return model

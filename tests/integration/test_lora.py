@@ -1,5 +1,6 @@
 """LoRA on packed models, as users of diffusers load, weigh, switch, train and unload it."""
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -105,8 +106,21 @@ def test_merging_is_refused_with_what_to_do(setup: SimpleNamespace, packed: Any)
     packed.load_lora_weights(setup.root / "lora1", adapter_name="one")
     before = setup.predict(packed)
     with pytest.raises(ValueError, match=r"cannot be merged into packed ones .* leave them loaded as adapters"):
-        packed.fuse_lora()
+        packed.fuse_lora(lora_scale=0.5)
     assert torch.equal(setup.predict(packed), before)
+
+
+def test_nothing_is_merged_where_one_layer_is_packed(setup: SimpleNamespace, packed: Any) -> None:
+    """An adapter of layers that are packed and of one that is not, which comes first in the model."""
+    transformer = packed.transformer
+    unpacked = next(n for n, m in transformer.named_modules() if type(m) is torch.nn.Linear)
+    targets = f"({TARGETS})|({re.escape(unpacked)})"
+    transformer.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=targets))
+    before = setup.predict(packed)
+    with pytest.raises(ValueError, match="cannot be merged into packed ones"):
+        packed.fuse_lora(lora_scale=0.5)
+    assert torch.equal(setup.predict(packed), before)
+    assert not transformer.get_submodule(unpacked).merged
 
 
 def test_an_adapter_is_trained_on_the_frozen_packed_model(setup: SimpleNamespace, packed: Any) -> None:
