@@ -82,6 +82,13 @@ class CogVideoXFamily(Family):
         pixels = 2**halvings * transformer_config.get("patch_size", 2)
         return ClipStep(frames, pixels, pixels)
 
+    @staticmethod
+    def text_tokens(transformer_config: Mapping[str, Any]) -> int | None:
+        """Of CogVideoX 2B: its table of positions has rows for the text too."""
+        if transformer_config.get("use_rotary_positional_embeddings"):
+            return None
+        return transformer_config.get("max_text_seq_length", COGVIDEOX_2B["max_text_seq_length"])
+
     @classmethod
     def frame_rate(cls, transformer_config: Mapping[str, Any]) -> float:
         return float(cls.sampling.fps) if transformer_config.get("patch_size_t") is None else 16.0  # CogVideoX 1.5

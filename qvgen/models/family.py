@@ -93,6 +93,11 @@ class Family(Protocol):
         """Which clips have latents that the transformer takes whole."""
         ...
 
+    @staticmethod
+    def text_tokens(transformer_config: Mapping[str, Any]) -> int | None:
+        """The number of text tokens, padding included, if the transformer takes no other."""
+        return None
+
     @classmethod
     def frame_rate(cls, transformer_config: Mapping[str, Any]) -> float:
         """Frames a second of the videos that such a transformer was trained with."""

@@ -12,7 +12,8 @@ MOST_PIXELS = 2**30  # of a clip, 13 GB in float32: 129 frames of 3840 x 2160
 
 
 def check_size(folder: str | Path, size: ClipSize) -> None:
-    """Raises ValueError for clips that the model of a pipeline folder would cut or lengthen, with the nearest possible size.
+    """Raises ValueError for clips that the model of a pipeline folder would cut or lengthen, with the nearest possible size,
+    and for a number of text tokens that it does not take.
 
     A VAE makes one latent frame of a first frame and of every few frames after it, and one latent pixel of a square of
     pixels; the transformer joins latent pixels into patches. A clip that does not fit is cut without a word.
@@ -42,6 +43,11 @@ def check_size(folder: str | Path, size: ClipSize) -> None:
             faults.append(f"{name} = {value} must be a multiple of {unit}: {near}")
     if faults:
         raise ValueError(f"the model in {folder} has no latents for such clips: {'; '.join(faults)}")
+    if (tokens := family.text_tokens(configs[0])) not in (None, size.max_sequence_length):
+        raise ValueError(
+            f"max_sequence_length = {size.max_sequence_length} must be {tokens}: the model in {folder} has positions for "
+            "as many text tokens and takes no other number"
+        )
 
 
 def _nearest(value: int, step: int, least: int) -> list[int]:

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,14 @@ def test_other_sizes_are_refused_with_the_nearest(tmp_path: Path, family_name: s
     with pytest.raises(ValueError, match="has no latents for such clips") as error:
         check_size(folder, ClipSize(*size, 8))
     assert says in str(error.value)
+
+
+def test_a_number_of_text_tokens_that_the_transformer_has_no_positions_for(tmp_path: Path) -> None:
+    size = replace(TINY_CLIP, max_sequence_length=TINY_CLIP.max_sequence_length + 1)
+    for name, options in (("wan", {}), ("cogvideox", {"rotary": True})):
+        check_size(tiny_pipeline(name, tmp_path / name, **options), size)
+    with pytest.raises(ValueError, match=r"max_sequence_length = 9 must be 8: .* takes no other number"):
+        check_size(tiny_pipeline("cogvideox", tmp_path / "sincos"), size)
 
 
 def test_the_5b_layout_takes_multiples_of_32(tmp_path: Path) -> None:
