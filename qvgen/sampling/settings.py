@@ -29,7 +29,10 @@ def read_settings(model: str | Path, overrides: Mapping[str, Any] = MappingProxy
     model = Path(model)
     if not model.is_dir():
         raise ValueError(f"model folder {str(model)!r} does not exist")
-    values = vars(family_class(read_pipeline(model).pipeline_class).sampling) | _own(model)
+    family = family_class(read_pipeline(model).pipeline_class)
+    # The rate that this model was trained with: Wan 2.2 5B and CogVideoX 1.5 have others than the rest of their families.
+    rate = {"fps": round(family.frame_rate(read_json(model / "transformer" / "config.json")))}
+    values = vars(family.sampling) | rate | _own(model)
     values |= {name: value for name, value in overrides.items() if value is not None}
     for name, kind in _TYPES.items():
         value = values[name]

@@ -10,6 +10,7 @@ import pytest
 
 from pipelines import cli
 from qvgen.models.tiny import TINY_CLIP, tiny_pipeline
+from qvgen.sampling.settings import read_settings
 
 GENERATION = {
     "frames": TINY_CLIP.frames,
@@ -182,6 +183,17 @@ def test_damaged_weights(monkeypatch, capsys, model: Path, tmp_path: Path, compo
     error = capsys.readouterr().err
     assert "qvgen: " in error and says in error and component in error and "Traceback" not in error
     assert not out.exists()
+
+
+def test_a_model_is_sampled_at_its_own_frame_rate(model: Path, tmp_path: Path) -> None:
+    """Without a generation.json, as published models come: Wan 2.2 5B, which has 48 channels, was trained with 24 a second."""
+    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation.json").unlink()
+    assert read_settings(tmp_path).fps == 16
+    config = json.loads((tmp_path / "transformer/config.json").read_text())
+    (tmp_path / "transformer/config.json").write_text(json.dumps(config | {"in_channels": 48}))
+    assert read_settings(tmp_path).fps == 24
+    assert read_settings(tmp_path, {"fps": 8}).fps == 8
 
 
 def test_generation_json_is_checked(monkeypatch, capsys, model: Path, tmp_path: Path) -> None:
