@@ -191,7 +191,7 @@ def test_a_model_is_sampled_at_its_own_frame_rate(model: Path, tmp_path: Path) -
     (tmp_path / "generation.json").unlink()
     assert read_settings(tmp_path).fps == 16
     config = json.loads((tmp_path / "transformer/config.json").read_text())
-    (tmp_path / "transformer/config.json").write_text(json.dumps(config | {"in_channels": 48}))
+    (tmp_path / "transformer/config.json").write_text(json.dumps(config | {"in_channels": 48, "out_channels": 48}))
     assert read_settings(tmp_path).fps == 24
     assert read_settings(tmp_path, {"fps": 8}).fps == 8
 
