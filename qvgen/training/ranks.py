@@ -42,13 +42,16 @@ class Ranks:
 
     def average_(self, tensors: Sequence[torch.Tensor]) -> None:
         """Each tensor becomes its mean over the ranks, which all give tensors of the same shapes in the same order."""
-        if self.size > 1:
-            for together in _portions(tensors):
-                flat = together[0].view(-1) if len(together) == 1 else torch.cat([t.reshape(-1) for t in together])
-                dist.all_reduce(flat)
-                parts = (flat / self.size).split([t.numel() for t in together])
-                for tensor, part in zip(together, parts, strict=True):
-                    tensor.copy_(part.view_as(tensor))
+        if self.size == 1:
+            return
+        for together in _portions(tensors):
+            in_place = len(together) == 1 and together[0].is_contiguous()
+            flat = together[0] if in_place else torch.cat([tensor.reshape(-1) for tensor in together])
+            dist.all_reduce(flat)
+            flat /= self.size
+            if not in_place:
+                parts = flat.split([tensor.numel() for tensor in together])
+                torch._foreach_copy_(together, [part.view_as(t) for part, t in zip(parts, together, strict=True)])
 
     def copy_from_first_(self, tensors: Sequence[torch.Tensor]) -> None:
         """Each tensor becomes that of rank 0."""
@@ -150,14 +153,16 @@ def _end_with_parent() -> None:
 
 
 def _portions(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Those of a dtype in portions of at least _TOGETHER numbers; a contiguous tensor as large stands alone."""
-    small: dict[torch.dtype, list[torch.Tensor]] = {}
+    """Those of a dtype in portions of about _TOGETHER numbers; a tensor as large stands alone."""
+    small: dict[torch.dtype, tuple[list[torch.Tensor], int]] = {}
     for tensor in tensors:
-        if tensor.numel() >= _TOGETHER and tensor.is_contiguous():
+        if tensor.numel() >= _TOGETHER:
             yield [tensor]
             continue
-        portion = small.setdefault(tensor.dtype, [])
+        portion, count = small.get(tensor.dtype, ([], 0))
         portion.append(tensor)
-        if sum(t.numel() for t in portion) >= _TOGETHER:
-            yield small.pop(tensor.dtype)
-    yield from small.values()
+        small[tensor.dtype] = portion, count + tensor.numel()
+        if count + tensor.numel() >= _TOGETHER:
+            yield small.pop(tensor.dtype)[0]
+    for portion, _ in small.values():
+        yield portion

@@ -16,7 +16,7 @@ from qvgen.params import ParamsError
 from qvgen.tensors import save_tensors
 from qvgen.training.ranks import Ranks, devices_from, ranks
 from tests.integration.test_training import settings, trainer
-from tests.support.ranks import fail_on_rank_1
+from tests.support.ranks import average_of_all_kinds, fail_on_rank_1
 from tests.support.toy_project import ROOT, environment, wait_until
 
 CPU = torch.device("cpu")
@@ -47,6 +47,14 @@ def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
     far = {name: (first[name] - one[name]).abs().max().item() for name in one}
     assert max(far.values()) < 1e-3, far  # a step moves a weight by as much
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.slow
+def test_means_of_tensors_of_all_kinds() -> None:
+    with ranks(2, CPU, average_of_all_kinds) as group:
+        values = average_of_all_kinds(group)
+    for value, expected in zip(values, (0.5, 1.5, 2.5, 3.5, 3.5, 3.5, 4.5), strict=True):
+        assert torch.equal(value, torch.full_like(value, expected))
 
 
 @pytest.mark.slow
