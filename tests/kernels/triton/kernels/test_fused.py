@@ -1,0 +1,91 @@
+"""Packed layers with a norm before them, a gate and a residual after them: bit for bit what the kernels give one by one."""
+
+import os
+
+import pytest
+import torch
+
+from qvgen.kernels.block_ops import add_gated, layer_norm_modulate
+from qvgen.kernels.fused_ops import Norm
+from qvgen.kernels.registry import KernelPreference
+from qvgen.kernels.triton import configurations
+from qvgen.nn.layers_together import added_feed_forward, added_linear, feed_forward, normalized_linears
+from qvgen.nn.packed_linear import PackedLinear
+from qvgen.nn.timestep import set_timestep
+from qvgen.quant.scheme import QuantArgs, QuantScheme
+from tests.support.packed_reference import WEIGHTS, build, inputs, scheme_of
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+STEPS = torch.tensor([10.0, 900.0])
+INTEGER = scheme_of(WEIGHTS[2], 4, 4, False)
+N, S, D, WIDE = 2, 3, 32, 48
+
+
+@pytest.fixture(autouse=True)
+def _at(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_timestep(STEPS.to(DEVICE))
+    monkeypatch.setenv("QVGEN_KERNELS", KernelPreference.TRITON if DEVICE == "cuda" else KernelPreference.AUTO)
+
+
+def prepared(scheme: QuantScheme, n: int, k: int, seed: int = 0) -> PackedLinear:
+    layer = build(scheme, n, k, seed)[0].to(DEVICE)
+    layer.prepare_backend(KernelPreference.TRITON)
+    return layer
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def modulated(rows: int) -> Norm:
+    return Norm(None, None, rand(N, rows, D, seed=1), rand(N, rows, D, seed=2), 1e-6)
+
+
+AFFINE = Norm(rand(D, seed=3), rand(D, seed=4), None, None, 1e-6)
+CASES = [
+    (INTEGER, torch.float32),
+    (INTEGER, torch.bfloat16),
+    (scheme_of(QuantArgs(strategy="group", group_size=16), 4, 8, True), torch.float16),
+    (QuantScheme(weights=QuantArgs(), input_activations=None), torch.float32),  # not fused: one after the other
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("scheme", "dtype"), CASES, ids=["W4A4", "W4A4-bf16", "groups-fp16", "W4A16"])
+def test_norm_gate_and_residual(scheme: QuantScheme, dtype: torch.dtype) -> None:
+    x, wide = inputs(N, S, D).to(DEVICE, dtype), rand(N, S, WIDE, dtype=dtype)
+    layers = [prepared(scheme, WIDE, D, seed) for seed in range(4)]
+    up, down = layers[0], prepared(scheme, D, WIDE)
+    gates = None, rand(N, 1, D, seed=5), rand(N, S, D, seed=5)
+    for norm, gate in zip((AFFINE, modulated(1), modulated(S)), gates, strict=True):
+        normalized = layer_norm_modulate(x, *norm)
+        for one, layer in zip(normalized_linears(x, norm, layers), layers, strict=True):
+            assert torch.equal(one, layer(normalized))
+        assert torch.equal(added_linear(wide, down, x, gate), add_gated(x, down(wide), gate))
+        expected = add_gated(x, feed_forward(normalized, up, down), gate)
+        assert torch.equal(added_feed_forward(x, norm, up, down, gate), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_feed_forward_by_blocks_of_tokens(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that end within a sample, whose timesteps have other clips, and a last one that is shorter."""
+    x, norm = inputs(N, S + 1, D).to(DEVICE), modulated(1)
+    up, down, gate = prepared(INTEGER, WIDE, D), prepared(INTEGER, D, WIDE), rand(N, 1, D)
+    whole = added_feed_forward(x, norm, up, down, gate)
+    monkeypatch.setattr(configurations, "tokens_together", lambda *_: step)
+    assert torch.equal(added_feed_forward(x, norm, up, down, gate), whole)
+
+
+@torch.no_grad()
+def test_a_residual_in_another_dtype_is_added_after() -> None:
+    layer, x, y = prepared(INTEGER, D, D), inputs(N, S, D).to(DEVICE), rand(N, S, D, dtype=torch.float16)
+    assert torch.equal(added_linear(x, layer, y, None), add_gated(y, layer(x), None))
+
+
+def test_blocks_of_tokens_fit_the_cache_or_are_all() -> None:
+    wan, large = (1536, 8960, 2), (5120, 13824, 2)
+    step = configurations.tokens_together(32760, *wan, 50 * 2**20)
+    assert step == 1408 and 1536 * 8960 + step * 8960 * 3 <= 50 * 2**20
+    for tokens, sizes, cache in ((32760, large, 50 * 2**20), (32760, wan, 6 * 2**20), (1000, wan, 50 * 2**20), (9, wan, 0)):
+        assert configurations.tokens_together(tokens, *sizes, cache) == tokens
