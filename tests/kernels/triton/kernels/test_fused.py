@@ -5,12 +5,15 @@ import os
 import pytest
 import torch
 
+from qvgen.integrations.fused import fuse_
 from qvgen.kernels.block_ops import add_gated, layer_norm_modulate
 from qvgen.kernels.fused_ops import Norm
 from qvgen.kernels.registry import KernelPreference
 from qvgen.kernels.triton import configurations
+from qvgen.models.wan import WanFamily, tiny_transformer
 from qvgen.nn.layers_together import added_feed_forward, added_linear, feed_forward, normalized_linears
 from qvgen.nn.packed_linear import PackedLinear
+from qvgen.nn.swap import convert_, prepare_
 from qvgen.nn.timestep import set_timestep
 from qvgen.quant.scheme import QuantArgs, QuantScheme
 from tests.support.packed_reference import WEIGHTS, build, inputs, scheme_of
@@ -89,3 +92,24 @@ def test_blocks_of_tokens_fit_the_cache_or_are_all() -> None:
     assert step == 1408 and 1536 * 8960 + step * 8960 * 3 <= 50 * 2**20
     for tokens, sizes, cache in ((32760, large, 50 * 2**20), (32760, wan, 6 * 2**20), (1000, wan, 50 * 2**20), (9, wan, 0)):
         assert configurations.tokens_together(tokens, *sizes, cache) == tokens
+
+
+if DEVICE == "cuda":
+
+    def test_a_cuda_graph_records_a_whole_model() -> None:
+        model = tiny_transformer().eval()
+        prepare_(model, QuantScheme(timestep_groups=4), default_targets=WanFamily.default_targets)
+        convert_(model)
+        assert fuse_(model) == 2
+        model.to(DEVICE)
+        latents, text = rand(2, 4, 3, 4, 4), rand(2, 8, 16)
+        inputs = {"hidden_states": latents, "timestep": STEPS.to(DEVICE), "encoder_hidden_states": text, "return_dict": False}
+        with torch.no_grad():
+            model(**inputs)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                (y,) = model(**inputs)
+            latents.copy_(rand(2, 4, 3, 4, 4, seed=9))
+            inputs["timestep"].copy_(STEPS.flip(0))
+            graph.replay()
+            assert torch.equal(y, model(**inputs)[0])
