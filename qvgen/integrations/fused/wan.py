@@ -7,7 +7,8 @@ packed layers' own (kernels/fused_ops.py): norms of those that read them, gates 
 share one reading of their input, and the feed-forward keeps its wide intermediate in the cache. Outputs differ from diffusers'
 by rounding only (tests/integration/test_fused_wan.py states by how much).
 
-Attention is replaced through diffusers' own processors, so that a processor or attention backend set later by the user wins.
+Attention is replaced through diffusers' own processors, so that a processor or attention backend set later by the user wins;
+which one runs else: attention.py.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanTransformerBlock
 from torch import Tensor, nn
 
-from qvgen.kernels.block_ops import add_gated, attention, layer_norm_modulate, rms_norm_rotary
+from qvgen.integrations.fused.attention import attend
+from qvgen.kernels.block_ops import add_gated, layer_norm_modulate, rms_norm_rotary
 from qvgen.kernels.fused_ops import Norm
 from qvgen.nn.layers_together import (
     added_feed_forward,
@@ -56,7 +58,7 @@ def unfuse_wan_(model: nn.Module) -> None:
             del module.__dict__["forward"]
         if isinstance(module, WanAttention) and type(module.processor) is PackedWanAttnProcessor:
             plain = WanAttnProcessor()
-            vars(plain).update(vars(module.processor))
+            vars(plain).update({name: value for name, value in vars(module.processor).items() if name != "compared"})
             module.set_processor(cast(Any, plain))
 
 
@@ -66,6 +68,10 @@ def _has_packed_layers(block: nn.Module) -> bool:
 
 class PackedWanAttnProcessor(WanAttnProcessor):
     """WanAttnProcessor without image conditioning and masks; layout (n, s, heads, D) from projection to projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.compared: set[str] = set()  # attention.py
 
     def __call__(
         self,
@@ -111,7 +117,7 @@ class PackedWanAttnProcessor(WanAttnProcessor):
         key = rms_norm_rotary(key, attn.norm_k.weight, cosine, sine, attn.heads, _eps(attn.norm_k, key))
         query, key, value = (t.view(*t.shape[:2], attn.heads, -1) for t in (query, key, value))
         if self._attention_backend is None and self._parallel_config is None:
-            hidden_states = attention(query, key, value)
+            hidden_states = attend(query, key, value, self.compared)
         else:
             parallel = self._parallel_config if to_itself else None
             hidden_states = dispatch_attention_fn(query, key, value, backend=self._attention_backend, parallel_config=parallel)
