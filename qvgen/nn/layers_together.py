@@ -24,9 +24,17 @@ from qvgen.nn.packed_linear import PackedLinear
 
 def brought_for_each_call(module: nn.Module) -> bool:
     """Whether accelerate or diffusers bring a module's tensors to the device when it is called (sequential and leaf-level
-    offload): then it must be called, and reading its tensors is not enough."""
+    offload): then it must be called, and reading its tensors is not enough. accelerate's hooks of a model on several devices
+    (device_map="balanced") bring inputs only."""
     own = module.__dict__  # asking a module for what it lacks takes a microsecond
-    return "_hf_hook" in own or "_diffusers_hook" in own
+    return "_diffusers_hook" in own or ("_hf_hook" in own and getattr(own["_hf_hook"], "offload", True))
+
+
+def is_spread(module: nn.Module) -> bool:
+    """Whether accelerate has put the parts of `module` on several devices: then hooks must move what passes between them."""
+    if "_hf_hook" not in module.__dict__:
+        return False
+    return len({tensor.device for tensor in (*module.parameters(), *module.buffers())}) > 1
 
 
 def must_be_called(module: nn.Module) -> bool:

@@ -37,7 +37,7 @@ class Library(NamedTuple):
     dtypes: tuple[torch.dtype, ...] = _DTYPES
 
 
-# Rounding normal values to bfloat16 alone is 0.17 %. flash sums the same products in another order, sage's are of 8-bit numbers.
+# Rounding normal values to bfloat16 alone is 0.17 %. flash sums the same products in another order, sage multiplies 8 bits.
 LIBRARIES = {
     "flash": Library(("_flash_3", "flash"), 0.01, "pip install flash-attn"),
     "sage": Library(("sage",), 0.05, "pip install sageattention"),

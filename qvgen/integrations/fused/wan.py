@@ -31,6 +31,7 @@ from qvgen.nn.layers_together import (
     added_feed_forward,
     added_linear,
     brought_for_each_call,
+    is_spread,
     linears,
     must_be_called,
     normalized_linears,
@@ -81,7 +82,7 @@ class PackedWanAttnProcessor(WanAttnProcessor):
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        if attention_mask is not None or brought_for_each_call(attn.norm_q):
+        if attention_mask is not None or _needs_hooks(attn, attn):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         if encoder_hidden_states is None:
             query, key, value = _shared(hidden_states, [attn.to_q, attn.to_k, attn.to_v])
@@ -128,7 +129,7 @@ def _block_forward(
     self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: tuple[Tensor, Tensor]
 ) -> Tensor:
     """WanTransformerBlock.forward; temb (n, 6, d), or (n, s, 6, d) with a timestep per token (Wan 2.2 5B)."""
-    if brought_for_each_call(self.attn1.norm_q):
+    if _needs_hooks(self, self.attn1):
         return WanTransformerBlock.forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb)  # type: ignore[arg-type]
     table = self.scale_shift_table if temb.ndim == 3 else self.scale_shift_table.unsqueeze(0)
     modulation = (table + temb.float()).chunk(6, dim=-2)
@@ -155,9 +156,15 @@ def _added_attention(
 
 def _reads_itself(attn: WanAttention) -> bool:
     """Whether nothing stands between the block and the attention's layers: no processor or hook but ours, and no dropout."""
-    if type(attn.processor) is not PackedWanAttnProcessor or must_be_called(attn) or "forward" in vars(attn):
+    if type(attn.processor) is not PackedWanAttnProcessor or must_be_called(attn) or _needs_hooks(attn, attn):
         return False
-    return not (attn.to_out[1].training and attn.to_out[1].p) and not brought_for_each_call(attn.norm_q)
+    replaced = "forward" in attn.__dict__ and "_hf_hook" not in attn.__dict__  # accelerate's, which moves inputs only
+    return not replaced and not (attn.to_out[1].training and attn.to_out[1].p)
+
+
+def _needs_hooks(module: nn.Module, attn: WanAttention) -> bool:
+    """Whether the parts of `module`, a block or an attention, must be called for their hooks; `attn` is one of its own."""
+    return brought_for_each_call(attn.norm_q) or is_spread(module)
 
 
 def _added_feed_forward(ffn: FeedForward, x: Tensor, norm: Norm, gate: Tensor | None) -> Tensor:
