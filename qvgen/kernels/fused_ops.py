@@ -26,7 +26,6 @@ from torch.profiler import record_function
 from qvgen.kernels import block_ops, linear_ops, registry
 from qvgen.kernels.registry import Arguments, LayerTensors
 
-_Many, _Maybe = Sequence[Tensor], Sequence[Tensor | None]
 _NORM = "Tensor? norm_weight, Tensor? norm_bias, Tensor? scale, Tensor? shift, float eps"
 
 

@@ -164,10 +164,10 @@ def _integer_feed_forward(
     hidden = x.new_empty((step, wide))
     for start in range(0, m, step):
         tokens = slice(start, min(m, start + step))
+        some, theirs = (launch.Codes(*(tensor[tokens] for tensor in all_codes)) for all_codes in (codes, wide_codes))
         values = hidden[: tokens.stop - start]
-        launch.integer_linear(launch.Codes(*(part[tokens] for part in codes)), up, bits, k, True, values, unpacked=unpacked)
-        part = [launch.Codes(*(part[tokens] for part in wide_codes))]
-        launch.quantize_rows(values, [down], arguments, part, start, shared_by)
+        launch.integer_linear(some, up, bits, k, True, values, unpacked=unpacked)
+        launch.quantize_rows(values, [down], arguments, [theirs], start, shared_by)
     launch.integer_linear(wide_codes, down, bits, wide, False, output, gated)
 
 
