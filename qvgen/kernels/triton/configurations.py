@@ -49,10 +49,10 @@ def gemm(
     groups: int,
     group_size: int,
     in_loop_bits: int | None,
-    e4m3_residual: bool,
+    many_registers: bool,
 ) -> Gemm:
-    """Of a product of `tokens` rows; `in_loop_bits` where it reads bit planes of so many bits, `e4m3_residual` where it adds
-    one to products in e4m3."""
+    """Of a product of `tokens` rows; `in_loop_bits` where it reads bit planes of so many bits; `many_registers` where its
+    epilogue needs them: a residual after products in e4m3, or with float32 gates of each token."""
     if in_loop_bits == 3:  # eight products to a tile of bytes
         return Gemm(16 if tokens <= 16 else 32, 32, 32, 4, 2)
     if in_loop_bits is not None:
@@ -62,8 +62,8 @@ def gemm(
         return Gemm(64, 64, min(128, max(32, _power_of_two(group_size))), 4, 2)
     if tokens <= 64:
         return Gemm(64, 64, 128, 4, 3)
-    if e4m3_residual:
-        return Gemm(128, 64, 128, 8, 4)  # 128 x 128 spills on sm_103
+    if many_registers:  # 128 x 128 spills on sm_103 and, in float32, on sm_100
+        return Gemm(128, 64, 128 if architecture.shared_bytes >= 150_000 else 64, 8, 3)
     # 128 x 256 spills on sm_90 (with a GELU) and, in e4m3, on sm_103.
     if architecture.shared_bytes >= 200_000:
         return Gemm(128, 128, 128, 8, 4)

@@ -207,8 +207,9 @@ def integer_linear(
     stored = weight_bits if in_loop else 8
     count, width, _ = planes(size, stored)
     e4m3 = codes.codes.dtype != torch.int8
-    in_loop_bits = weight_bits if in_loop else None
-    tile = configurations.gemm(architecture, m, groups, size, in_loop_bits, e4m3 and gated is not None)
+    gate_per_token = gate is not None and gate.shape[1] > 1
+    many_registers = gated is not None and (e4m3 or (gate_per_token and y.dtype == torch.float32))
+    tile = configurations.gemm(architecture, m, groups, size, weight_bits if in_loop else None, many_registers)
     grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)
     with on(y.device):
         integer_gemm_kernel[grid](
@@ -240,7 +241,7 @@ def integer_linear(
             GELU=gelu,
             RESIDUAL=gated is not None,
             HAS_GATE=gate is not None,
-            PER_TOKEN=gate is not None and gate.shape[1] > 1,
+            PER_TOKEN=gate_per_token,
             E4M3=e4m3,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,

@@ -102,6 +102,15 @@ def test_a_norm_before_and_a_residual_after(gpu: Architecture, monkeypatch: pyte
     assert "div.rn.f32" in ptx and "sqrt.rn.f32" in ptx and "div.full" not in ptx and "fma" not in ptx
 
 
+def test_a_float32_gate_of_each_token_does_not_spill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the architecture where it did, in the tile of all others."""
+    (gpu,) = (gpu for gpu in ARCHITECTURES if gpu.name == "sm_100")
+    monkeypatch.setattr(launch, "architecture_of", lambda _: gpu)
+    y, codes = torch.empty(1, LARGE, N, device="meta"), launch.empty_codes(LARGE, K, 1, False, torch.device("meta"))
+    launches = launches_of(lambda: launch.integer_linear(codes, layer(4, 1), 4, K, False, y, Gated(y, y)))
+    check(gpu, {"integer_gemm_kernel": compile_for(launches[-1], gpu.capability)})
+
+
 @GPUS
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_small_products(gpu: Architecture, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
