@@ -40,7 +40,8 @@ CARDS = {
     "l40s": Card(864, 362, 733, 96, "366 and 733 by hmc-tech.com at its boost; bandwidth from memory", confirmed=False),
     "h100": Card(3350, 989.4, 1978.9, 50, "SXM; glennklockwood.com/garden/processors/h100"),
     "h200": Card(4800, 989.4, 1978.9, 50, "products as H100 (the same page); the bandwidth is from memory", confirmed=False),
-    "b200": Card(8000, 2250, 4500, 65, "HGX, 1,000 W; glennklockwood.com/garden/processors/B200"),
+    "b200": Card(8000, 2250, 4500, 65, "HGX, 1,000 W; glennklockwood.com/garden/processors/B200; pages differ on its L2",
+                 confirmed=False),
     "rtx5090": Card(1792, 209.5, 838, 96, "1,792 GB/s (spheron.network); int8: a quarter of 3,352 (castromedia.org); "
                     "bf16: a quarter of int8, as on the RTX 4090", confirmed=False),
 }  # fmt: skip
