@@ -3,8 +3,10 @@ peaks. A model, not a measurement: no kernel reaches all of it, and launches, ca
 
 Per op: bytes read and written in GPU memory once each, 2 operations per multiply-add, time = the larger of bytes / bandwidth
 and operations / peak. Packed linears read x in bfloat16 and write codes, read codes and packed weights (for many tokens the
-weight is unpacked to bytes once, written and read) and write bfloat16. Peaks are dense, each with its source in CARDS;
-where not all of them could be confirmed, the output says so.
+weight is unpacked to bytes once, written and read) and write bfloat16. In Wan's blocks norms are part of what makes codes of
+their result, gates and residuals part of the products before them (qvgen/kernels/fused_ops.py); the wide intermediate stays in
+the L2 cache where its tokens are taken by blocks (configurations.tokens_together). Peaks are dense, each with its source in
+CARDS; where not all of them could be confirmed, the output says so.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ import argparse
 from typing import NamedTuple
 
 from bench.report import print_table
+from qvgen.kernels.triton.configurations import SCRATCH_FROM, tokens_together
 
-SCRATCH_FROM = 128  # tokens, as qvgen/kernels/triton/configurations.py
 TEXT_TOKENS = {"wan": 512, "cogvideox": 226}
 
 
@@ -22,22 +24,25 @@ class Card(NamedTuple):
     gigabytes_per_s: float
     bf16_tflops: float  # float32 accumulation, dense
     int8_tops: float  # dense; of what runs products of codes there
+    cache_megabytes: int  # L2; on a GPU the launch asks the card itself
     source: str
     confirmed: bool = True
 
 
 # NVIDIA's own documents could not be read when these were checked (2026-11-27); the pages named here give the same numbers, or
-# say what they would be. What no page gave is marked and printed as such.
+# say what they would be. What no page gave is marked and printed as such. L2: A100, H100 (centeringsection.com), RTX 3090
+# (6,144 KB), 4090 and 5090 (herosweb.com), L40 (hmc-tech.com); of B200 the half of what others say, 65.5 MB (hmc-tech.com).
 CARDS = {
-    "a100": Card(2039, 312, 624, "80 GB SXM; glennklockwood.com/garden/processors/A100, which cites NVIDIA's data sheet"),
-    "rtx3090": Card(936, 71, 284, "936 GB/s and 71 in bf16: half of 142 in fp16 (Tom's Hardware); int8 is four times that",
+    "a100": Card(2039, 312, 624, 40, "80 GB SXM; glennklockwood.com/garden/processors/A100, which cites NVIDIA's data sheet"),
+    "rtx3090": Card(936, 71, 284, 6, "936 GB/s and 71 in bf16: half of 142 in fp16 (Tom's Hardware); int8 is four times that",
                     confirmed=False),
-    "rtx4090": Card(1008, 165.2, 660.6, "waredb.com/processor/nvidia-geforce-rtx-4090, gigagpu.com"),
-    "l40s": Card(864, 362, 733, "366 and 733 by hmc-tech.com at its boost; bandwidth from memory", confirmed=False),
-    "h100": Card(3350, 989.4, 1978.9, "SXM; glennklockwood.com/garden/processors/h100"),
-    "h200": Card(4800, 989.4, 1978.9, "products as H100 (the same page); the bandwidth is from memory", confirmed=False),
-    "b200": Card(8000, 2250, 4500, "HGX, 1,000 W; glennklockwood.com/garden/processors/B200"),
-    "rtx5090": Card(1792, 209.5, 838, "1,792 GB/s (spheron.network); int8: a quarter of 3,352 (castromedia.org); "
+    "rtx4090": Card(1008, 165.2, 660.6, 72, "waredb.com/processor/nvidia-geforce-rtx-4090, gigagpu.com"),
+    "l40s": Card(864, 362, 733, 96, "366 and 733 by hmc-tech.com at its boost; bandwidth from memory", confirmed=False),
+    "h100": Card(3350, 989.4, 1978.9, 50, "SXM; glennklockwood.com/garden/processors/h100"),
+    "h200": Card(4800, 989.4, 1978.9, 50, "products as H100 (the same page); the bandwidth is from memory", confirmed=False),
+    "b200": Card(8000, 2250, 4500, 65, "HGX, 1,000 W; glennklockwood.com/garden/processors/B200; pages differ on its L2",
+                 confirmed=False),
+    "rtx5090": Card(1792, 209.5, 838, 96, "1,792 GB/s (spheron.network); int8: a quarter of 3,352 (castromedia.org); "
                     "bf16: a quarter of int8, as on the RTX 4090", confirmed=False),
 }  # fmt: skip
 
@@ -83,29 +88,64 @@ def quantize(m: int, k: int, sets: int) -> float:
     return m * k * (2 + sets)
 
 
-def packed_step(model: Model, m: int, weight_bits: int) -> list[Op]:
-    """Every op of a step with packed linears; without embedders and head, which stay in bfloat16."""
-    d, f, text = model.width, model.feed_forward, TEXT_TOKENS[model.family]
-    layers, rows = model.layers, m + text if model.joint else m
-    square, wide, narrow = linear(rows, d, d, weight_bits), linear(rows, d, f, weight_bits), linear(rows, f, d, weight_bits)
+def packed_step(model: Model, m: int, weight_bits: int, card: Card, fused: bool = True) -> list[Op]:
+    """Every op of a step with packed linears; without embedders and head, which stay in bfloat16. `fused`: with
+    kernels/fused_ops.py, which only Wan's blocks use."""
+    return _joint_step(model, m, weight_bits) if model.joint else _wan_step(model, m, weight_bits, card, fused)
+
+
+def _wan_step(model: Model, m: int, bits: int, card: Card, fused: bool) -> list[Op]:
+    d, f, text, layers = model.width, model.feed_forward, TEXT_TOKENS[model.family], model.layers
+    square, (wide_bytes, wide), narrow = linear(m, d, d, bits), linear(m, d, f, bits), linear(m, f, d, bits)
+    norm, added = ("layer norm, ", ", residual") if fused else ("", "")
+    residual = 2.0 * m * d if fused else 0.0  # read by the product; gates of a sample each are nothing
+    together = fused and tokens_together(m, d, f, 2, card.cache_megabytes * 2**20) < m
+    stays = 2.0 * m * f if together else 0.0  # written, and read, in the cache
     ops = [
-        Op("quantize for q, k, v", layers, quantize(rows, d, 3), 0, False),
-        Op("quantize for one layer", layers * (2 if model.joint else 4), quantize(rows, d, 1), 0, False),
-        Op("quantize the wide intermediate", layers, quantize(rows, f, 1), 0, False),
-        Op("linear d x d", layers * (4 if model.joint else 6), *square, True),
-        Op("linear d x f, GELU", layers, *wide, True),
-        Op("linear f x d", layers, *narrow, True),
-        Op("self-attention (bf16)", layers, 8.0 * rows * d, 4.0 * rows * rows * d, False),
-        Op("layer_norm_modulate", layers * (2 if model.joint else 3), 4.0 * rows * d, 0, False),
-        Op("rms_norm_rotary", layers * 2, 4.0 * rows * d, 0, False),
-        Op("add_gated", layers * (2 if model.joint else 3), 6.0 * rows * d, 0, False),
+        Op(f"{norm}quantize for q, k, v", layers, quantize(m, d, 3), 0, False),
+        Op(f"{norm}quantize for one layer", layers * 2, quantize(m, d, 1), 0, False),
+        Op("quantize what attention gives", layers * 2, quantize(m, d, 1), 0, False),
+        Op("quantize the wide intermediate", layers, quantize(m, f, 1) - stays, 0, False),
+        Op("linear d x d", layers * 4, *square, True),
+        Op(
+            "linear d x d, residual" if fused else "linear d x d of attention",
+            layers * 2,
+            square[0] + residual,
+            square[1],
+            True,
+        ),
+        Op("linear d x f, GELU", layers, wide_bytes - stays, wide, True),
+        Op(f"linear f x d{added}", layers, narrow[0] + residual, narrow[1], True),
+        Op("self-attention (bf16)", layers, 8.0 * m * d, 4.0 * m * m * d, False),
+        Op("rms_norm_rotary", layers * 2, 4.0 * m * d, 0, False),
+        Op("linear d x d of the text", layers * 2, *linear(text, d, d, bits), True),
+        Op("cross-attention (bf16)", layers, 4.0 * (m + text) * d, 4.0 * m * text * d, False),
     ]
-    if not model.joint:
-        ops += [
-            Op("linear d x d of the text", layers * 2, *linear(text, d, d, weight_bits), True),
-            Op("cross-attention (bf16)", layers, 4.0 * (rows + text) * d, 4.0 * rows * text * d, False),
-        ]
-    return ops
+    return ops if fused else ops + _between(model, m, 3)
+
+
+def _joint_step(model: Model, m: int, bits: int) -> list[Op]:
+    d, f, layers, rows = model.width, model.feed_forward, model.layers, m + TEXT_TOKENS[model.family]
+    return [
+        Op("quantize for q, k, v", layers, quantize(rows, d, 3), 0, False),
+        Op("quantize for one layer", layers * 2, quantize(rows, d, 1), 0, False),
+        Op("quantize the wide intermediate", layers, quantize(rows, f, 1), 0, False),
+        Op("linear d x d", layers * 4, *linear(rows, d, d, bits), True),
+        Op("linear d x f, GELU", layers, *linear(rows, d, f, bits), True),
+        Op("linear f x d", layers, *linear(rows, f, d, bits), True),
+        Op("self-attention (bf16)", layers, 8.0 * rows * d, 4.0 * rows * rows * d, False),
+        Op("rms_norm_rotary", layers * 2, 4.0 * rows * d, 0, False),
+        *_between(model, rows, 2),
+    ]
+
+
+def _between(model: Model, rows: int, of_each: int) -> list[Op]:
+    """Norms, gates and residuals that are ops of their own."""
+    d, layers = model.width, model.layers
+    return [
+        Op("layer_norm_modulate", layers * of_each, 4.0 * rows * d, 0, False),
+        Op("add_gated", layers * of_each, 6.0 * rows * d, 0, False),
+    ]
 
 
 def milliseconds(op: Op, card: Card) -> tuple[float, str]:
@@ -115,11 +155,10 @@ def milliseconds(op: Op, card: Card) -> tuple[float, str]:
     return 1e3 * op.calls * max(memory, compute), "memory" if memory > compute else "compute"
 
 
-def bf16_milliseconds(op: Op, card: Card) -> float:
-    """The same op of the full-precision model: bfloat16 products, and no quantization."""
-    if op.name.startswith("quantize"):
-        return 0.0
-    return milliseconds(op._replace(integer=False), card)[0]
+def bf16_milliseconds(model: Model, m: int, card: Card) -> float:
+    """A step of the full-precision model: the ops one by one, bfloat16 products, and no quantization."""
+    ops = packed_step(model, m, 4, card, fused=False)
+    return sum(milliseconds(op._replace(integer=False), card)[0] for op in ops if not op.name.startswith("quantize"))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -133,7 +172,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"frames must be 4 n + 1, not {options.frames}")
     card, m = CARDS[options.card], tokens(options.frames)
     for name in options.model or MODELS:
-        show(name, packed_step(MODELS[name], m, options.weight_bits), card, f"{options.frames} frames, {m} tokens")
+        show(name, m, options.weight_bits, card, f"{options.frames} frames, {m} tokens")
     print(
         f"{options.card}: {card.gigabytes_per_s:.0f} GB/s, bf16 {card.bf16_tflops:.0f} TFLOPS, int8 {card.int8_tops:.0f} TOPS"
     )
@@ -141,7 +180,9 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"({card.source}).{doubt} A model at peak rates, nothing here was measured.")
 
 
-def show(name: str, ops: list[Op], card: Card, size: str) -> None:
+def show(name: str, m: int, weight_bits: int, card: Card, size: str) -> None:
+    model = MODELS[name]
+    ops, apart = (packed_step(model, m, weight_bits, card, fused) for fused in (True, False))
     times = [milliseconds(op, card) for op in ops]
     whole = sum(ms for ms, _ in times)
     cells = [
@@ -156,8 +197,9 @@ def show(name: str, ops: list[Op], card: Card, size: str) -> None:
         ]
         for op, (ms, bound) in zip(ops, times, strict=True)
     ]
-    bf16 = sum(bf16_milliseconds(op, card) for op in ops)
+    bf16, one_by_one = bf16_milliseconds(model, m, card), sum(milliseconds(op, card)[0] for op in apart)
     cells.append(["a step", "", "", "", f"{whole:.1f}", "", f"bf16 {bf16:.1f} ms: at most {bf16 / whole:.2f}x"])
+    cells.append(["the ops one by one", "", "", "", f"{one_by_one:.1f}", "", ""])
     header = ["op", "calls", "MB a call", "Gop a call", "ms a step", "share", "bound by"]
     print_table(f"{name}, {size}", header, cells)
 

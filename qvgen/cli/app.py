@@ -10,6 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
+from qvgen.cli.memory import lack_of_memory
+
+_LESS = (
+    "to need less, give fewer --frames, a smaller --height and --width, --batch-size or --processes where the command has "
+    "them, end what else uses the memory, or choose another device with QVGEN_DEVICE"
+)
+
 anywhere = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -99,16 +106,17 @@ def show_rollback(done: Any, as_json: bool) -> None:
 
 
 def run_app(app: Callable[[], Any]) -> None:
-    """Bad input and a bad environment print one message and exit with 1; QVGEN_DEBUG=1 shows the traceback."""
+    """Bad input, a bad environment and a lack of memory print a message and exit with 1; QVGEN_DEBUG=1 shows the traceback."""
     try:
         app()
-    except (ValueError, OSError) as error:
-        if os.environ.get("QVGEN_DEBUG") == "1":
-            raise
-        print(f"qvgen: {error}", file=sys.stderr)
-        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        lacking = lack_of_memory(error)
+        if os.environ.get("QVGEN_DEBUG") == "1" or not (lacking or isinstance(error, (ValueError, OSError))):
+            raise
+        print(f"qvgen: {f'{lacking}; {_LESS}' if lacking else error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def main() -> None:

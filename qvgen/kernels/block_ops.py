@@ -59,7 +59,7 @@ def _define(name: str, schema: str, check: Callable[..., None]) -> Callable[...,
     return call
 
 
-def _check_layer_norm(x: Tensor, weight: Any, bias: Any, scale: Any, shift: Any, eps: float) -> None:
+def check_layer_norm(x: Tensor, weight: Any, bias: Any, scale: Any, shift: Any, eps: float) -> None:
     _check_rows(x)
     _check_place(x, weight=weight, bias=bias, scale=scale, shift=shift)
     _check_features(x, weight=weight, bias=bias)
@@ -83,7 +83,7 @@ def _check_rms_norm(x: Tensor, weight: Any, cosine: Any, sine: Any, heads: int, 
             raise ValueError(f"{name} must be floating point of shape {expected}, with an even last size, not {found}")
 
 
-def _check_add_gated(x: Tensor, y: Tensor, gate: Any) -> None:
+def check_add_gated(x: Tensor, y: Tensor, gate: Any) -> None:
     _check_rows(x)
     if y is None or y.shape != x.shape or not y.dtype.is_floating_point:
         found = "missing" if y is None else f"{y.dtype} {tuple(y.shape)}"
@@ -134,12 +134,12 @@ def _check_modulation(x: Tensor, **tensors: Tensor | None) -> None:
 layer_norm_modulate = _define(
     "layer_norm_modulate",
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, float eps) -> Tensor",
-    _check_layer_norm,
+    check_layer_norm,
 )
 rms_norm_rotary = _define(
     "rms_norm_rotary",
     "(Tensor x, Tensor? weight, Tensor? cosine, Tensor? sine, int heads, float eps) -> Tensor",
     _check_rms_norm,
 )
-add_gated = _define("add_gated", "(Tensor x, Tensor y, Tensor? gate) -> Tensor", _check_add_gated)
+add_gated = _define("add_gated", "(Tensor x, Tensor y, Tensor? gate) -> Tensor", check_add_gated)
 attention = _define("attention", "(Tensor q, Tensor k, Tensor v) -> Tensor", _check_attention)

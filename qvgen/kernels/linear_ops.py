@@ -38,15 +38,15 @@ from qvgen.kernels.registry import Arguments, LayerTensors, PreparedWeight
 from qvgen.packing.bits import MAX_BITS, MIN_BITS, unpack
 from qvgen.quant.primitives import dequantize
 
-_LAYER = (
+LAYER = (
     "Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor weight_row_sum, "
     "Tensor? clip_lower, Tensor? clip_upper, Tensor? bias"
 )
-_LAYERS = (
+LAYERS = (
     "Tensor[] weight, Tensor[] weight_scale, Tensor?[] weight_zero_point, Tensor[] weight_row_sum, "
     "Tensor?[] clip_lower, Tensor?[] clip_upper, Tensor?[] bias"
 )
-_ARGUMENTS = "Tensor? timestep_group, int weight_bits, int? activation_bits, bool activation_symmetric, str backend"
+ARGUMENTS = "Tensor? timestep_group, int weight_bits, int? activation_bits, bool activation_symmetric, str backend"
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _OUT_DTYPES = (torch.float32, torch.bfloat16)
 _Many = Sequence[Tensor]
@@ -56,11 +56,14 @@ _Maybe = Sequence[Tensor | None]
 _library = torch.library.Library("qvgen", "DEF")
 
 
-def _define(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def define(
+    name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], written: int | None = None
+) -> Callable[..., Any]:
+    """The op qvgen::name, called past the dispatcher where that may be (direct.py); `written` as there."""
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qvgen::{name}", with_fake_input(fake), lib=_library)
-    return getattr(torch.ops.qvgen, name).default
+    return with_shortcut(getattr(torch.ops.qvgen, name).default, implementation, written)
 
 
 def _linear(
@@ -82,8 +85,8 @@ def _linear(
 ) -> Tensor:
     layer = LayerTensors(weight, weight_scale, weight_zero_point, weight_row_sum, clip_lower, clip_upper, bias)
     arguments = Arguments(timestep_group, weight_bits, activation_bits, activation_symmetric, backend)
-    _check(x, (layer,), arguments)
-    y = _empty_output(x, weight_scale, out_dtype)
+    check(x, (layer,), arguments)
+    y = empty_output(x, weight_scale, out_dtype)
     registry.get(backend).linear(x, [layer], arguments, [y], gelu)
     return y
 
@@ -107,7 +110,7 @@ def _linear_out(
 ) -> None:
     layer = LayerTensors(weight, weight_scale, weight_zero_point, weight_row_sum, clip_lower, clip_upper, bias)
     arguments = Arguments(timestep_group, weight_bits, activation_bits, activation_symmetric, backend)
-    _check(x, (layer,), arguments)
+    check(x, (layer,), arguments)
     expected = (*x.shape[:-1], weight_scale.shape[0])
     if out is None or out.shape != expected or not out.is_contiguous():
         raise ValueError(f"out must be contiguous and of shape {expected}, not {None if out is None else shape_of(out)}")
@@ -133,10 +136,10 @@ def _linears(
     activation_symmetric: bool,
     backend: str,
 ) -> list[Tensor]:
-    layers = _layers(weight, weight_scale, weight_zero_point, weight_row_sum, clip_lower, clip_upper, bias)
+    layers = layers_of(weight, weight_scale, weight_zero_point, weight_row_sum, clip_lower, clip_upper, bias)
     arguments = Arguments(timestep_group, weight_bits, activation_bits, activation_symmetric, backend)
-    _check(x, layers, arguments)
-    outputs = [_empty_output(x, layer.weight_scale, None) for layer in layers]
+    check(x, layers, arguments)
+    outputs = [empty_output(x, layer.weight_scale, None) for layer in layers]
     registry.get(backend).linear(x, layers, arguments, outputs, False)
     return outputs
 
@@ -156,12 +159,12 @@ def _feed_forward(
     activation_symmetric: bool,
     backend: str,
 ) -> Tensor:
-    layers = _layers(weight, weight_scale, weight_zero_point, weight_row_sum, clip_lower, clip_upper, bias)
+    layers = layers_of(weight, weight_scale, weight_zero_point, weight_row_sum, clip_lower, clip_upper, bias)
     arguments = Arguments(timestep_group, weight_bits, activation_bits, activation_symmetric, backend)
     if len(layers) != 2:
         raise ValueError(f"a feed-forward has 2 layers, got {len(layers)}")
-    _check(x, layers, arguments)
-    y = _empty_output(x, layers[1].weight_scale, None)
+    check(x, layers, arguments)
+    y = empty_output(x, layers[1].weight_scale, None)
     registry.get(backend).feed_forward(x, layers[0], layers[1], arguments, y)
     return y
 
@@ -188,17 +191,17 @@ def _dequantized(
     return dequantize(grouped, weight_scale.unsqueeze(-1), zero_point.unsqueeze(-1)).view(codes.shape)
 
 
-def _layers(*tensors: _Maybe) -> list[LayerTensors]:
+def layers_of(*tensors: _Maybe) -> list[LayerTensors]:
     if len({len(of_layers) for of_layers in tensors}) != 1 or not tensors[0]:
         raise ValueError(f"each list must have an entry for each layer, not {', '.join(str(len(t)) for t in tensors)}")
     return [LayerTensors(*layer) for layer in zip(*tensors, strict=True)]  # type: ignore[arg-type]
 
 
-def _empty_output(x: Tensor, weight_scale: Tensor, dtype: torch.dtype | None) -> Tensor:
+def empty_output(x: Tensor, weight_scale: Tensor, dtype: torch.dtype | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight_scale.shape[0]), dtype=dtype or x.dtype)
 
 
-def _check(x: Tensor, layers: Sequence[LayerTensors], arguments: Arguments) -> None:
+def check(x: Tensor, layers: Sequence[LayerTensors], arguments: Arguments) -> None:
     group, bits = arguments.timestep_group, arguments.activation_bits
     if x is None or x.dtype not in INPUT_DTYPES or x.ndim == 0 or x.layout != torch.strided:
         found = "missing" if x is None else f"{x.dtype} {shape_of(x)}{'' if x.layout == torch.strided else f' {x.layout}'}"
@@ -219,45 +222,36 @@ def _check(x: Tensor, layers: Sequence[LayerTensors], arguments: Arguments) -> N
 
 
 def _fake_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, *rest: Any) -> Tensor:
-    return _empty_output(x, weight_scale, rest[-1])
+    return empty_output(x, weight_scale, rest[-1])
 
 
 def _fake_linears(x: Tensor, weight: _Many, weight_scale: _Many, *_: Any) -> list[Tensor]:
-    return [_empty_output(x, scale, None) for scale in weight_scale]
+    return [empty_output(x, scale, None) for scale in weight_scale]
 
 
 def _fake_feed_forward(x: Tensor, weight: _Many, weight_scale: _Many, *_: Any) -> Tensor:
-    return _empty_output(x, weight_scale[-1], None)
+    return empty_output(x, weight_scale[-1], None)
 
 
 def _fake_dequantized(weight: Tensor, weight_scale: Tensor, *rest: Any) -> Tensor:
     return weight_scale.new_empty((weight_scale.shape[0], rest[2]))
 
 
-quantized_linear = with_shortcut(
-    _define(
-        registry.OP, f"(Tensor x, {_LAYER}, {_ARGUMENTS}, bool gelu, ScalarType? out_dtype) -> Tensor", _linear, _fake_linear
-    ),
-    _linear,
+quantized_linear = define(
+    registry.OP, f"(Tensor x, {LAYER}, {ARGUMENTS}, bool gelu, ScalarType? out_dtype) -> Tensor", _linear, _fake_linear
 )
-quantized_linear_out = with_shortcut(
-    _define(
-        f"{registry.OP}_out",
-        f"(Tensor x, {_LAYER}, {_ARGUMENTS}, Tensor(a!) out, bool gelu) -> ()",
-        _linear_out,
-        lambda *_: None,
-    ),
+quantized_linear_out = define(
+    f"{registry.OP}_out",
+    f"(Tensor x, {LAYER}, {ARGUMENTS}, Tensor(a!) out, bool gelu) -> ()",
     _linear_out,
+    lambda *_: None,
     written=13,
 )
-quantized_linears = with_shortcut(
-    _define(f"{registry.OP}s", f"(Tensor x, {_LAYERS}, {_ARGUMENTS}) -> Tensor[]", _linears, _fake_linears), _linears
+quantized_linears = define(f"{registry.OP}s", f"(Tensor x, {LAYERS}, {ARGUMENTS}) -> Tensor[]", _linears, _fake_linears)
+quantized_feed_forward = define(
+    "quantized_feed_forward", f"(Tensor x, {LAYERS}, {ARGUMENTS}) -> Tensor", _feed_forward, _fake_feed_forward
 )
-quantized_feed_forward = with_shortcut(
-    _define("quantized_feed_forward", f"(Tensor x, {_LAYERS}, {_ARGUMENTS}) -> Tensor", _feed_forward, _fake_feed_forward),
-    _feed_forward,
-)
-dequantized_weight = _define(
+dequantized_weight = define(
     "dequantized_weight",
     "(Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor weight_row_sum, int in_features, "
     "int weight_bits, str backend) -> Tensor",

@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload, cpu_offload_with_hook
+from accelerate import cpu_offload, cpu_offload_with_hook, dispatch_model, infer_auto_device_map
 from accelerate.hooks import remove_hook_from_module
+from accelerate.utils import compute_module_sizes
 from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from torch import nn
 
 from qvgen.checkpoint.packed import export_pipeline, load_packed_transformer, verify_folder
 from qvgen.checkpoint.pipeline import load_transformer
 from qvgen.models.registry import load_family
 from qvgen.models.tiny import tiny_pipeline
+from qvgen.nn.layers_together import is_spread
 from qvgen.nn.packed_linear import packed_layers
 from qvgen.nn.swap import convert_, prepare_
 from qvgen.packing.layout import EXACT_NAMES
@@ -168,13 +172,41 @@ def test_model_offload(folder: Path, called: bool, device: str) -> None:
 
 
 @DEVICES
-@pytest.mark.parametrize("where", ["one device", "auto"])
+@pytest.mark.parametrize("where", ["one device", "auto", "balanced"])
 def test_device_map(folder: Path, where: str, device: str) -> None:
     expected = predict(folder, load_packed_transformer(folder))
-    mapped = "auto" if where == "auto" else device
+    mapped = device if where == "one device" else where
     model = WanTransformer3DModel.from_pretrained(folder / "transformer", device_map=mapped, use_safetensors=True)
     place = device if where == "one device" or device == "cuda" else "cpu"
     assert relative(predict(folder, model, place), expected) < OTHER_DEVICE
+
+
+def test_spread_over_devices(folder: Path) -> None:
+    """What device_map does on several GPUs, with accelerate's hooks on one: blocks stay fused where they lie in one piece."""
+    expected, model = predict(folder, load_packed_transformer(folder)), load_packed_transformer(folder)
+    dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    assert all(hasattr(layer, "_hf_hook") for _, layer in packed_layers(model))
+    called: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WanTransformerBlock, "forward", lambda *_: called.append("diffusers' own"))
+        assert torch.equal(predict(folder, model), expected) and not called
+        block: Any = model.blocks[0]
+        assert not is_spread(block)
+        block.norm2.weight = nn.Parameter(block.norm2.weight.to("meta"))  # stands for another device
+        assert is_spread(block)
+        block(*[torch.zeros(1)] * 4)
+        assert called == ["diffusers' own"]
+
+
+def test_a_device_map_counts_packed_bytes(folder: Path) -> None:
+    model = load_packed_transformer(folder)
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in model.blocks.state_dict().values())
+    assert compute_module_sizes(model)["blocks"] == stored
+    full = compute_module_sizes(load_transformer(folder.parent / "source"))["blocks"]
+    assert stored < 0.4 * full
+    room = {"cpu": compute_module_sizes(model)[""] - 1}  # a byte too few, and the last parts have to lie elsewhere
+    planned = infer_auto_device_map(model, room, no_split_module_classes=model._no_split_modules)
+    assert planned["blocks.0"] == "cpu" and "disk" in planned.values()
 
 
 @DEVICES
@@ -211,6 +243,8 @@ def test_models_on_several_gpus(folder: Path) -> None:
     for i in (1, 0, 1):  # 1 is not the current device
         model: Any = load_packed_transformer(folder).to(f"cuda:{i}")
         assert relative(predict(folder, model, f"cuda:{i}"), expected) < OTHER_DEVICE
+    model = WanTransformer3DModel.from_pretrained(folder / "transformer", device_map="balanced", use_safetensors=True)
+    assert relative(predict(folder, model, "cuda:0"), expected) < OTHER_DEVICE
 
 
 def test_another_attention_backend(folder: Path) -> None:

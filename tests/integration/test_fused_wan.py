@@ -7,6 +7,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
+from qvgen.integrations.fused import attention
 from qvgen.integrations.fused.wan import PackedWanAttnProcessor, fuse_wan_
 from qvgen.models.wan import WanFamily
 from qvgen.nn.packed_linear import packed_layers
@@ -125,3 +126,49 @@ def test_the_whole_model_compiles_without_a_graph_break() -> None:
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")  # what Inductor does with the ops: test_ops.py
     assert torch.equal(run(compiled), expected)
+
+
+def test_attention_asked_for_by_name(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """diffusers' own math attention stands for a library: it is here, and rounds otherwise than SDPA."""
+    model = packed(8)
+    fuse_wan_(model)
+    expected = run(model)
+    monkeypatch.setenv("QVGEN_KERNELS", "reference")  # PyTorch's norms and rotary embedding, for all below
+    by_reference = run(model)
+    monkeypatch.setenv(attention.ENVIRONMENT, "sdpa")
+    assert torch.equal(run(model), by_reference)
+    here = attention.Library(("_native_math",), 1e-5, "pip install torch", ("cpu",), (torch.float32,))
+    monkeypatch.setenv(attention.ENVIRONMENT, "sage")
+    monkeypatch.setitem(attention.LIBRARIES, "sage", here)
+    with caplog.at_level("INFO", attention.__name__):
+        results = [run(model) for _ in range(2)]
+    assert len(caplog.messages) == 6, "each of three blocks' two attentions is compared, once"
+    assert torch.equal(*results) and relative(results[0], expected) < CODE_FLIPS
+    another = packed(8)
+    fuse_wan_(another)
+    monkeypatch.setitem(attention.LIBRARIES, "sage", here._replace(bound=1e-12))
+    with pytest.raises(RuntimeError, match=r"=sage: its result is [\d.]+e-\d+ of SDPA's norm .* at most 1e-12"):
+        run(another)
+    with pytest.raises(Exception, match="call the model once before it is compiled"):
+        run(torch.compile(another, fullgraph=True, backend="eager"))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "here", "said"),
+    [
+        ("fast", {}, "QVGEN_ATTENTION='fast' is not one of auto, sdpa, flash, sage"),
+        ("flash", {}, "takes bfloat16 or float16 on cuda, not torch.float32 on cpu"),
+        ("flash", {"devices": ("cpu",), "dtypes": (torch.float32,)}, r"cannot run: .*\(`pip install flash-attn`, or unset"),
+        ("sage", {"devices": ("cpu",), "dtypes": (torch.float32,)}, r"cannot run: .*\(`pip install sageattention`, or unset"),
+    ],
+)
+def test_attention_that_cannot_run_says_why(
+    wanted: str, here: dict[str, object], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = packed(8)
+    fuse_wan_(model)
+    monkeypatch.setenv(attention.ENVIRONMENT, wanted)
+    if here:
+        monkeypatch.setitem(attention.LIBRARIES, wanted, attention.LIBRARIES[wanted]._replace(**here))
+    with pytest.raises((ValueError, RuntimeError), match=said):
+        run(model)

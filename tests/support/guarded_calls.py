@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qvgen.kernels import block_ops, linear_ops
+from qvgen.kernels import block_ops, fused_ops, linear_ops
 from qvgen.kernels.cpu import library
 from qvgen.kernels.cpu.backend import CpuBackend
 from qvgen.kernels.registry import KernelPreference, PackedWeight
@@ -54,13 +54,16 @@ def linear_call(chance: random.Random) -> Call:
     k, n, hidden = 8 * chance.randint(1, 9), chance.randint(1, 70), 8 * chance.randint(1, 9)
     if not groups:
         k, hidden = k - chance.randint(0, 7), hidden - chance.randint(0, 7)
-    first, second, up, down = layers(chance, [(n, k), (n + 3, k), (hidden, k), (n, hidden)], backend, groups)
+    shapes = [(n, k), (n + 3, k), (hidden, k), (n, hidden), (k, hidden)]
+    first, second, up, down, back = layers(chance, shapes, backend, groups)
     samples = chance.randint(1, 3)
     set_timestep(torch.rand(samples) * 999)
     x = torch.randn(samples, chance.randint(1, 9), k).to(chance.choice(DTYPES[:3]))
     arguments = list(first._arguments(x))
-    one, two, wide, narrow = (list(layer._tensors()) for layer in (first, second, up, down))
-    pair, feed = (list(map(list, zip(a, b, strict=True))) for a, b in ((one, two), (wide, narrow)))
+    one, two, wide, narrow, last = (list(layer._tensors()) for layer in (first, second, up, down, back))
+    pair, feed, fed = (list(map(list, zip(a, b, strict=True))) for a, b in ((one, two), (wide, narrow), (wide, last)))
+    norm = [torch.randn(k), None, torch.randn(samples, 1, k), torch.randn(samples, 1, k), 1e-6]
+    residual, gate = torch.randn(*x.shape[:-1], n), torch.randn(samples, 1, n)
     out = torch.empty(*x.shape[:-1], n, dtype=chance.choice(DTYPES[:2]))
     bits = arguments[1]
     calls: list[Call] = [
@@ -68,6 +71,9 @@ def linear_call(chance: random.Random) -> Call:
         ("quantized_linear_out", linear_ops.quantized_linear_out, [x, *one, *arguments, out, False]),
         ("quantized_linears", linear_ops.quantized_linears, [x, *pair, *arguments]),
         ("quantized_feed_forward", linear_ops.quantized_feed_forward, [x, *feed, *arguments]),
+        ("layer_norm_linears", fused_ops.layer_norm_linears, [x, *norm, *pair, *arguments]),
+        ("linear_add_gated", fused_ops.linear_add_gated, [x, *one, *arguments, residual, gate]),
+        ("layer_norm_feed_forward", fused_ops.layer_norm_feed_forward, [x, *norm, *fed, *arguments, torch.randn(x.shape)]),
         ("dequantized_weight", linear_ops.dequantized_weight, [*one[:4], k, bits, backend]),
     ]
     return chance.choice(calls)

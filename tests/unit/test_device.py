@@ -1,10 +1,13 @@
 """Which device a name means, and what is refused."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from qvgen.cli.app import run_app
+from qvgen.cli.memory import lack_of_memory
 from qvgen.device import resolve_device, synchronize, widest_float
 from qvgen.params import ParamsError, validate_params
 
@@ -53,3 +56,36 @@ def test_older_params_have_the_defaults_and_others_are_refused() -> None:
         validate_params(tree | {"compute": {"device": "tpu"}}, "new")
     with pytest.raises(ParamsError, match=r"compute\.micro_batch = 3 does not divide qat\.batch_size = 16"):
         validate_params(tree | {"compute": {"micro_batch": 3}}, "new")
+
+
+def allocate_too_much() -> None:
+    torch.empty(1 << 52, dtype=torch.uint8)
+
+
+def of_a_card() -> None:
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has a total capacity of 79.11 GiB of which 1.20 GiB is free. "
+        "Including non-PyTorch memory, this process has 77.9 GiB memory in use."
+    )
+
+
+@pytest.mark.parametrize(
+    ("action", "said"),
+    [
+        (allocate_too_much, "out of memory on the CPU: 4503599.63 GB more were wanted"),
+        (lambda: bytearray(1 << 52), "out of memory on the CPU: more was wanted than there is"),
+        (of_a_card, "out of memory on GPU 1: 2.50 GiB more were wanted, 1.20 GiB of 79.11 GiB were free"),
+    ],
+)
+def test_a_lack_of_memory_is_one_line(action: Any, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_app(action)
+    message = capsys.readouterr().err
+    assert ended.value.code == 1 and message.startswith(f"qvgen: {said}; to need less, give fewer --frames,")
+    assert message.count("\n") == 1
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    assert lack_of_memory(ValueError("out of memory")) is None
+    with pytest.raises(ZeroDivisionError):
+        run_app(lambda: 1 // 0)

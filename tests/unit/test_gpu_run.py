@@ -17,6 +17,7 @@ from bench.gpu import embedded, parts, qat_step
 from bench.gpu.parts import PARTS, SMALLEST, Part, Result, run_all
 from bench.gpu.table import markdown, rows_of, targets
 from bench.gpu.timing import rounds_within
+from bench.roofline import CARDS, MODELS, packed_step
 from bench.variants import ON_GPUS as LINEARS
 from bench.variants import Problem, Unavailable
 from qvgen.kernels.triton import backend
@@ -206,3 +207,13 @@ def test_published_sizes() -> None:
 
 def test_rounds_fit_the_time() -> None:
     assert [rounds_within(60, once) for once in (1e-3, 10, 100)] == [10, 4, 2]
+
+
+@pytest.mark.parametrize(("name", "in_cache"), [("wan2.1-1.3b", True), ("wan2.1-14b", False)])
+def test_the_cost_model_counts_what_is_fused(name: str, in_cache: bool) -> None:
+    """Three norms and three sums less: 4 bytes a value each, as residuals are read either way; and 4 a value in the cache."""
+    model, m = MODELS[name], 32760
+    apart, fused = (packed_step(model, m, 4, CARDS["h100"], fused) for fused in (False, True))
+    saved = 24 * m * model.width + (4 * m * model.feed_forward if in_cache else 0)
+    assert sum(op.calls * op.bytes for op in apart) - sum(op.calls * op.bytes for op in fused) == model.layers * saved
+    assert sum(op.calls * op.operations for op in apart) == sum(op.calls * op.operations for op in fused)

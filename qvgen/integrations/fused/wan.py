@@ -2,11 +2,13 @@
 
 diffusers' block normalizes, modulates, gates and rotates with some thirty elementary PyTorch operations, each a pass over
 all tokens, most of them with a conversion to float32 or back. That hardly shows beside slow linear layers; beside packed
-ones it does (`python -m bench.dit_step` shows how much). Here each of these is one op (kernels/block_ops.py), q, k
-and v share one reading of their input, and the feed-forward keeps its wide intermediate in the cache. Outputs differ from
-diffusers' by rounding only (tests/integration/test_fused_wan.py states by how much).
+ones it does (`python -m bench.dit_step` shows how much). Here each of these is one op (kernels/block_ops.py), or part of the
+packed layers' own (kernels/fused_ops.py): norms of those that read them, gates and residuals of those before them. q, k and v
+share one reading of their input, and the feed-forward keeps its wide intermediate in the cache. Outputs differ from diffusers'
+by rounding only (tests/integration/test_fused_wan.py states by how much).
 
-Attention is replaced through diffusers' own processors, so that a processor or attention backend set later by the user wins.
+Attention is replaced through diffusers' own processors, so that a processor or attention backend set later by the user wins;
+which one runs else: attention.py.
 """
 
 from __future__ import annotations
@@ -22,8 +24,18 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanTransformerBlock
 from torch import Tensor, nn
 
-from qvgen.kernels.block_ops import add_gated, attention, layer_norm_modulate, rms_norm_rotary
-from qvgen.nn.layers_together import brought_for_each_call, feed_forward, linears
+from qvgen.integrations.fused.attention import attend
+from qvgen.kernels.block_ops import add_gated, layer_norm_modulate, rms_norm_rotary
+from qvgen.kernels.fused_ops import Norm
+from qvgen.nn.layers_together import (
+    added_feed_forward,
+    added_linear,
+    brought_for_each_call,
+    is_spread,
+    linears,
+    must_be_called,
+    normalized_linears,
+)
 from qvgen.nn.packed_linear import PackedLinear
 
 
@@ -47,7 +59,7 @@ def unfuse_wan_(model: nn.Module) -> None:
             del module.__dict__["forward"]
         if isinstance(module, WanAttention) and type(module.processor) is PackedWanAttnProcessor:
             plain = WanAttnProcessor()
-            vars(plain).update(vars(module.processor))
+            vars(plain).update({name: value for name, value in vars(module.processor).items() if name != "compared"})
             module.set_processor(cast(Any, plain))
 
 
@@ -58,6 +70,10 @@ def _has_packed_layers(block: nn.Module) -> bool:
 class PackedWanAttnProcessor(WanAttnProcessor):
     """WanAttnProcessor without image conditioning and masks; layout (n, s, heads, D) from projection to projection."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.compared: set[str] = set()  # attention.py
+
     def __call__(
         self,
         attn: WanAttention,
@@ -66,33 +82,54 @@ class PackedWanAttnProcessor(WanAttnProcessor):
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        if attention_mask is not None or brought_for_each_call(attn.norm_q):
+        if attention_mask is not None or _needs_hooks(attn, attn):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         if encoder_hidden_states is None:
             query, key, value = _shared(hidden_states, [attn.to_q, attn.to_k, attn.to_v])
         else:
             query = attn.to_q(hidden_states)
             key, value = _shared(encoder_hidden_states, [attn.to_k, attn.to_v])
+        hidden_states = self._attend(attn, query, key, value, encoder_hidden_states is None, rotary_emb)
+        projection, dropout = attn.to_out
+        hidden_states = projection(hidden_states)
+        return dropout(hidden_states) if dropout.training else hidden_states
+
+    def added(
+        self, attn: WanAttention, x: Tensor, norm: Norm | None, text: Tensor | None, rotary_emb: Any, gate: Tensor | None
+    ) -> Tensor:
+        """x + gate * attn(norm(x)), for an attention that `_reads_itself`."""
+        if text is None:
+            query, key, value = _normalized(x, norm, [attn.to_q, attn.to_k, attn.to_v])
+        else:
+            (query,) = _normalized(x, norm, [attn.to_q])
+            key, value = _shared(text, [attn.to_k, attn.to_v])
+        attended = self._attend(attn, query, key, value, text is None, rotary_emb)
+        projection = attn.to_out[0]
+        if isinstance(projection, PackedLinear):
+            return added_linear(attended, projection, x, gate)
+        return add_gated(x, projection(attended), gate)
+
+    def _attend(
+        self, attn: WanAttention, query: Tensor, key: Tensor, value: Tensor, to_itself: bool, rotary_emb: Any
+    ) -> Tensor:
+        """From projections to the input of the last one, (n, s, d)."""
         cosine, sine = (None, None) if rotary_emb is None else rotary_emb
         query = rms_norm_rotary(query, attn.norm_q.weight, cosine, sine, attn.heads, _eps(attn.norm_q, query))
         key = rms_norm_rotary(key, attn.norm_k.weight, cosine, sine, attn.heads, _eps(attn.norm_k, key))
         query, key, value = (t.view(*t.shape[:2], attn.heads, -1) for t in (query, key, value))
         if self._attention_backend is None and self._parallel_config is None:
-            hidden_states = attention(query, key, value)
+            hidden_states = attend(query, key, value, self.compared)
         else:
-            parallel = self._parallel_config if encoder_hidden_states is None else None
+            parallel = self._parallel_config if to_itself else None
             hidden_states = dispatch_attention_fn(query, key, value, backend=self._attention_backend, parallel_config=parallel)
-        hidden_states = hidden_states.flatten(2, 3).type_as(query)
-        projection, dropout = attn.to_out
-        hidden_states = projection(hidden_states)
-        return dropout(hidden_states) if dropout.training else hidden_states
+        return hidden_states.flatten(2, 3).type_as(query)
 
 
 def _block_forward(
     self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: tuple[Tensor, Tensor]
 ) -> Tensor:
     """WanTransformerBlock.forward; temb (n, 6, d), or (n, s, 6, d) with a timestep per token (Wan 2.2 5B)."""
-    if brought_for_each_call(self.attn1.norm_q):
+    if _needs_hooks(self, self.attn1):
         return WanTransformerBlock.forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb)  # type: ignore[arg-type]
     table = self.scale_shift_table if temb.ndim == 3 else self.scale_shift_table.unsqueeze(0)
     modulation = (table + temb.float()).chunk(6, dim=-2)
@@ -100,31 +137,62 @@ def _block_forward(
         modulation = [m.squeeze(2) for m in modulation]
     shift_msa, scale_msa, gate_msa, c_shift_msa, c_scale_msa, c_gate_msa = modulation
 
-    x = layer_norm_modulate(hidden_states, self.norm1.weight, self.norm1.bias, scale_msa, shift_msa, self.norm1.eps)
-    hidden_states = add_gated(hidden_states, self.attn1(x, None, None, rotary_emb), gate_msa)
-
-    x = hidden_states
-    if not isinstance(self.norm2, nn.Identity):
-        x = layer_norm_modulate(x, self.norm2.weight, self.norm2.bias, None, None, self.norm2.eps)
-    hidden_states = add_gated(hidden_states, self.attn2(x, encoder_hidden_states, None, None), None)
-
-    x = layer_norm_modulate(hidden_states, self.norm3.weight, self.norm3.bias, c_scale_msa, c_shift_msa, self.norm3.eps)
-    return add_gated(hidden_states, _feed_forward(self.ffn, x), c_gate_msa)
+    norm = _norm(self.norm1, scale_msa, shift_msa)
+    x = _added_attention(self.attn1, hidden_states, norm, None, rotary_emb, gate_msa)
+    norm = None if isinstance(self.norm2, nn.Identity) else _norm(self.norm2, None, None)
+    x = _added_attention(self.attn2, x, norm, encoder_hidden_states, None, None)
+    return _added_feed_forward(self.ffn, x, _norm(self.norm3, c_scale_msa, c_shift_msa), c_gate_msa)
 
 
-def _feed_forward(ffn: FeedForward, x: Tensor) -> Tensor:
+def _added_attention(
+    attn: WanAttention, x: Tensor, norm: Norm | None, text: Tensor | None, rotary_emb: Any, gate: Tensor | None
+) -> Tensor:
+    """x + gate * attn(norm(x))."""
+    if _reads_itself(attn):
+        return attn.processor.added(attn, x, norm, text, rotary_emb, gate)  # type: ignore[union-attr]
+    normalized = x if norm is None else layer_norm_modulate(x, *norm)
+    return add_gated(x, attn(normalized, text, None, rotary_emb), gate)
+
+
+def _reads_itself(attn: WanAttention) -> bool:
+    """Whether nothing stands between the block and the attention's layers: no processor or hook but ours, and no dropout."""
+    if type(attn.processor) is not PackedWanAttnProcessor or must_be_called(attn) or _needs_hooks(attn, attn):
+        return False
+    replaced = "forward" in attn.__dict__ and "_hf_hook" not in attn.__dict__  # accelerate's, which moves inputs only
+    return not replaced and not (attn.to_out[1].training and attn.to_out[1].p)
+
+
+def _needs_hooks(module: nn.Module, attn: WanAttention) -> bool:
+    """Whether the parts of `module`, a block or an attention, must be called for their hooks; `attn` is one of its own."""
+    return brought_for_each_call(attn.norm_q) or is_spread(module)
+
+
+def _added_feed_forward(ffn: FeedForward, x: Tensor, norm: Norm, gate: Tensor | None) -> Tensor:
+    """x + gate * ffn(norm(x))."""
     activation, down = ffn.net[0], ffn.net[-1]
     if len(ffn.net) == 3 and isinstance(activation, GELU) and activation.approximate == "tanh":
         up = activation.proj
         if isinstance(up, PackedLinear) and isinstance(down, PackedLinear):
-            return feed_forward(x, up, down)
-    return ffn(x)
+            return added_feed_forward(x, norm, up, down, gate)
+    return add_gated(x, ffn(layer_norm_modulate(x, *norm)), gate)
 
 
 def _shared(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
     """Outputs of layers that read the same input."""
     packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
     return linears(x, packed) if len(packed) == len(layers) else [layer(x) for layer in layers]
+
+
+def _normalized(x: Tensor, norm: Norm | None, layers: Sequence[nn.Module]) -> list[Tensor]:
+    """Outputs of layers that read the same norm."""
+    packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
+    if norm is not None and len(packed) == len(layers):
+        return normalized_linears(x, norm, packed)
+    return _shared(x if norm is None else layer_norm_modulate(x, *norm), layers)
+
+
+def _norm(norm: Any, scale: Tensor | None, shift: Tensor | None) -> Norm:
+    return Norm(norm.weight, norm.bias, scale, shift, norm.eps)
 
 
 def _eps(norm: nn.RMSNorm, x: Tensor) -> float:

@@ -10,6 +10,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from qvgen.kernels.fused_ops import Gated, Norm
 from qvgen.kernels.registry import Arguments, BlockOp, LayerTensors, PackedWeight, PreparedWeight
 from qvgen.kernels.triton import architectures, block_functions
 from qvgen.kernels.triton.layout import to_planes, to_words
@@ -68,24 +69,114 @@ class TritonBackend:
                 if not launch.weight_only_in_loop(x, layer, arguments.weight_bits, gelu, y):
                     y.copy_(_weight_only(x, layer, arguments.weight_bits, gelu))
             return
-        if not x.numel():
-            return  # no tokens, no outputs
-        e4m3 = launch.uses_e4m3(launch.architecture_of(x.device), arguments.weight_bits, bits, layers[0].weight_scale.shape[1])
-        for start in range(0, len(layers), launch.MOST_SETS):
-            some = layers[start : start + launch.MOST_SETS]
-            for layer, codes, y in zip(
-                some, launch.quantize_tokens(x, some, arguments, e4m3), outputs[start : start + launch.MOST_SETS], strict=True
-            ):
-                launch.integer_linear(codes, layer, arguments.weight_bits, x.shape[-1], gelu, y)
+        if x.numel():  # else no tokens, no outputs
+            _integer(x, None, layers, arguments, outputs, gelu, None)
+
+    def fused_linear(
+        self,
+        x: torch.Tensor,
+        norm: Norm | None,
+        layers: Sequence[LayerTensors],
+        arguments: Arguments,
+        outputs: Sequence[torch.Tensor],
+        gated: Gated | None,
+    ) -> bool:
+        """As kernels/fused_ops.py has it; layers whose inputs are not quantized are not fused."""
+        if not _fuses(x, norm, gated, arguments):
+            return False
+        if x.numel():
+            _integer(x, norm, layers, arguments, outputs, False, gated)
+        return True
 
     def feed_forward(
         self, x: torch.Tensor, up: LayerTensors, down: LayerTensors, arguments: Arguments, output: torch.Tensor
     ) -> None:
-        # The codes of the wide intermediate need the range of whole rows, which no tile of the first product has: it is
-        # written once, after its GELU, and read once.
-        hidden = x.new_empty((*x.shape[:-1], len(up.weight_scale)))
-        self.linear(x, [up], arguments, [hidden], True)
-        self.linear(hidden, [down], arguments, [output], False)
+        if arguments.activation_bits is None:
+            hidden = x.new_empty((*x.shape[:-1], len(up.weight_scale)))
+            self.linear(x, [up], arguments, [hidden], True)
+            self.linear(hidden, [down], arguments, [output], False)
+        elif x.numel():
+            _integer_feed_forward(x, None, up, down, arguments, output, None)
+
+    def fused_feed_forward(
+        self,
+        x: torch.Tensor,
+        norm: Norm,
+        up: LayerTensors,
+        down: LayerTensors,
+        arguments: Arguments,
+        output: torch.Tensor,
+        gate: torch.Tensor | None,
+    ) -> bool:
+        """As kernels/fused_ops.py has it."""
+        gated = Gated(x, gate)
+        if not _fuses(x, norm, gated, arguments):
+            return False
+        if x.numel():
+            _integer_feed_forward(x, norm, up, down, arguments, output, gated)
+        return True
+
+
+def _fuses(x: torch.Tensor, norm: Norm | None, gated: Gated | None, arguments: Arguments) -> bool:
+    tensors = [x, *(norm[:4] if norm else ()), *(gated or ())]
+    readable = all(tensor is None or tensor.dtype in block_functions.DTYPES for tensor in tensors)
+    return arguments.activation_bits is not None and readable and x.shape[-1] <= block_functions.MOST_FEATURES
+
+
+def _integer(
+    x: torch.Tensor,
+    norm: Norm | None,
+    layers: Sequence[LayerTensors],
+    arguments: Arguments,
+    outputs: Sequence[torch.Tensor],
+    gelu: bool,
+    gated: Gated | None,
+) -> None:
+    """One reading of x for every MOST_SETS layers; `gated` belongs to a single layer."""
+    from qvgen.kernels.triton import launch
+
+    for start in range(0, len(layers), launch.MOST_SETS):
+        some, theirs = layers[start : start + launch.MOST_SETS], outputs[start : start + launch.MOST_SETS]
+        codes = launch.quantize_tokens(x, some, arguments, _e4m3(layers[0], arguments), norm)
+        for layer, input_codes, y in zip(some, codes, theirs, strict=True):
+            launch.integer_linear(input_codes, layer, arguments.weight_bits, x.shape[-1], gelu, y, gated)
+
+
+def _integer_feed_forward(
+    x: torch.Tensor,
+    norm: Norm | None,
+    up: LayerTensors,
+    down: LayerTensors,
+    arguments: Arguments,
+    output: torch.Tensor,
+    gated: Gated | None,
+) -> None:
+    """The codes of the wide intermediate need the range of whole rows, which no tile of the first product has: its values are
+    written in the dtype of x and read once, by blocks of tokens that the L2 cache holds (configurations.tokens_together)."""
+    from qvgen.kernels.triton import configurations, launch
+
+    k, wide, bits = x.shape[-1], len(up.weight_scale), arguments.weight_bits
+    (codes,) = launch.quantize_tokens(x, [up], arguments, _e4m3(up, arguments), norm)
+    m, shared_by = len(codes.codes), launch.tokens_per_group(x, arguments)
+    wide_codes = launch.empty_codes(m, wide, down.weight_scale.shape[1], _e4m3(down, arguments), x.device)
+    step = configurations.tokens_together(m, k, wide, x.element_size(), launch.cache_bytes(x.device))
+    unpacked = launch.unpack(up, k, bits, codes.codes.dtype, False) if step < m else None
+    hidden = x.new_empty((step, wide))
+    for start in range(0, m, step):
+        tokens = slice(start, min(m, start + step))
+        some, theirs = (launch.Codes(*(tensor[tokens] for tensor in all_codes)) for all_codes in (codes, wide_codes))
+        values = hidden[: tokens.stop - start]
+        launch.integer_linear(some, up, bits, k, True, values, unpacked=unpacked)
+        launch.quantize_rows(values, [down], arguments, [theirs], start, shared_by)
+    launch.integer_linear(wide_codes, down, bits, wide, False, output, gated)
+
+
+def _e4m3(layer: LayerTensors, arguments: Arguments) -> bool:
+    from qvgen.kernels.triton import launch
+
+    assert arguments.activation_bits is not None
+    architecture, groups = launch.architecture_of(layer.weight.device), layer.weight_scale.shape[1]
+    return launch.uses_e4m3(architecture, arguments.weight_bits, arguments.activation_bits, groups)
 
 
 def _weight_only(x: torch.Tensor, layer: LayerTensors, weight_bits: int, gelu: bool) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from qvgen.kernels.registry import BlockOp
 
 MOST_FEATURES = 2**15  # of a row, which a program keeps in registers
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def layer_norm_modulate(
@@ -78,7 +78,7 @@ def _block(features: int) -> int:
 
 def _takes(x: Tensor, *others: object) -> bool:
     tensors = [x, *[t for t in others if isinstance(t, Tensor)]]
-    return all(t.dtype in _DTYPES for t in tensors) and x.shape[-1] <= MOST_FEATURES
+    return all(t.dtype in DTYPES for t in tensors) and x.shape[-1] <= MOST_FEATURES
 
 
 def _missing() -> str:

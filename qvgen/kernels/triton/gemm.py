@@ -7,6 +7,7 @@ import triton.language as tl
 
 from qvgen.kernels.triton.arithmetic import gelu
 from qvgen.kernels.triton.planes import load_bytes, plane
+from qvgen.kernels.triton.rows import modulation_row
 
 
 @triton.jit
@@ -20,9 +21,12 @@ def integer_gemm_kernel(
     w_zero_point_ptr,
     w_sum_ptr,
     bias_ptr,
+    residual_ptr,
+    gate_ptr,
     y_ptr,
     M,
     N,
+    tokens,
     A_STRIDE: tl.constexpr,
     W_STRIDE: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -34,6 +38,9 @@ def integer_gemm_kernel(
     ASYMMETRIC: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GELU: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
     E4M3: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -48,6 +55,7 @@ def integer_gemm_kernel(
                       8: (N, W_STRIDE) codes less 2^(WEIGHT_BITS - 1), as those of a
     w_scale, w_zero_point, w_sum    (N, GROUPS) float32, float32, int32; the sums are of codes from 0
     bias              (N,) any float
+    residual, gate    with RESIDUAL, y = residual + y gate, y rounded before to the dtype of y: as add_gated_kernel has them
     y                 (M, N) float32, bfloat16 or float16
 
     Exact: both sums, in int32 for K up to 2^31 / (2^bits - 1)(2^weight bits - 1) (in e4m3: whole numbers below 2^24 in
@@ -107,7 +115,14 @@ def integer_gemm_kernel(
     if GELU:
         y = gelu(y)
     at = m.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    if RESIDUAL:
+        y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
+        if HAS_GATE:
+            gate_rows = modulation_row(m.to(tl.int64), tokens, PER_TOKEN)
+            y *= tl.load(gate_ptr + (gate_rows[:, None] * N + n[None, :]), mask=inside, other=0.0).to(tl.float32)
+        y += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -7,9 +7,44 @@ import triton.language as tl
 
 
 @triton.jit
-def _modulation_row(row, tokens, PER_TOKEN: tl.constexpr):
+def modulation_row(row, tokens, PER_TOKEN: tl.constexpr):
     """Row of a modulation for a row of x: its own, or that of its sample of `tokens` rows."""
     return row if PER_TOKEN else row // tokens
+
+
+@triton.jit
+def layer_norm_row(
+    x,
+    i,
+    inside,
+    row,
+    weight_ptr,
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    tokens,
+    eps,
+    D: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+):
+    """A row x of D features, at i where `inside`, zero elsewhere, in a block of any shape; float32. The rest as
+    layer_norm_modulate_kernel has it."""
+    centred = tl.where(inside, x - tl.div_rn(tl.sum(x), D * 1.0), 0.0)
+    y = centred * tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(centred * centred), D * 1.0) + eps))
+    if HAS_WEIGHT:
+        y *= tl.load(weight_ptr + i, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + i, mask=inside, other=0.0).to(tl.float32)
+    at = modulation_row(row, tokens, PER_TOKEN) * D + i
+    if HAS_SCALE:
+        y *= 1.0 + tl.load(scale_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if HAS_SHIFT:
+        y += tl.load(shift_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    return y
 
 
 @triton.jit
@@ -36,17 +71,10 @@ def layer_norm_modulate_kernel(
     i = tl.arange(0, BLOCK)
     inside = i < D
     x = tl.load(x_ptr + row * D + i, mask=inside, other=0.0).to(tl.float32)
-    centred = tl.where(inside, x - tl.sum(x, 0) / D, 0.0)
-    y = centred * (1.0 / tl.sqrt_rn(tl.sum(centred * centred, 0) / D + eps))
-    if HAS_WEIGHT:
-        y *= tl.load(weight_ptr + i, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + i, mask=inside, other=0.0).to(tl.float32)
-    at = _modulation_row(row, tokens, PER_TOKEN) * D + i
-    if HAS_SCALE:
-        y *= 1.0 + tl.load(scale_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if HAS_SHIFT:
-        y += tl.load(shift_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    y = layer_norm_row(
+        x, i, inside, row, weight_ptr, bias_ptr, scale_ptr, shift_ptr, tokens, eps,
+        D, HAS_WEIGHT, HAS_BIAS, HAS_SCALE, HAS_SHIFT, PER_TOKEN,
+    )  # fmt: skip
     tl.store(y_ptr + row * D + i, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -105,7 +133,7 @@ def add_gated_kernel(
     inside = i < D
     y = tl.load(y_ptr + row * D + i, mask=inside, other=0.0).to(tl.float32)
     if HAS_GATE:
-        at = _modulation_row(row, tokens, PER_TOKEN) * D + i
+        at = modulation_row(row, tokens, PER_TOKEN) * D + i
         y *= tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
     out = tl.load(x_ptr + row * D + i, mask=inside, other=0.0).to(tl.float32) + y
     tl.store(out_ptr + row * D + i, out.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,4 +1,5 @@
-"""Inputs to codes: each token's range, clipped, its grid and its codes, from one read of x for up to three layers.
+"""Inputs to codes: each token's range, clipped, its grid and its codes, from one read of x, normalized where asked for, for
+up to three layers.
 
 Codes, scales and zero points are those of qvgen/quant/primitives.py bit for bit: division is IEEE division, rounding half to
 even, and no product is fused with a sum (compile with enable_fp_fusion=False).
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 
 from qvgen.kernels.triton.arithmetic import INFINITY, clamp, round_half_to_even
+from qvgen.kernels.triton.rows import layer_norm_row
 
 
 @triton.jit
@@ -37,8 +39,15 @@ def quantize_tokens_kernel(
     clips_0,
     clips_1,
     clips_2,
+    weight_ptr,
+    bias_ptr,
+    modulation_scale_ptr,
+    modulation_shift_ptr,
     x_stride,
+    first,
     tokens_per_group,
+    tokens,
+    eps,
     CODES_STRIDE: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -47,11 +56,19 @@ def quantize_tokens_kernel(
     BITS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     SETS: tl.constexpr,
+    NORM: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
 ):
     """One program per token; the whole row is in registers, as (BLOCK_G, BLOCK_K) >= (GROUPS, GROUP_SIZE).
 
-    x                (M, K) float32, bfloat16 or float16, rows x_stride apart, K = GROUPS GROUP_SIZE
-    timestep_group   int64, one for every tokens_per_group tokens
+    x                (M, K) float32, bfloat16 or float16, rows x_stride apart, K = GROUPS GROUP_SIZE; with NORM the codes are
+                     of its layer norm, modulated (rows.py) and rounded to the dtype of x
+    weight, bias, modulation_scale, modulation_shift, tokens, eps    of the norm, as layer_norm_modulate_kernel has them
+    timestep_group   int64, one for every tokens_per_group tokens, the first row being token number `first`
     for each of SETS layers:
     lower, upper     (clips,) float32
     codes            (M, CODES_STRIDE) int8 or e4m3: code - 2^(BITS - 1)
@@ -64,11 +81,17 @@ def quantize_tokens_kernel(
     inside = (g < GROUPS) & (j < GROUP_SIZE)
     k = g * GROUP_SIZE + j
     x = tl.load(x_ptr + row * x_stride + k, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        x = layer_norm_row(
+            x, k, inside, row, weight_ptr, bias_ptr, modulation_scale_ptr, modulation_shift_ptr, tokens, eps,
+            GROUPS * GROUP_SIZE, HAS_WEIGHT, HAS_BIAS, HAS_SCALE, HAS_SHIFT, PER_TOKEN,
+        )  # fmt: skip
+        x = tl.where(inside, x.to(x_ptr.dtype.element_ty).to(tl.float32), 0.0)
     # Zero belongs to the range, so what lies outside the row changes nothing. These two ignore NaN.
     lower, upper = tl.min(tl.min(x, 1), 0), tl.max(tl.max(x, 1), 0)
     lower, upper = tl.minimum(lower, 0.0), tl.maximum(upper, 0.0)
     has_nan = tl.max(tl.max((x != x).to(tl.int32), 1), 0) > 0
-    group = tl.load(timestep_group_ptr + row // tokens_per_group)
+    group = tl.load(timestep_group_ptr + (first + row) // tokens_per_group)
     _quantize(
         x, k, inside, row, lower, upper, has_nan, group, clips_0, lower_0, upper_0, codes_0, scale_0, zero_point_0, sum_0,
         CODES_STRIDE, GROUPS, BLOCK_G, BITS, SYMMETRIC,

@@ -30,7 +30,7 @@ def test_wrong_arguments_are_told_and_never_read_beyond() -> None:
     faults = [line for line in lines if line.startswith("  ")]
     assert done.returncode == 0 and lines[-1] == f"{CALLS} calls, 0 faults", "\n".join([*faults, done.stderr[-2000:]])
     shown = [line.split("(")[0].split()[1] for line in lines[:-1]]
-    assert len(set(shown)) == 10, "every op was called"
+    assert len(set(shown)) == 13, "every op was called"
 
 
 def test_the_guard_ends_a_process_that_reads_beyond() -> None:

@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install -e .[triton]")
 
+from qvgen.kernels.fused_ops import Gated, Norm
 from qvgen.kernels.registry import Arguments, LayerTensors
 from qvgen.kernels.triton import block_functions, launch
 from qvgen.kernels.triton.architectures import ARCHITECTURES, Architecture
@@ -37,9 +38,15 @@ def layer(bits: int, groups: int, symmetric: bool = False) -> LayerTensors:
 
 
 def compiled(
-    gpu: Architecture, monkeypatch: pytest.MonkeyPatch, bits: int, tokens: int, groups: int = 1, only: str = ""
+    gpu: Architecture,
+    monkeypatch: pytest.MonkeyPatch,
+    bits: int,
+    tokens: int,
+    groups: int = 1,
+    only: str = "",
+    residual: bool = False,
 ) -> dict[str, Compiled]:
-    """The kernels of one layer's call, by name."""
+    """The kernels of one layer's call, by name; with a GELU, and with `residual` a gate and a residual too."""
     monkeypatch.setattr(launch, "architecture_of", lambda _: gpu)
     tensors, arguments = (
         layer(bits, groups),
@@ -49,7 +56,7 @@ def compiled(
 
     def run() -> None:
         (codes,) = launch.quantize_tokens(x, [tensors], arguments, launch.uses_e4m3(gpu, bits, bits, groups))
-        launch.integer_linear(codes, tensors, bits, K, True, y)
+        launch.integer_linear(codes, tensors, bits, K, True, y, Gated(y, y[:, :1].float()) if residual else None)
 
     launches = [one for one in launches_of(run) if only in one.kernel.__name__]
     return {one.kernel.__name__: compile_for(one, gpu.capability) for one in launches}
@@ -77,15 +84,43 @@ def test_large_products(gpu: Architecture, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @GPUS
+def test_a_norm_before_and_a_residual_after(gpu: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "architecture_of", lambda _: gpu)
+    group = torch.empty(1, dtype=torch.int64, device="meta")
+    x, y = (torch.empty(1, LARGE, width, dtype=torch.bfloat16, device="meta") for width in (K, N))
+    norm, gated = Norm(None, None, x[:, :1].float(), x[:, :1].float(), 1e-6), Gated(y, y[:, :1].float())
+    e4m3 = launch.uses_e4m3(gpu, 4, 4, 1)
+
+    def run() -> None:
+        codes = launch.quantize_tokens(x, [layer(4, 1)] * 3, Arguments(group, 4, 4, False, "triton"), e4m3, norm)
+        launch.integer_linear(codes[0], layer(4, 1), 4, K, False, y, gated, torch.empty(N, K, dtype=torch.int8, device="meta"))
+
+    results = {one.kernel.__name__: compile_for(one, gpu.capability) for one in launches_of(run)}
+    check(gpu, results)
+    check_product(gpu, results["integer_gemm_kernel"], gpu.instruction)
+    ptx = results["quantize_tokens_kernel"].ptx
+    assert "div.rn.f32" in ptx and "sqrt.rn.f32" in ptx and "div.full" not in ptx and "fma" not in ptx
+
+
+def test_a_float32_gate_of_each_token_does_not_spill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the architecture where it did, in the tile of all others."""
+    (gpu,) = (gpu for gpu in ARCHITECTURES if gpu.name == "sm_100")
+    monkeypatch.setattr(launch, "architecture_of", lambda _: gpu)
+    y, codes = torch.empty(1, LARGE, N, device="meta"), launch.empty_codes(LARGE, K, 1, False, torch.device("meta"))
+    launches = launches_of(lambda: launch.integer_linear(codes, layer(4, 1), 4, K, False, y, Gated(y, y)))
+    check(gpu, {"integer_gemm_kernel": compile_for(launches[-1], gpu.capability)})
+
+
+@GPUS
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_small_products(gpu: Architecture, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    results = compiled(gpu, monkeypatch, bits, SMALL, only="integer_gemm_kernel")
+    results = compiled(gpu, monkeypatch, bits, SMALL, only="integer_gemm_kernel", residual=True)
     check(gpu, results)
 
 
 @GPUS
 def test_groups(gpu: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
-    results = compiled(gpu, monkeypatch, 3, LARGE, K // 128)
+    results = compiled(gpu, monkeypatch, 3, LARGE, K // 128, residual=True)
     check(gpu, results)
     check_product(gpu, results["integer_gemm_kernel"], "mma.sync s8" if gpu.e4m3 else gpu.instruction)
 

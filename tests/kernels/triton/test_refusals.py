@@ -147,7 +147,7 @@ def test_mixed_devices() -> None:
         check_layer(tensors, torch.device("cuda:0"), quantized=True)
     with pytest.raises(ValueError, match="y must be a dense tensor on meta"):
         x = torch.ones(1, 2, 8)
-        block_ops._check_add_gated(x.to("meta"), x, None)
+        block_ops.check_add_gated(x.to("meta"), x, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.complex64])

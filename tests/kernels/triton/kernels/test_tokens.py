@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from qvgen.kernels.fused_ops import Norm
 from qvgen.kernels.registry import Arguments, LayerTensors
-from qvgen.kernels.triton import launch
+from qvgen.kernels.triton import block_functions, launch
 from qvgen.quant.primitives import codes, token_grid
 from qvgen.quant.scheme import QuantArgs
 
@@ -18,10 +19,19 @@ def layer(groups: int, seed: int, device: str) -> LayerTensors:
     return LayerTensors(one.to(torch.uint8), one, None, one.to(torch.int32), lower, upper, None)
 
 
-def check(x: torch.Tensor, group: torch.Tensor, bits: int, symmetric: bool, groups: int = 1, layers: int = 1) -> None:
+def check(
+    x: torch.Tensor,
+    group: torch.Tensor,
+    bits: int,
+    symmetric: bool,
+    groups: int = 1,
+    layers: int = 1,
+    norm: Norm | None = None,
+) -> None:
     args = QuantArgs(num_bits=bits, symmetric=symmetric, strategy="token")
     tensors = [layer(groups, seed, str(x.device)) for seed in range(layers)]
-    found = launch.quantize_tokens(x, tensors, Arguments(group, 4, bits, symmetric, "triton"), False)
+    found = launch.quantize_tokens(x, tensors, Arguments(group, 4, bits, symmetric, "triton"), False, norm)
+    x = x if norm is None else block_functions.layer_norm_modulate(x, *norm)  # another kernel: what it rounds to is x's dtype
     per_sample, centre = (-1, *[1] * (x.ndim - 1)), 2 ** (bits - 1)
     for one, result in zip(tensors, found, strict=True):
         assert one.clip_lower is not None and one.clip_upper is not None
@@ -54,6 +64,20 @@ def test_every_width(bits: int, symmetric: bool, device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_three_layers_share_a_read(dtype: torch.dtype, device: str) -> None:
     check(inputs(2, 3, 96, dtype=dtype).to(device), torch.tensor([2], device=device), 4, False, layers=3)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_of_a_layer_norm(dtype: torch.dtype, per_token: bool, device: str) -> None:
+    x, parameters = inputs(2, 3, 96, dtype=dtype).to(device), inputs(2, 96, seed=1).to(device)
+    scale, shift = (inputs(2, 3 if per_token else 1, 96, seed=seed).to(device) for seed in (2, 3))
+    group = torch.tensor([2, 1], device=device)
+    for norm in (
+        Norm(None, None, scale, shift, 1e-6),
+        Norm(*parameters, None, None, 1e-6),
+        Norm(*parameters, scale, shift, 1e-6),
+    ):
+        check(x, group, 4, False, layers=3, norm=norm)
 
 
 @pytest.mark.parametrize("groups", [3, 8])
