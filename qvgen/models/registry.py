@@ -11,6 +11,7 @@ from typing import Any
 from qvgen.models.cogvideox import CogVideoXFamily
 from qvgen.models.family import Family
 from qvgen.models.files import EXPERT, SourceError, read_json, trained_component
+from qvgen.models.ltx import LTXFamily
 from qvgen.models.wan.image import WanImageFamily
 from qvgen.models.wan.text import WanFamily
 
@@ -31,6 +32,7 @@ def register(family: type[Family]) -> type[Family]:
 register(WanFamily)
 register(WanImageFamily)
 register(CogVideoXFamily)
+register(LTXFamily)
 
 
 def families() -> dict[str, type[Family]]:
@@ -51,7 +53,7 @@ def family_class(pipeline_class: Any) -> type[Family]:
     raise SourceError(message)
 
 
-_MORE_THAN_TEXT = ("ImageTo", "VideoTo", "VACE", "Control", "Animate", "S2V", "Inpaint")
+_MORE_THAN_TEXT = ("ImageTo", "VideoTo", "VACE", "Control", "Condition", "Animate", "S2V", "Inpaint")
 
 
 def family_of(

@@ -75,23 +75,19 @@ def denoise(
     calls = [slice(0, len(seeds))] if images is None else batches(len(seeds), 1)
     found = []
     for call in calls:
-        arguments["prompt_embeds"] = text[call]
-        if negative is not None:
-            arguments["negative_prompt_embeds"] = negative[call]
         if images is not None:
             arguments["image"] = as_image(images[call][0].to(torch.uint8))
-        latents = both_at_once(pipeline, text[call], None if negative is None else negative[call])(
-            height=size.height,
-            width=size.width,
-            num_frames=size.frames,
-            max_sequence_length=size.max_sequence_length,
+        given = text[call], None if negative is None else negative[call]
+        latents = both_at_once(pipeline, *given)(
             num_inference_steps=inference_steps,
             guidance_scale=guidance_scale,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[call]],
             output_type="latent",
+            return_dict=False,
+            **family.arguments(*given, size),
             **arguments,
-        ).frames
-        found.append(latents)
+        )[0]
+        found.append(family.unpacked(latents, size))
     return found[0] if len(found) == 1 else torch.cat(found)
 
 

@@ -15,7 +15,8 @@ from qvgen.models.tiny import tiny_pipeline
 
 @dataclass(frozen=True)
 class Kind:
-    """`latents`: of one clip of TINY_CLIP as stage prepare stores them; `image`: embeddings of its first frame, if any."""
+    """`latents`: of one clip as stage prepare stores them, of TINY_CLIP (and of a larger one for ltx, to which it is two
+    tokens); `image`: embeddings of its first frame, if any."""
 
     family: str
     latents: tuple[int, ...]
@@ -40,6 +41,7 @@ KINDS = {
     "wan_image_experts": Kind("wan_image", _WITH_FRAME, options={"experts": True}),  # 2.2 I2V A14B
     "wan_image_expand": Kind("wan_image", _VIDEO, options={"expand": True}),  # 2.2 TI2V 5B with a first frame
     "cogvideox": Kind("cogvideox", (3, 4, 4, 4)),
+    "ltx": Kind("ltx", _VIDEO),
 }
 
 

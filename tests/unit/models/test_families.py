@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,12 @@ def pipeline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def images(family: Family) -> dict[str, Any]:
     return {"images": IMAGES} if family.reads_image else {}
+
+
+def oblong(pipeline: Any) -> ClipSize:
+    """A small clip whose latents have several frames, rows and columns, not as many of each."""
+    step = families()[family_adapter(pipeline).name].clip_step(pipeline.transformer.config, pipeline.vae.config)
+    return ClipSize(1 + 2 * step.frames, 2 * step.height, 4 * step.width, 8)
 
 
 @pytest.mark.parametrize("frames", [1, 9, 17])
@@ -77,22 +84,39 @@ def test_decoding_is_the_pipelines_own(pipeline: Any, monkeypatch: pytest.Monkey
 
 def test_a_pipeline_denoises_with_the_familys_velocity(pipeline: Any) -> None:
     """The first step of the pipeline is the scheduler's step along `predict`."""
-    family, seen = family_adapter(pipeline), {}
+    family, seen, size = family_adapter(pipeline), {}, oblong(pipeline)
     options: dict[str, Any] = {"inference_steps": 1, "guidance_scale": 1.0, **images(family)}
-    first = generate(pipeline, family, [TINY_PROMPT], [0], TINY_CLIP, **options)
+    first = generate(pipeline, family, [TINY_PROMPT], [0], size, **options)
     hook = pipeline.transformer.register_forward_pre_hook(lambda _m, _a, given: seen.update(given), with_kwargs=True)
-    generate(pipeline, family, [TINY_PROMPT], [0], TINY_CLIP, **options)
+    generate(pipeline, family, [TINY_PROMPT], [0], size, **options)
     hook.remove()
-    noise, timestep = seen["hidden_states"], seen["timestep"]
+    noise, timestep = family.unpacked(seen["hidden_states"], size), seen["timestep"]
     timestep = timestep.amax(-1) if timestep.ndim == 2 else timestep  # 0 for the tokens of a first frame
     with torch.no_grad():
         text = family.encode_text(pipeline, [TINY_PROMPT], 8)
         image = family.encode_image(pipeline, as_clips(IMAGES.to(torch.uint8)))
         velocity = family.predict(pipeline.transformer, noise, timestep, text, image)
-    pipeline.scheduler.set_timesteps(1)
+    moving = {"mu": 0.0} if pipeline.scheduler.config.get("use_dynamic_shifting") else {}  # of one step: none
+    pipeline.scheduler.set_timesteps(1, **moving)
     sample_of_step = noise[:, : velocity.shape[1]]
     expected = pipeline.scheduler.step(velocity, pipeline.scheduler.timesteps[0], sample_of_step, return_dict=False)[0]
     assert torch.allclose(first, expected, atol=STEP_TOLERANCE)
+
+
+@pytest.mark.parametrize("pipeline", ["wan", "cogvideox", "ltx"], indirect=True)
+def test_noise_and_targets_are_the_schedulers(pipeline: Any) -> None:
+    """A step along the target leads from what `add_noise` gives at a level to what it gives at the next."""
+    family, scheduler = family_adapter(pipeline), pipeline.scheduler
+    scheduler.set_timesteps(5, **({"mu": 0.5} if scheduler.config.get("use_dynamic_shifting") else {}))
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(2)
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(1, 4, 3, 4, 4, generator=generator) for _ in range(2))
+    before, after = (scheduler.timesteps[i : i + 1].float() for i in (2, 3))
+    noisy, target = family.add_noise(clean, noise, before), family.target(clean, noise, before)
+    stepped = scheduler.step(target, scheduler.timesteps[2], noisy).prev_sample
+    torch.testing.assert_close(stepped, family.add_noise(clean, noise, after), rtol=0, atol=STEP_TOLERANCE)
+    assert (stepped - noisy).abs().mean() > 0.1
 
 
 @pytest.mark.parametrize("pipeline", [name for name in KINDS if name.startswith("wan_image")], indirect=True)
@@ -150,10 +174,16 @@ def test_a_text_encoder_stored_in_16_bits_samples(family_name: str, dtype: torch
 
 
 def test_clip_steps_are_vae_factor_times_patch() -> None:
-    wan, cogvideox = families()["wan"], families()["cogvideox"]
+    wan, cogvideox, ltx = (families()[name] for name in ("wan", "cogvideox", "ltx"))
     assert wan.clip_step({}, {}) == ClipStep(4, 16, 16)
     assert wan.clip_step(*WAN_2_2_5B) == ClipStep(4, 32, 32)
     assert cogvideox.clip_step({}, {}) == ClipStep(8, 16, 16)
+    assert ltx.clip_step({}, {}) == ClipStep(8, 32, 32)
+    deeper = {"spatio_temporal_scaling": [True] * 4, "spatial_compression_ratio": 32, "temporal_compression_ratio": 8}
+    assert ltx.clip_step({}, deeper) == ClipStep(8, 32, 32)  # 0.9.5 and later
+    with pytest.raises(ValueError, match="joins 8 frames and 16 pixels, those of LTX-Video 8 and 32"):
+        ltx.clip_step({}, {"patch_size": 2})
+    assert "patches of [2, 1]" in (ltx.refusal({}, {"patch_size": 2}) or "") and ltx.refusal({}, {}) is None
 
 
 @pytest.mark.parametrize(
@@ -181,6 +211,7 @@ def test_what_a_family_refuses(index: dict[str, Any], config: dict[str, Any], sa
         ("wan", (9, 40, 80), "height = 40 must be a multiple of 16: 32 or 48"),
         ("wan", (9, 32, 8), "width = 8 must be a multiple of 16: 16"),
         ("wan", (2, 33, 33), "1 or 5; height = 33 must be a multiple of 16: 32 or 48; width = 33"),
+        ("ltx", (5, 32, 32), "frames = 5 must be a multiple of 8 and one more: 1 or 9"),
         ("cogvideox", (5, 32, 32), "frames = 5 must be a multiple of 8 and one more: 1 or 9"),
     ],
 )
@@ -212,12 +243,16 @@ DDIM = {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_predictio
         ("WanPipeline", EULER | {"shift": 3.0}),
         ("WanPipeline", EULER | {"use_karras_sigmas": None, "shift_terminal": None}),
         ("WanPipeline", UNIPC | FLOW | {"flow_shift": 3.0, "solver_order": 2}),
+        ("LTXPipeline", EULER | {"shift": 1.0, "use_dynamic_shifting": True, "max_shift": 2.05, "shift_terminal": 0.1}),
         ("CogVideoXPipeline", DDIM | {"snr_shift_scale": 1.0}),
         ("CogVideoXPipeline", {"_class_name": "CogVideoXDPMScheduler", "prediction_type": "v_prediction"}),
     ],
 )
 def test_schedulers_that_training_follows(pipeline_class: str, config: dict[str, Any]) -> None:
     family = family_of(pipeline_class, config)
+    if "LTX" in pipeline_class:
+        # As the sampler shifts for 4,096 tokens.
+        assert float(family.timesteps_at(torch.tensor([0.5]))) == pytest.approx(1000 / (1 + math.exp(-2.05)))
     if "Wan" in pipeline_class:
         assert family.shift == config.get("shift", config.get("flow_shift", 1.0))
 
@@ -232,6 +267,7 @@ def test_schedulers_that_training_follows(pipeline_class: str, config: dict[str,
         ("WanPipeline", EULER | {"shift_terminal": 0.1}, "shift_terminal = 0.1"),
         ("WanPipeline", EULER | {"invert_sigmas": True}, "invert_sigmas = True"),
         ("WanPipeline", EULER | {"num_train_timesteps": 500}, "num_train_timesteps = 500"),
+        ("LTXPipeline", EULER | {"time_shift_type": "linear"}, "time_shift_type = 'linear'"),
         ("WanPipeline", UNIPC | {"prediction_type": "flow_prediction"}, "use_flow_sigmas = False"),
         ("WanPipeline", UNIPC | {"use_flow_sigmas": True}, "prediction_type = 'epsilon'"),
         ("CogVideoXPipeline", DDIM | {"prediction_type": "epsilon"}, "prediction_type = 'epsilon'"),
