@@ -1,8 +1,8 @@
-"""The protocol of a family of video diffusion transformers: every question that the library asks about one.
+"""The protocol of a family of diffusion transformers: every question that the library asks about one.
 
-A family is one file (wan/text.py, wan/image.py, cogvideox.py, ltx/text.py): everything that is true of it and of no other
-stands there. registry.py knows the families by the diffusers pipelines they belong to; docs/add-a-family.md adds one step by
-step.
+A family is one file (wan/text.py, wan/image.py, cogvideox.py, ltx/text.py, pixart/text.py): everything that is true of it
+and of no other stands there. registry.py knows the families by the diffusers pipelines they belong to; docs/add-a-family.md
+adds one step by step.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 from qvgen.models.folding import FoldableInput
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
+IMAGES = "text-to-image"
 NUM_TRAIN_TIMESTEPS = 1000  # the library numbers noise levels 0 (clean) to 1000 (noise); a family with others is refused
 
 
@@ -33,9 +34,10 @@ class ClipSize:
 
 @dataclass(frozen=True)
 class ClipStep:
-    """Sizes that a model has latents for: `frames` k + 1 frames, whole multiples of `height` and `width` pixels."""
+    """Sizes that a model has latents for: `frames` k + 1 frames (None: one frame, an image), whole multiples of `height` and
+    `width` pixels."""
 
-    frames: int
+    frames: int | None
     height: int
     width: int
 
@@ -71,7 +73,7 @@ class Family(Protocol):
     guidance_can_stop: ClassVar[bool]  # whether the pipeline asks for guidance at each step, not once before the first
     scheduler_options: ClassVar[Mapping[str, tuple[Any, ...]]]  # option -> values for which the equations below hold
     published: ClassVar[tuple[str, Mapping[str, Any]]]  # a published model: its name in metrics, its transformer's config
-    task: ClassVar[str] = "text-to-video"  # what the hub calls it
+    task: ClassVar[str] = "text-to-video"  # what the hub calls it; of image models IMAGES
     optional: ClassVar[tuple[str, ...]] = ()  # components that its pipelines may have besides those of source.py
     reads_image: ClassVar[bool] = False  # whether its pipelines are also given the first frame
 
@@ -147,8 +149,8 @@ class Family(Protocol):
         ...
 
     def encode_clips(self, pipeline: Any, clips: torch.Tensor) -> torch.Tensor:
-        """Normalised latents of clips (n, 3, t, h, w) in [-1, 1]; with `reads_image`, and behind them in the layout that the
-        transformer takes, what it reads of the first frame."""
+        """Normalised latents of clips (n, 3, t, h, w) in [-1, 1], of an image model with t = 1; with `reads_image`, and behind
+        them in the layout that the transformer takes, what it reads of the first frame."""
         ...
 
     def encode_image(self, pipeline: Any, clips: torch.Tensor) -> torch.Tensor:
@@ -206,6 +208,22 @@ class FlowMatching(Family, Protocol):
     def target(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """The velocity of the straight path from data to noise."""
         return noise - clean
+
+
+class DiscreteNoise(Family, Protocol):
+    """Noise of a diffusion process with 1,000 levels, all equally likely in training."""
+
+    noising: Any  # a scheduler of diffusers with these levels
+
+    def sample_timesteps(self, n: int, generator: torch.Generator) -> torch.Tensor:
+        """Uniform over the 1,000 discrete levels."""
+        return torch.randint(NUM_TRAIN_TIMESTEPS, (n,), generator=generator).float()
+
+    def timesteps_at(self, u: torch.Tensor, *, uniform: bool = False) -> torch.Tensor:
+        return torch.floor(NUM_TRAIN_TIMESTEPS * u)
+
+    def add_noise(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return self.noising.add_noise(clean, noise, timestep.long())
 
 
 def prompts(text: torch.Tensor, negative: torch.Tensor | None, mask: bool = False) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from qvgen.models.cogvideox import CogVideoXFamily
 from qvgen.models.family import Family
 from qvgen.models.files import EXPERT, SourceError, read_json, trained_component
 from qvgen.models.ltx import LTXFamily
+from qvgen.models.pixart import PixArtFamily
 from qvgen.models.wan.image import WanImageFamily
 from qvgen.models.wan.text import WanFamily
 
@@ -33,6 +34,7 @@ register(WanFamily)
 register(WanImageFamily)
 register(CogVideoXFamily)
 register(LTXFamily)
+register(PixArtFamily)
 
 
 def families() -> dict[str, type[Family]]:

@@ -57,7 +57,7 @@ def make_project(folder: Path, family: str) -> Path:
         csv.writer(file).writerows(rows)
 
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    clip = {k: getattr(TINY_CLIP, k) for k in ("frames", "height", "width", "max_sequence_length")}
+    clip = {k: getattr(kind.clip, k) for k in ("frames", "height", "width", "max_sequence_length")}
     parts = {"train_clips": 4, "calibration_clips": 3, "held_out_clips": 2}
     params["prepare"] |= {"source": "videos", "folder": "videos", "fps": 8, **clip, **parts}
     params["scheme"]["timestep_groups"] = 3
@@ -297,7 +297,7 @@ def test_a_trained_method_goes_through_the_same_stages(method: str, family: str,
     assert stop == (0.8 if method == "dsa" else None)  # CogVideoX's pipeline cannot stop guidance, which qvgen+ would
 
 
-@pytest.mark.parametrize("family", ["cogvideox", "wan_image", "ltx"])
+@pytest.mark.parametrize("family", ["cogvideox", "wan_image", "ltx", "pixart"])
 def test_other_families_go_through_the_same_stages(family: str, tmp_path: Path) -> None:
     folder = make_project(tmp_path / family, family)
     short(folder)
@@ -308,6 +308,8 @@ def test_other_families_go_through_the_same_stages(family: str, tmp_path: Path) 
     assert len(canary.get("images", [])) == (2 if family == "wan_image" else 0)
     again = check_canary(folder / "artifacts/packed", folder / "artifacts/evaluation/canary", tmp_path)
     assert again.ok and again.equal == again.videos == 2
+    moves = json.loads((folder / "artifacts/evaluation/details.json").read_text())["packed"]
+    assert moves.keys() == ({"motion", "flicker"} if family != "pixart" else set())
 
 
 def short(folder: Path, **fetch: str) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
+from qvgen.models.family import ClipSize
 from qvgen.models.files import EXPERT, MANIFEST
-from qvgen.models.tiny import tiny_pipeline
+from qvgen.models.tiny import TINY_CLIP, TINY_IMAGE, tiny_pipeline
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Kind:
     latents: tuple[int, ...]
     image: tuple[int, int] = (0, 0)
     text: int = 8  # tokens
+    clip: ClipSize = TINY_CLIP
     options: Mapping[str, bool] = field(default_factory=dict)
 
     def inputs(self, n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -42,6 +44,7 @@ KINDS = {
     "wan_image_expand": Kind("wan_image", _VIDEO, options={"expand": True}),  # 2.2 TI2V 5B with a first frame
     "cogvideox": Kind("cogvideox", (3, 4, 4, 4)),
     "ltx": Kind("ltx", _VIDEO),
+    "pixart": Kind("pixart", (4, 4, 4), clip=TINY_IMAGE),
 }
 
 

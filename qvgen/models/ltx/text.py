@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from qvgen.models.family import ClipSize, ClipStep, FlowMatching, SamplingSettings, prompts, text_mask
-from qvgen.models.folding import FoldableInput, linear_fold, shared_modulation_fold, shift_fold
+from qvgen.models.folding import FoldableInput, ada_norm_single_inputs
 from qvgen.models.tiny import LATENT_CHANNELS, TEXT_DIM, seeded, t5_sizes, word_tokenizer
 
 FRAMES, PIXELS = 8, 32  # of a clip that a latent frame and a latent pixel stand for, in the VAE of every release
@@ -151,32 +151,8 @@ class LTXFamily(FlowMatching):
         return latents.transpose(1, 2).unflatten(2, shape)
 
     def foldable_inputs(self, model: nn.Module) -> list[FoldableInput]:
-        """As Wan's, but for the query of attention to text, whose input no norm makes: scaled for all blocks together, what
-        the projection of the timestep modulates, and the text; per block a shift of the former, and the inputs of the output
-        projections."""
         parts: Any = model
-        if not parts.config.attention_bias:
-            return []  # a shift needs one
-        blocks, modulation = list(parts.transformer_blocks), parts.time_embed.linear
-        names = [f"transformer_blocks.{i}" for i in range(len(blocks))]
-        attention = [tuple(f"{name}.attn1.to_{x}" for x in "qkv") for name in names]
-        feed_forward = [(f"{name}.ff.net.0.proj",) for name in names]
-        text = tuple(f"{name}.attn2.to_{x}" for name in names for x in "kv")
-        found = [FoldableInput(text, linear_fold(parts.caption_projection.linear_2))]
-        width = modulation.out_features // 6
-        for read, first in ((attention, 0), (feed_forward, 3)):  # rows of a block's table: shift, scale, gate; twice
-            offset, factor = (slice(row * width, (row + 1) * width) for row in (first, first + 1))
-            tables = [block.scale_shift_table[first : first + 2] for block in blocks]
-            fold = shared_modulation_fold(modulation, (offset, factor), tables)
-            found.append(FoldableInput(sum(read, ()), fold, shifts=False))
-            found += [
-                FoldableInput(layers, shift_fold(table[0]), scales=False) for layers, table in zip(read, tables, strict=True)
-            ]
-        for name, block in zip(names, blocks, strict=True):
-            for part in ("attn1", "attn2"):
-                value = block.get_submodule(part).to_v
-                found.append(FoldableInput((f"{name}.{part}.to_out.0",), linear_fold(value)))
-        return found
+        return ada_norm_single_inputs(model, parts.time_embed.linear)
 
     def encode_text(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> torch.Tensor:
         text, mask, _, _ = pipeline.encode_prompt(
