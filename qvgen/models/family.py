@@ -1,8 +1,8 @@
 """The protocol of a family of diffusion transformers: every question that the library asks about one.
 
-A family is one file (wan/text.py, wan/image.py, cogvideox.py, ltx/text.py, pixart/text.py): everything that is true of it
-and of no other stands there. registry.py knows the families by the diffusers pipelines they belong to; docs/add-a-family.md
-adds one step by step.
+A family is one file (wan/text.py, wan/image.py, wan/vace.py, cogvideox.py, ltx/text.py, pixart/text.py): everything that is
+true of it and of no other stands there. registry.py knows the families by the diffusers pipelines they belong to;
+docs/add-a-family.md adds one step by step.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from qvgen.models.folding import FoldableInput
+from qvgen.models.pictures import as_image
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 IMAGES = "text-to-image"
@@ -165,6 +166,10 @@ class Family(Protocol):
         """What the pipeline's call is told of embeddings (n, l, d), those that guidance leads away from, and the clips."""
         clip = {"height": size.height, "width": size.width, "num_frames": size.frames}
         return clip | prompts(text, negative) | {"max_sequence_length": size.max_sequence_length}
+
+    def image_arguments(self, picture: torch.Tensor, size: ClipSize) -> dict[str, Any]:
+        """With `reads_image`: what the pipeline's call is told of a first frame (3, h, w) uint8, as large as the clip."""
+        return {"image": as_image(picture)}
 
     def unpacked(self, latents: torch.Tensor, size: ClipSize) -> torch.Tensor:
         """Latents as `encode_clips` gives them, of those that the pipeline denoises."""

@@ -15,6 +15,7 @@ from qvgen.models.ltx import LTXFamily
 from qvgen.models.pixart import PixArtFamily
 from qvgen.models.wan.image import WanImageFamily
 from qvgen.models.wan.text import WanFamily
+from qvgen.models.wan.vace import WanVACEFamily
 
 _FAMILIES: dict[str, type[Family]] = {}
 
@@ -32,6 +33,7 @@ def register(family: type[Family]) -> type[Family]:
 
 register(WanFamily)
 register(WanImageFamily)
+register(WanVACEFamily)
 register(CogVideoXFamily)
 register(LTXFamily)
 register(PixArtFamily)
@@ -55,7 +57,7 @@ def family_class(pipeline_class: Any) -> type[Family]:
     raise SourceError(message)
 
 
-_MORE_THAN_TEXT = ("ImageTo", "VideoTo", "VACE", "Control", "Condition", "Animate", "S2V", "Inpaint")
+_MORE_THAN_TEXT = ("ImageTo", "VideoTo", "Control", "Condition", "Animate", "S2V", "Inpaint")
 
 
 def family_of(

@@ -12,7 +12,6 @@ import torch
 from qvgen.checkpoint.pipeline import holding
 from qvgen.data.stored import Latents, Text
 from qvgen.models.family import NUM_TRAIN_TIMESTEPS, ClipSize, Family
-from qvgen.models.pictures import as_image
 from qvgen.sampling.one_batch import both_at_once
 from qvgen.sampling.rows import Rows
 
@@ -75,13 +74,15 @@ def denoise(
     calls = [slice(0, len(seeds))] if images is None else batches(len(seeds), 1)
     found = []
     for call in calls:
+        generators: Any = [torch.Generator().manual_seed(seed) for seed in seeds[call]]
         if images is not None:
-            arguments["image"] = as_image(images[call][0].to(torch.uint8))
+            arguments |= family.image_arguments(images[call][0].to(torch.uint8), size)
+            (generators,) = generators  # Wan VACE's pipeline takes no list
         given = text[call], None if negative is None else negative[call]
         latents = both_at_once(pipeline, *given)(
             num_inference_steps=inference_steps,
             guidance_scale=guidance_scale,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds[call]],
+            generator=generators,
             output_type="latent",
             return_dict=False,
             **family.arguments(*given, size),

@@ -42,6 +42,7 @@ KINDS = {
     "wan_image": Kind("wan_image", _WITH_FRAME, (5, 8), text=512),  # 2.1 I2V
     "wan_image_experts": Kind("wan_image", _WITH_FRAME, options={"experts": True}),  # 2.2 I2V A14B
     "wan_image_expand": Kind("wan_image", _VIDEO, options={"expand": True}),  # 2.2 TI2V 5B with a first frame
+    "wan_vace": Kind("wan_vace", _WITH_FRAME),  # and the frame's 4, and 4 of what is to be made
     "cogvideox": Kind("cogvideox", (3, 4, 4, 4)),
     "ltx": Kind("ltx", _VIDEO),
     "pixart": Kind("pixart", (4, 4, 4), clip=TINY_IMAGE),

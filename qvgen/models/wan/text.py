@@ -137,8 +137,9 @@ class WanFamily(FlowMatching):
         projection of the timestep modulates both in every block; and the text. Per block: a shift of these two, which goes
         into the block's table; the inputs of the output projections; the input of the cross-attention's query, whose norm is
         affine."""
-        blocks: list[Any] = list(model.get_submodule("blocks").children())
-        names = [f"blocks.{i}" for i in range(len(blocks))]
+        lists = [name for name in ("blocks", "vace_blocks") if hasattr(model, name)]
+        named = {f"{name}.{i}": block for name in lists for i, block in model.get_submodule(name).named_children()}
+        names, blocks = list(named), list[Any](named.values())
         embedder: Any = model.get_submodule("condition_embedder")
         attention = [tuple(f"{name}.attn1.to_{x}" for x in "qkv") for name in names]
         feed_forward = tuple(f"{name}.ffn.net.0.proj" for name in names)

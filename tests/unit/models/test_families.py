@@ -12,10 +12,11 @@ import torch
 
 from qvgen.checkpoint.pipeline import load_pipeline
 from qvgen.models.family import ClipSize, ClipStep, Family
-from qvgen.models.pictures import as_clips, as_image
+from qvgen.models.pictures import as_clips
 from qvgen.models.registry import families, family_adapter, family_of
 from qvgen.models.size import check_size
 from qvgen.models.tiny import TINY_CLIP, TINY_IMAGE, TINY_PROMPT, tiny_pipeline
+from qvgen.models.wan.vace import MASK_CHANNELS
 from qvgen.sampling import one_batch
 from qvgen.sampling.sample import generate, sample
 from tests.support.families import KINDS, make_kind
@@ -23,7 +24,7 @@ from tests.support.families import KINDS, make_kind
 ROOT = Path(__file__).parents[3]
 WAN_2_2_5B = {"patch_size": [1, 2, 2]}, {"scale_factor_temporal": 4, "scale_factor_spatial": 16}
 VARIANTS = (*KINDS, "rotary", "temporal_patch")
-IMAGES = torch.randint(256, (1, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+IMAGES = torch.cat([*torch.randint(256, (2, 1, 3, 32, 32), generator=torch.Generator().manual_seed(0))], dim=-1)
 STEP_TOLERANCE = 1e-5
 
 
@@ -37,8 +38,14 @@ def pipeline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return load_pipeline(folder)
 
 
-def images(family: Family) -> dict[str, Any]:
-    return {"images": IMAGES} if family.reads_image else {}
+def images(family: Family, size: ClipSize = TINY_CLIP) -> dict[str, Any]:
+    return {"images": IMAGES[..., : size.width]} if family.reads_image else {}
+
+
+def read(seen: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Latents as a family has them, of what a pipeline gave its transformer: Wan VACE's control apart, and a mask after it."""
+    control = seen.get("control_hidden_states")
+    return seen["hidden_states"] if control is None else torch.cat([seen["hidden_states"], control[:, :-MASK_CHANNELS]], dim=1)
 
 
 def step_of(pipeline: Any) -> ClipStep:
@@ -75,19 +82,19 @@ def test_decoding_is_the_pipelines_own(pipeline: Any, monkeypatch: pytest.Monkey
     family, size = family_adapter(pipeline), tiny(pipeline)
     arguments: dict[str, Any] = {"inference_steps": 2, "guidance_scale": 2.0}
     _, clips = sample(pipeline, family, [TINY_PROMPT], [3], size, batch_size=1, **arguments, **images(family))
-    given: dict[str, Any] = {"image": as_image(IMAGES[0].to(torch.uint8))} if family.reads_image else {}
+    given: dict[str, Any] = family.image_arguments(IMAGES[0, ..., :32].to(torch.uint8), size) if family.reads_image else {}
     length = 512 if getattr(pipeline, "image_encoder", None) is not None else 8  # that diffusers' transformer needs there
     given |= {"num_frames": size.frames} if size.frames > 1 else {"use_resolution_binning": False}
     own = pipeline(
         **given,
-        prompt=[TINY_PROMPT],
-        negative_prompt=[""],
+        prompt=TINY_PROMPT,
+        negative_prompt="",
         height=32,
         width=32,
         max_sequence_length=length,
         num_inference_steps=2,
         guidance_scale=2.0,
-        generator=[torch.Generator().manual_seed(3)],
+        generator=torch.Generator().manual_seed(3),
         output_type="pt",
         return_dict=False,
     )[0]
@@ -97,7 +104,7 @@ def test_decoding_is_the_pipelines_own(pipeline: Any, monkeypatch: pytest.Monkey
 def test_a_pipeline_denoises_with_the_familys_velocity(pipeline: Any) -> None:
     """The first step of the pipeline is the scheduler's step along `predict`."""
     family, seen, size = family_adapter(pipeline), {}, oblong(pipeline)
-    options: dict[str, Any] = {"inference_steps": 1, "guidance_scale": 1.0, **images(family)}
+    options: dict[str, Any] = {"inference_steps": 1, "guidance_scale": 1.0, **images(family, size)}
     first = generate(pipeline, family, [TINY_PROMPT], [0], size, **options)
     names = ("hidden_states",)  # which PixArt's pipeline does not say
     hook = pipeline.transformer.register_forward_pre_hook(
@@ -105,11 +112,11 @@ def test_a_pipeline_denoises_with_the_familys_velocity(pipeline: Any) -> None:
     )
     generate(pipeline, family, [TINY_PROMPT], [0], size, **options)
     hook.remove()
-    noise, timestep = family.unpacked(seen["hidden_states"], size), seen["timestep"]
+    noise, timestep = family.unpacked(read(seen), size), seen["timestep"]
     timestep = timestep.amax(-1) if timestep.ndim == 2 else timestep  # 0 for the tokens of a first frame
     with torch.no_grad():
         text = family.encode_text(pipeline, [TINY_PROMPT], 8)
-        image = family.encode_image(pipeline, as_clips(IMAGES.to(torch.uint8)))
+        image = family.encode_image(pipeline, as_clips(IMAGES[..., : size.width].to(torch.uint8)))
         velocity = family.predict(pipeline.transformer, noise, timestep, text, image)
     moving = {"mu": 0.0} if pipeline.scheduler.config.get("use_dynamic_shifting") else {}  # of one step: none
     pipeline.scheduler.set_timesteps(1, **moving)
@@ -134,7 +141,7 @@ def test_noise_and_targets_are_the_schedulers(pipeline: Any) -> None:
     assert (stepped - noisy).abs().mean() > 0.1
 
 
-@pytest.mark.parametrize("pipeline", [name for name in KINDS if name.startswith("wan_image")], indirect=True)
+@pytest.mark.parametrize("pipeline", [name for name in KINDS if name.startswith(("wan_image", "wan_vace"))], indirect=True)
 def test_training_reads_of_the_first_frame_what_the_pipeline_reads(pipeline: Any) -> None:
     """Whatever of the transformer's input is not noise is the same, for a clip that begins with the image."""
     family, seen = family_adapter(pipeline), {}
@@ -142,7 +149,7 @@ def test_training_reads_of_the_first_frame_what_the_pipeline_reads(pipeline: Any
     options: dict[str, Any] = {"inference_steps": 1, "guidance_scale": 1.0, **images(family)}
     generate(pipeline, family, [TINY_PROMPT], [0], TINY_CLIP, **options)
     hook.remove()
-    first = as_clips(IMAGES.to(torch.uint8))
+    first = as_clips(IMAGES[..., :32].to(torch.uint8))
     clips = torch.cat([first, torch.rand(1, 3, 8, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1], dim=2)
     with torch.no_grad():
         clean, image = family.encode_clips(pipeline, clips), family.encode_image(pipeline, clips)
@@ -150,11 +157,11 @@ def test_training_reads_of_the_first_frame_what_the_pipeline_reads(pipeline: Any
     noisy, target = family.add_noise(clean, noise, timestep), family.target(clean, noise, timestep)
     kept = noisy == clean
     assert 0 < kept.float().mean() < 1
-    torch.testing.assert_close(noisy[kept], seen["hidden_states"].broadcast_to(kept.shape)[kept], rtol=0, atol=STEP_TOLERANCE)
+    torch.testing.assert_close(noisy[kept], read(seen).broadcast_to(kept.shape)[kept], rtol=0, atol=STEP_TOLERANCE)
     assert torch.equal(noisy[~kept], noise[~kept])
     if seen["timestep"].ndim == 2:  # tokens of 2 x 2 latent pixels, of which the first frame's are clean and have no velocity
         assert torch.equal(seen["timestep"][0] == 0, kept[0, 0, :, ::2, ::2].flatten()) and target[kept].count_nonzero() == 0
-    given = seen["encoder_hidden_states_image"]
+    given = seen.get("encoder_hidden_states_image")
     assert image.shape[1] == 0 if given is None else torch.allclose(image, given, atol=STEP_TOLERANCE)
 
 
@@ -199,6 +206,10 @@ def test_clip_steps_are_vae_factor_times_patch() -> None:
     with pytest.raises(ValueError, match="joins 8 frames and 16 pixels, those of LTX-Video 8 and 32"):
         ltx.clip_step({}, {"patch_size": 2})
     assert pixart.clip_step({}, {"block_out_channels": (128, 256, 512, 512)}) == ClipStep(None, 16, 16)
+    assert "has 80 channels; those of a masked video are 96" in (
+        families()["wan_vace"].refusal({}, {"vace_in_channels": 80}) or ""
+    )
+    assert families()["wan_vace"].refusal({}, {"vace_layers": [0], "in_channels": 16}) is None
     assert "told the size of the image" in (pixart.refusal({}, {"sample_size": 128}) or "")  # PixArt-alpha
     assert pixart.refusal({}, {"sample_size": 128, "use_additional_conditions": False}) is None
     assert "patches of [2, 1]" in (ltx.refusal({}, {"patch_size": 2}) or "") and ltx.refusal({}, {}) is None
@@ -303,8 +314,8 @@ def test_other_noise_levels_and_targets_are_refused(pipeline_class: str, config:
 
 
 def test_no_family_is_named_outside_its_own_file() -> None:
-    own = {f"qvgen/models/{name}.py" for name in ("wan/__init__", "wan/text", "wan/image", "cogvideox", "registry")}
-    own |= {f"qvgen/models/{folder}/{name}.py" for folder in ("ltx", "pixart") for name in ("__init__", "text")}
+    own = {f"qvgen/models/{name}.py" for name in ("wan/image", "wan/vace", "cogvideox", "registry")}
+    own |= {f"qvgen/models/{folder}/{name}.py" for folder in ("wan", "ltx", "pixart") for name in ("__init__", "text")}
     own.add("qvgen/integrations/fused/wan.py")
     words = ("WanTransformer3DModel", "LTXVideoTransformer3DModel", "PixArtTransformer2DModel")
     words += tuple(name for family in families().values() for name in (family.__name__, *family.pipelines))
