@@ -48,13 +48,10 @@ def family_class(pipeline_class: Any) -> type[Family]:
     """The family of a diffusers pipeline class name. Raises SourceError (a ValueError) for one that is not supported."""
     if pipeline_class in _FAMILIES:
         return _FAMILIES[pipeline_class]
-    message = f"pipeline {pipeline_class!r:.100} is not supported; supported: {', '.join(_FAMILIES)}"
+    message = f"pipeline {pipeline_class!r:.100} is not supported; supported: {', '.join(_FAMILIES)}. "
     if isinstance(pipeline_class, str) and any(word in pipeline_class for word in _MORE_THAN_TEXT):
-        message += (
-            ". It makes videos from more than text (an image, a video, a mask), which no stage encodes as it does: "
-            "give a supported pipeline"
-        )
-    raise SourceError(message)
+        message += "It makes videos from more than text (an image, a video, a mask), which no stage encodes as it does. "
+    raise SourceError(message + "Give a supported one, or round this one without training: `qvgen pack`")
 
 
 _MORE_THAN_TEXT = ("ImageTo", "VideoTo", "Control", "Condition", "Animate", "S2V", "Inpaint")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -70,6 +71,9 @@ def denoise(
     transformer = pipeline.transformer
     text, negative = (None if x is None else x.to(transformer.device, transformer.dtype) for x in texts)
     assert text is not None
+    if getattr(getattr(pipeline, "text_encoder", None), "dtype", transformer.dtype) != transformer.dtype:
+        pipeline = copy.copy(pipeline)  # without the text encoder, whose dtype some pipelines (PixArt) cast embeddings to
+        vars(pipeline)["text_encoder"] = None  # past DiffusionPipeline.__setattr__, which writes to the shared configuration
     # diffusers' pipelines give all clips of a call the same image, so those with one are made one by one.
     calls = [slice(0, len(seeds))] if images is None else batches(len(seeds), 1)
     found = []

@@ -181,7 +181,7 @@ def test_an_expert_trains_on_its_own_noise_levels(component: str) -> None:
     assert ends.tolist() == pytest.approx([low, (low + high) / 2, high])
 
 
-@pytest.mark.parametrize("family_name", ["wan", "cogvideox"])
+@pytest.mark.parametrize("family_name", ["wan", "cogvideox", "ltx", "pixart"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_text_encoder_stored_in_16_bits_samples(family_name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     family = families()[family_name]
@@ -191,7 +191,7 @@ def test_a_text_encoder_stored_in_16_bits_samples(family_name: str, dtype: torch
     loaded = load_pipeline(tmp_path / "model")
     assert loaded.text_encoder.dtype == dtype and loaded.transformer.dtype == torch.float32
     arguments: dict[str, Any] = {"inference_steps": 1, "guidance_scale": 2.0, "batch_size": 1}
-    latents, _ = sample(loaded, family_adapter(loaded), [TINY_PROMPT], [0], TINY_CLIP, **arguments)
+    latents, _ = sample(loaded, family_adapter(loaded), [TINY_PROMPT], [0], tiny(loaded), **arguments)
     assert latents.isfinite().all() and latents.dtype == torch.float32
 
 
