@@ -51,8 +51,9 @@ def make_project(folder: Path, family: str) -> Path:
     rows = [("file", "caption")]
     for i in range(9):
         noise = torch.rand(3, TINY_CLIP.frames, 4, 4, generator=generator).repeat_interleave(8, -1).repeat_interleave(8, -2)
-        write_video(videos / f"{i}.mp4", noise * 2 - 1)
-        rows.append((f"{i}.mp4", CAPTIONS[i % 3]))
+        name = f"{i}.png" if kind.clip.frames == 1 and i % 2 else f"{i}.mp4"  # of an image model pictures, too
+        write_video(videos / name, noise * 2 - 1)
+        rows.append((name, CAPTIONS[i % 3]))
     with (videos / "captions.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
 
