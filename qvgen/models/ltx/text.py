@@ -103,7 +103,7 @@ class LTXFamily(FlowMatching):
         sizes: dict[str, Any] = {"block_out_channels": (8,) * 4, "layers_per_block": (1,) * 5}
         sizes |= {f"decoder_{name}": value for name, value in sizes.items()}
         with seeded(seed):
-            vae = AutoencoderKLLTXVideo(latent_channels=LATENT_CHANNELS, **sizes)
+            vae = AutoencoderKLLTXVideo(latent_channels=LATENT_CHANNELS, timestep_conditioning=True, **sizes)
             text_encoder = T5EncoderModel(T5Config(**t5_sizes(tokenizer))).eval()
         return LTXPipeline(
             tokenizer=tokenizer,

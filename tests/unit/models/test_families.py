@@ -63,18 +63,16 @@ def oblong(pipeline: Any) -> ClipSize:
     return ClipSize(1 + 2 * (step.frames or 0), 2 * step.height, columns * step.width, 8)
 
 
-@pytest.mark.parametrize("frames", [1, 9, 17])
-def test_a_clip_has_as_many_frames_as_were_asked_for(pipeline: Any, frames: int) -> None:
+def test_a_clip_has_as_many_frames_as_were_asked_for(pipeline: Any) -> None:
     """CogVideoX 1.5 (temporal_patch) once gave 16 for 9: its latents are padded in front."""
-    family, size = family_adapter(pipeline), ClipSize(frames, 32, 32, 8)
-    if step_of(pipeline).frames is None and frames > 1:
-        return  # check_size refuses them
+    family = family_adapter(pipeline)
     options: dict[str, Any] = {"inference_steps": 1, "guidance_scale": 1.0, "batch_size": 1, **images(family)}
-    _, clips = sample(pipeline, family, [TINY_PROMPT], [0], size, **options)
-    assert clips.shape == (1, 3, frames, 32, 32)
-    with torch.no_grad():
-        latents = family.encode_clips(pipeline, clips.clamp(-1, 1))
-        assert family.decode_latents(pipeline, latents, frames).shape == clips.shape
+    for frames in (1, 9, 17) if step_of(pipeline).frames else (1,):
+        _, clips = sample(pipeline, family, [TINY_PROMPT], [0], ClipSize(frames, 32, 32, 8), **options)
+        assert clips.shape == (1, 3, frames, 32, 32)
+        with torch.no_grad():
+            latents = family.encode_clips(pipeline, clips.clamp(-1, 1))
+            assert family.decode_latents(pipeline, latents, frames).shape == clips.shape
 
 
 def test_decoding_is_the_pipelines_own(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
