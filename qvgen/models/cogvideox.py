@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType, SimpleNamespace
-from typing import Any, ClassVar, Self
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -61,10 +61,6 @@ class CogVideoXFamily(DiscreteNoise):
         from diffusers import CogVideoXDDIMScheduler
 
         self.noising: Any = CogVideoXDDIMScheduler.from_config(dict(scheduler_config))
-
-    @classmethod
-    def from_scheduler(cls, config: Mapping[str, Any], index: Mapping[str, Any] = MappingProxyType({})) -> Self:
-        return cls(config)
 
     @staticmethod
     def refusal(index: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> str | None:

@@ -220,6 +220,18 @@ class DiscreteNoise(Family, Protocol):
 
     noising: Any  # a scheduler of diffusers with these levels
 
+    def __init__(self, scheduler_config: Mapping[str, Any]) -> None: ...
+
+    @classmethod
+    def from_scheduler(cls, config: Mapping[str, Any], index: Mapping[str, Any] = _NOTHING) -> Self:
+        """Raises ValueError for a scheduler of another kind of noise."""
+        if config and "beta_schedule" not in config:
+            raise ValueError(
+                f"scheduler {config.get('_class_name')!r:.100} has no beta_schedule: it changes noise levels or the target in a "
+                f"way that training and evaluation of {cls.name} do not follow"
+            )
+        return cls(config)
+
     def sample_timesteps(self, n: int, generator: torch.Generator) -> torch.Tensor:
         """Uniform over the 1,000 discrete levels."""
         return torch.randint(NUM_TRAIN_TIMESTEPS, (n,), generator=generator).float()

@@ -6,8 +6,7 @@ Attention to text is masked where a prompt is padded. The transformer also predi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -71,10 +70,6 @@ class PixArtFamily(DiscreteNoise):
         from diffusers import DDPMScheduler
 
         self.noising: Any = DDPMScheduler.from_config(dict(scheduler_config))
-
-    @classmethod
-    def from_scheduler(cls, config: Mapping[str, Any], index: Mapping[str, Any] = MappingProxyType({})) -> Self:
-        return cls(config)
 
     @staticmethod
     def refusal(index: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> str | None:
