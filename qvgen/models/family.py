@@ -227,8 +227,8 @@ class DiscreteNoise(Family, Protocol):
         """Raises ValueError for a scheduler of another kind of noise."""
         if config and "beta_schedule" not in config:
             raise ValueError(
-                f"scheduler {config.get('_class_name')!r:.100} has no beta_schedule: it changes noise levels or the target in a "
-                f"way that training and evaluation of {cls.name} do not follow"
+                f"scheduler {config.get('_class_name')!r:.100} has no beta_schedule: it changes noise levels or the target in "
+                f"a way that training and evaluation of {cls.name} do not follow"
             )
         return cls(config)
 
