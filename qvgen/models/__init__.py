@@ -1,4 +1,5 @@
-"""Model families (Wan, CogVideoX): what the library must know about a diffusers pipeline to train and sample it.
+"""Model families (Wan, CogVideoX, LTX-Video, PixArt-Sigma): what the library must know about a diffusers pipeline to train and
+sample it.
 
     family = load_family("artifacts/model")        # by model_index.json and the scheduler's config
     noisy = family.add_noise(clean, noise, timestep)

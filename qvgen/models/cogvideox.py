@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType, SimpleNamespace
-from typing import Any, ClassVar, Self
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from qvgen.models.family import NUM_TRAIN_TIMESTEPS, ClipStep, Family, SamplingSettings
+from qvgen.models.family import NUM_TRAIN_TIMESTEPS, ClipStep, DiscreteNoise, SamplingSettings
 from qvgen.models.folding import FoldableInput, linear_fold, modulation_fold
 from qvgen.models.tiny import LATENT_CHANNELS, TEXT_DIM, TINY_CLIP, seeded, t5_sizes, word_tokenizer
 
@@ -45,7 +45,7 @@ TINY: Mapping[str, Any] = {
 }
 
 
-class CogVideoXFamily(Family):
+class CogVideoXFamily(DiscreteNoise):
     name: ClassVar[str] = "cogvideox"
     pipelines: ClassVar[tuple[str, ...]] = ("CogVideoXPipeline",)
     default_targets: ClassVar[tuple[str, ...]] = (r"re:transformer_blocks\..*",)
@@ -60,11 +60,7 @@ class CogVideoXFamily(Family):
     def __init__(self, scheduler_config: Mapping[str, Any]) -> None:
         from diffusers import CogVideoXDDIMScheduler
 
-        self._scheduler: Any = CogVideoXDDIMScheduler.from_config(dict(scheduler_config))
-
-    @classmethod
-    def from_scheduler(cls, config: Mapping[str, Any], index: Mapping[str, Any] = MappingProxyType({})) -> Self:
-        return cls(config)
+        self.noising: Any = CogVideoXDDIMScheduler.from_config(dict(scheduler_config))
 
     @staticmethod
     def refusal(index: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> str | None:
@@ -134,19 +130,9 @@ class CogVideoXFamily(Family):
             transformer=tiny_transformer(seed=seed, **options),
         )
 
-    def sample_timesteps(self, n: int, generator: torch.Generator) -> torch.Tensor:
-        """Uniform over the 1,000 discrete levels."""
-        return torch.randint(NUM_TRAIN_TIMESTEPS, (n,), generator=generator).float()
-
-    def timesteps_at(self, u: torch.Tensor, *, uniform: bool = False) -> torch.Tensor:
-        return torch.floor(NUM_TRAIN_TIMESTEPS * u)
-
-    def add_noise(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return self._scheduler.add_noise(clean, noise, timestep.long())
-
     def target(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """v = sqrt(ᾱ) noise - sqrt(1 - ᾱ) clean."""
-        return self._scheduler.get_velocity(clean, noise, timestep.long())
+        return self.noising.get_velocity(clean, noise, timestep.long())
 
     def predict(
         self,

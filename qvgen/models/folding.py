@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -129,3 +129,33 @@ def shift_fold(table: torch.Tensor) -> Fold:
         table.sub_(shift)
 
     return fold
+
+
+def ada_norm_single_inputs(model: nn.Module, modulation: nn.Linear) -> list[FoldableInput]:
+    """Of a transformer whose blocks `modulation`, one projection of the timestep, modulates with tables of their own, and
+    which reads text after a projection (PixArt, LTX-Video). Scaled for all blocks together: the inputs of self-attention's q,
+    k and v, those of the feed-forward, and the text; per block a shift of the first two, and the inputs of the output
+    projections."""
+    parts: Any = model
+    if not parts.config.attention_bias:
+        return []  # a shift needs one
+    blocks = list(parts.transformer_blocks)
+    names = [f"transformer_blocks.{i}" for i in range(len(blocks))]
+    text = tuple(f"{name}.attn2.to_{x}" for name in names for x in "kv")
+    found = [FoldableInput(text, linear_fold(parts.caption_projection.linear_2))]
+    attention = [tuple(f"{name}.attn1.to_{x}" for x in "qkv") for name in names]
+    feed_forward = [(f"{name}.ff.net.0.proj",) for name in names]
+    width = modulation.out_features // 6
+    for read, first in ((attention, 0), (feed_forward, 3)):  # rows of a block's table: shift, scale, gate; twice
+        offset, factor = (slice(row * width, (row + 1) * width) for row in (first, first + 1))
+        tables = [block.scale_shift_table[first : first + 2] for block in blocks]
+        fold = shared_modulation_fold(modulation, (offset, factor), tables)
+        found.append(FoldableInput(sum(read, ()), fold, shifts=False))
+        found += [
+            FoldableInput(layers, shift_fold(table[0]), scales=False) for layers, table in zip(read, tables, strict=True)
+        ]
+    for name, block in zip(names, blocks, strict=True):
+        for part in ("attn1", "attn2"):
+            value = block.get_submodule(part).to_v
+            found.append(FoldableInput((f"{name}.{part}.to_out.0",), linear_fold(value)))
+    return found

@@ -11,8 +11,11 @@ from typing import Any
 from qvgen.models.cogvideox import CogVideoXFamily
 from qvgen.models.family import Family
 from qvgen.models.files import EXPERT, SourceError, read_json, trained_component
+from qvgen.models.ltx import LTXFamily
+from qvgen.models.pixart import PixArtFamily
 from qvgen.models.wan.image import WanImageFamily
 from qvgen.models.wan.text import WanFamily
+from qvgen.models.wan.vace import WanVACEFamily
 
 _FAMILIES: dict[str, type[Family]] = {}
 
@@ -30,7 +33,10 @@ def register(family: type[Family]) -> type[Family]:
 
 register(WanFamily)
 register(WanImageFamily)
+register(WanVACEFamily)
 register(CogVideoXFamily)
+register(LTXFamily)
+register(PixArtFamily)
 
 
 def families() -> dict[str, type[Family]]:
@@ -42,16 +48,13 @@ def family_class(pipeline_class: Any) -> type[Family]:
     """The family of a diffusers pipeline class name. Raises SourceError (a ValueError) for one that is not supported."""
     if pipeline_class in _FAMILIES:
         return _FAMILIES[pipeline_class]
-    message = f"pipeline {pipeline_class!r:.100} is not supported; supported: {', '.join(_FAMILIES)}"
+    message = f"pipeline {pipeline_class!r:.100} is not supported; supported: {', '.join(_FAMILIES)}. "
     if isinstance(pipeline_class, str) and any(word in pipeline_class for word in _MORE_THAN_TEXT):
-        message += (
-            ". It makes videos from more than text (an image, a video, a mask), which no stage encodes as it does: "
-            "give a supported pipeline"
-        )
-    raise SourceError(message)
+        message += "It makes videos from more than text (an image, a video, a mask), which no stage encodes as it does. "
+    raise SourceError(message + "Give a supported one, or round this one without training: `qvgen pack`")
 
 
-_MORE_THAN_TEXT = ("ImageTo", "VideoTo", "VACE", "Control", "Animate", "S2V", "Inpaint")
+_MORE_THAN_TEXT = ("ImageTo", "VideoTo", "Control", "Condition", "Animate", "S2V", "Inpaint")
 
 
 def family_of(

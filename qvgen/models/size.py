@@ -28,13 +28,16 @@ def check_size(folder: str | Path, size: ClipSize) -> None:
     configs = [read_json(folder / part / "config.json") for part in ("transformer", "vae")]
     try:
         step = family.clip_step(*configs)
-        if not all(type(unit) is int and 1 <= unit <= MOST_PIXELS for unit in (step.frames, step.height, step.width)):
+        units = step.height, step.width, 1 if step.frames is None else step.frames
+        if not all(type(unit) is int and 1 <= unit <= MOST_PIXELS for unit in units):
             raise TypeError(f"{step}")
     except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         where = " and ".join(f"{part}/config.json" for part in ("transformer", "vae"))
         raise ValueError(f"{where} of {folder} do not say for which clips there are latents ({error!s:.200})") from None
     faults = []
-    if (size.frames - 1) % step.frames or size.frames < 1:
+    if step.frames is None:
+        faults += [f"frames = {size.frames} must be 1: it makes images"] if size.frames != 1 else []
+    elif (size.frames - 1) % step.frames or size.frames < 1:
         near = " or ".join(str(n + 1) for n in _nearest(size.frames - 1, step.frames, 0))
         faults.append(f"frames = {size.frames} must be a multiple of {step.frames} and one more: {near}")
     for name, value, unit in (("height", size.height, step.height), ("width", size.width, step.width)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from qvgen.models.family import ClipSize
 
 TINY_CLIP = ClipSize(frames=9, height=32, width=32, max_sequence_length=8)  # latents: 3 frames of 4 x 4
+TINY_IMAGE = replace(TINY_CLIP, frames=1)
 TINY_PROMPT = "a red digit three moving up"
 LATENT_CHANNELS, TEXT_DIM = 4, 16
 _WORDS = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,6 @@ import torch
 from qvgen.checkpoint.pipeline import holding
 from qvgen.data.stored import Latents, Text
 from qvgen.models.family import NUM_TRAIN_TIMESTEPS, ClipSize, Family
-from qvgen.models.pictures import as_image
 from qvgen.sampling.one_batch import both_at_once
 from qvgen.sampling.rows import Rows
 
@@ -71,27 +71,28 @@ def denoise(
     transformer = pipeline.transformer
     text, negative = (None if x is None else x.to(transformer.device, transformer.dtype) for x in texts)
     assert text is not None
+    if getattr(getattr(pipeline, "text_encoder", None), "dtype", transformer.dtype) != transformer.dtype:
+        pipeline = copy.copy(pipeline)  # without the text encoder, whose dtype some pipelines (PixArt) cast embeddings to
+        vars(pipeline)["text_encoder"] = None  # past DiffusionPipeline.__setattr__, which writes to the shared configuration
     # diffusers' pipelines give all clips of a call the same image, so those with one are made one by one.
     calls = [slice(0, len(seeds))] if images is None else batches(len(seeds), 1)
     found = []
     for call in calls:
-        arguments["prompt_embeds"] = text[call]
-        if negative is not None:
-            arguments["negative_prompt_embeds"] = negative[call]
+        generators: Any = [torch.Generator().manual_seed(seed) for seed in seeds[call]]
         if images is not None:
-            arguments["image"] = as_image(images[call][0].to(torch.uint8))
-        latents = both_at_once(pipeline, text[call], None if negative is None else negative[call])(
-            height=size.height,
-            width=size.width,
-            num_frames=size.frames,
-            max_sequence_length=size.max_sequence_length,
+            arguments |= family.image_arguments(images[call][0].to(torch.uint8), size)
+            (generators,) = generators  # Wan VACE's pipeline takes no list
+        given = text[call], None if negative is None else negative[call]
+        latents = both_at_once(pipeline, *given)(
             num_inference_steps=inference_steps,
             guidance_scale=guidance_scale,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds[call]],
+            generator=generators,
             output_type="latent",
+            return_dict=False,
+            **family.arguments(*given, size),
             **arguments,
-        ).frames
-        found.append(latents)
+        )[0]
+        found.append(family.unpacked(latents, size))
     return found[0] if len(found) == 1 else torch.cat(found)
 
 

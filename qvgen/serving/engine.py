@@ -76,14 +76,18 @@ class Engine:
         on_video: Callable[[float], object] = lambda seconds: None,
     ) -> None:
         from qvgen.checkpoint.pipeline import load_pipeline
+        from qvgen.models.family import IMAGES
         from qvgen.models.registry import load_family
         from qvgen.sampling.settings import read_settings
 
         self.folder, self.turns, self._on_video = Path(folder), turns or Turns(WAITING), on_video
-        if load_family(folder).reads_image:
+        family = load_family(folder)
+        if family.reads_image:
             raise ValueError(f"{folder} makes videos from a first frame, which no request has: use `qvgen generate --image`")
+        if family.task == IMAGES:
+            raise ValueError(f"{folder} makes images, and a request is answered with a video: use `qvgen generate`")
         self.limits = limits or Limits.of(vars(read_settings(folder)))
-        self._family, self._pipeline = load_family(folder), load_pipeline(folder)
+        self._family, self._pipeline = family, load_pipeline(folder)
 
     def order(self, prompt: str, seed: int, negative_prompt: str, overrides: Mapping[str, Any]) -> Order:
         """Raises ValueError for what cannot be sampled, and LimitError."""

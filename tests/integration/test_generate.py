@@ -90,6 +90,16 @@ def test_a_video_from_its_first_frame(monkeypatch, capsys, wan_image: Path, mode
         assert says in capsys.readouterr().err and not out.exists()
 
 
+def test_an_image(monkeypatch, tmp_path: Path) -> None:
+    """Of an image model a PNG of the picture alone, magnified as far as small pictures are."""
+    from PIL import Image
+
+    folder = tiny_pipeline("pixart", tmp_path / "pixart")
+    flags = ("--height", "32", "--width", "48", "--steps", "2", "--max-sequence-length", "8")
+    assert run(monkeypatch, folder, tmp_path / "a.png", *flags) == 0
+    assert Image.open(tmp_path / "a.png").size == (96, 64)
+
+
 def test_a_packed_model(monkeypatch, model: Path, tmp_path: Path) -> None:
     import torch
 

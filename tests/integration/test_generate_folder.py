@@ -47,13 +47,32 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_model_that_needs_an_image_is_refused(prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Neither a list of prompts nor a request to a server has a picture."""
-    folder = tiny_pipeline("wan_image", tmp_path / "model")
-    (folder / "generation.json").write_text(json.dumps(GENERATION))
+@pytest.mark.parametrize(
+    ("family", "frames", "listed", "served"),
+    [
+        (
+            "wan_image",
+            9,
+            "from a first frame, which a list of prompts does not have",
+            "from a first frame, which no request has",
+        ),
+        (
+            "pixart",
+            1,
+            "makes images, and a list of prompts gives videos",
+            "makes images, and a request is answered with a video",
+        ),
+    ],
+)
+def test_a_model_that_reads_or_makes_images_is_refused(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str, frames: int, listed: str, served: str
+) -> None:
+    """Neither a list of prompts nor a request to a server has a picture, and both are for videos."""
+    folder = tiny_pipeline(family, tmp_path / "model")
+    (folder / "generation.json").write_text(json.dumps(GENERATION | {"frames": frames}))
     assert run(folder, prompts, tmp_path / "out") == 1
-    assert "makes each video from a first frame, which a list of prompts does not have" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="from a first frame, which no request has: use `qvgen generate --image`"):
+    assert listed in capsys.readouterr().err
+    with pytest.raises(ValueError, match=served):
         Engine(folder)
     assert not (tmp_path / "out").exists()
 

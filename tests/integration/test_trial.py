@@ -24,7 +24,7 @@ from qvgen.quant.scheme import QuantArgs, QuantScheme
 from qvgen.sampling.sample import sample, spread_timesteps
 from tests.support.families import KINDS
 
-FAMILIES = ("wan", "wan_image", "cogvideox")
+FAMILIES = ("wan", "wan_image", "cogvideox", "ltx")
 PROMPTS = (TINY_PROMPT, "a blue digit one moving left", "a green digit zero moving down")
 BATCH_TOLERANCE = 2e-4  # reductions of another batch size
 
@@ -73,7 +73,8 @@ def test_a_model_equals_itself(setup: SimpleNamespace) -> None:
     reference = observe(setup.pipeline, setup.family, setup.trial, on_batch=done.append)
     assert sum(done) == setup.trial.predictions == 3 * (2 * 2) + 2 * 3  # with guidance two a step
     assert reference.clips.shape == (3, 3, 9, 32, 32) and reference.clips.abs().max() <= 1
-    assert reference.velocities.shape == (2, 3, *reference.latents.shape[1:])
+    held_out = setup.trial.latents
+    assert reference.velocities.shape == (2, *setup.family.target(held_out, held_out, torch.ones(3)).shape)
     scores = compare(reference, observe(setup.pipeline, setup.family, setup.trial), setup.trial)
     assert scores["psnr_db"] == MAX_PSNR_DB and scores["ssim"] == pytest.approx(1)
     assert scores["velocity_mse"] == scores["latent_mse"] == 0
@@ -115,7 +116,7 @@ def test_one_model_in_memory_at_a_time_gives_the_same(setup: SimpleNamespace, tm
         for name in ("latents", "clips", "velocities"):
             assert torch.equal(getattr(seen, name), getattr(expected, name)), name
         assert not list(tmp_path.iterdir())  # files without a name
-    kinds = {"wan": "Wan", "wan_image": "Wan", "cogvideox": "CogVideoX"}[setup.name]
+    kinds = {"wan": "Wan", "wan_image": "Wan", "cogvideox": "CogVideoX", "ltx": "LTXVideo"}[setup.name]
     times = len(loaded) // 2
     encoder, *denoising, vae = loaded[:times]
     assert encoder.endswith("EncoderModel") and vae.startswith("AutoencoderKL") and loaded == loaded[:times] * 2

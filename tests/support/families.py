@@ -9,18 +9,21 @@ from pathlib import Path
 
 import torch
 
+from qvgen.models.family import ClipSize
 from qvgen.models.files import EXPERT, MANIFEST
-from qvgen.models.tiny import tiny_pipeline
+from qvgen.models.tiny import TINY_CLIP, TINY_IMAGE, tiny_pipeline
 
 
 @dataclass(frozen=True)
 class Kind:
-    """`latents`: of one clip of TINY_CLIP as stage prepare stores them; `image`: embeddings of its first frame, if any."""
+    """`latents`: of one clip as stage prepare stores them, of TINY_CLIP (and of a larger one for ltx, to which it is two
+    tokens); `image`: embeddings of its first frame, if any."""
 
     family: str
     latents: tuple[int, ...]
     image: tuple[int, int] = (0, 0)
     text: int = 8  # tokens
+    clip: ClipSize = TINY_CLIP
     options: Mapping[str, bool] = field(default_factory=dict)
 
     def inputs(self, n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -39,7 +42,10 @@ KINDS = {
     "wan_image": Kind("wan_image", _WITH_FRAME, (5, 8), text=512),  # 2.1 I2V
     "wan_image_experts": Kind("wan_image", _WITH_FRAME, options={"experts": True}),  # 2.2 I2V A14B
     "wan_image_expand": Kind("wan_image", _VIDEO, options={"expand": True}),  # 2.2 TI2V 5B with a first frame
+    "wan_vace": Kind("wan_vace", _WITH_FRAME),  # and the frame's 4, and 4 of what is to be made
     "cogvideox": Kind("cogvideox", (3, 4, 4, 4)),
+    "ltx": Kind("ltx", _VIDEO),
+    "pixart": Kind("pixart", (4, 4, 4), clip=TINY_IMAGE),
 }
 
 

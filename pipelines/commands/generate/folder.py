@@ -78,6 +78,7 @@ def generate_folder(
     parts of the work, which other machines may do at the same time. `overrides`: fields of SamplingSettings;
     None means the model's. Raises ValueError or OSError with a message for people.
     """
+    from qvgen.models.family import IMAGES
     from qvgen.models.registry import load_family
     from qvgen.sampling.settings import check_seed, read_settings
 
@@ -90,8 +91,11 @@ def generate_folder(
     listed = read_prompts(prompts)
     part, parts = parse_shard(shard)
     settings = read_settings(model, overrides)
-    if load_family(model).reads_image:
+    family = load_family(model)
+    if family.reads_image:
         raise ValueError("this model makes each video from a first frame, which a list of prompts does not have: use --prompt")
+    if family.task == IMAGES:
+        raise ValueError("this model makes images, and a list of prompts gives videos: use --prompt")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; with --prompts, --out names the folder of the videos")
     identity = {"model": model_hash(model), "seed": seed, "batch_size": batch_size, "settings": asdict(settings)}

@@ -164,8 +164,8 @@ def compare(reference: Observation, candidate: Observation, trial: Trial) -> dic
     """Scores of the candidate, each a mean over the trial.
 
     colour, direction, digit: fractions (absent for other data than the embedded digits); psnr_db; ssim;
-    velocity_mse: on held-out latents, mean over timesteps; latent_mse: of the sampled latents; motion, flicker: the
-    candidate's own, see qvgen/evaluation/quality/motion.py.
+    velocity_mse: on held-out latents, mean over timesteps; latent_mse: of the sampled latents; motion, flicker
+    (absent for images): the candidate's own, see qvgen/evaluation/quality/motion.py.
     """
     return {
         **prompt_accuracy(candidate, trial),
@@ -191,7 +191,9 @@ def velocity_mse(reference: Observation, candidate: Observation) -> list[float]:
 
 
 def movement(observation: Observation) -> dict[str, float]:
-    """{"motion", "flicker"}, means over the clips."""
+    """{"motion", "flicker"}, means over the clips; {} for images."""
+    if observation.clips.shape[2] == 1:
+        return {}
     return {
         "motion": float(motion.motion(observation.clips).mean()),
         "flicker": float(motion.flicker(observation.clips).mean()),

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
-from qvgen.models.family import NUM_TRAIN_TIMESTEPS, ClipStep, Family, SamplingSettings
+from qvgen.models.family import ClipStep, FlowMatching, SamplingSettings
 from qvgen.models.files import EXPERT
 from qvgen.models.folding import Fold, FoldableInput, affine_fold, linear_fold, shared_modulation_fold, shift_fold
 from qvgen.models.tiny import LATENT_CHANNELS, TEXT_DIM, seeded, t5_sizes, word_tokenizer
@@ -43,27 +43,12 @@ TINY: Mapping[str, Any] = {
 }
 
 
-class WanFamily(Family):
+class WanFamily(FlowMatching):
     name: ClassVar[str] = "wan"
     pipelines: ClassVar[tuple[str, ...]] = ("WanPipeline",)
     default_targets: ClassVar[tuple[str, ...]] = (r"re:blocks\..*",)
     sampling: ClassVar[SamplingSettings] = SamplingSettings(81, 480, 832, 512, 50, 5.0, fps=16)
     guidance_can_stop: ClassVar[bool] = True
-    # Flow matching on the straight path, its levels shifted by one number.
-    scheduler_options: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "num_train_timesteps": (NUM_TRAIN_TIMESTEPS,),
-        "prediction_type": ("flow_prediction",),
-        "use_flow_sigmas": (True,),
-        "use_dynamic_shifting": (False,),
-        "use_karras_sigmas": (False, None),
-        "use_exponential_sigmas": (False, None),
-        "use_beta_sigmas": (False, None),
-        "use_lu_lambdas": (False, None),
-        "shift_terminal": (None,),
-        "invert_sigmas": (False,),
-        "sigma_min": (None,),
-        "sigma_max": (None,),
-    }
     published: ClassVar[tuple[str, Mapping[str, Any]]] = ("wan2.1_1.3b", WAN_2_1_1_3B)
     optional: ClassVar[tuple[str, ...]] = ("transformer_2",)
 
@@ -137,25 +122,6 @@ class WanFamily(Family):
             **both,
         )
 
-    def sample_timesteps(self, n: int, generator: torch.Generator) -> torch.Tensor:
-        """Uniform noise levels, shifted as the sampler shifts its own."""
-        return self.timesteps_at(torch.rand(n, generator=generator))
-
-    def timesteps_at(self, u: torch.Tensor, *, uniform: bool = False) -> torch.Tensor:
-        low, high = self.noise_range
-        if not uniform:  # the quantiles of the two ends
-            low, high = (x if x in (0, 1) else x / (self.shift - (self.shift - 1) * x) for x in (low, high))
-        u = low + (high - low) * u
-        return NUM_TRAIN_TIMESTEPS * (u if uniform else self.shift * u / (1 + (self.shift - 1) * u))
-
-    def add_noise(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        sigma = (timestep / NUM_TRAIN_TIMESTEPS).to(clean.dtype).view(-1, *[1] * (clean.ndim - 1))
-        return (1 - sigma) * clean + sigma * noise
-
-    def target(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """The velocity of the straight path from data to noise."""
-        return noise - clean
-
     def predict(
         self,
         model: nn.Module,
@@ -171,8 +137,9 @@ class WanFamily(Family):
         projection of the timestep modulates both in every block; and the text. Per block: a shift of these two, which goes
         into the block's table; the inputs of the output projections; the input of the cross-attention's query, whose norm is
         affine."""
-        blocks: list[Any] = list(model.get_submodule("blocks").children())
-        names = [f"blocks.{i}" for i in range(len(blocks))]
+        lists = [name for name in ("blocks", "vace_blocks") if hasattr(model, name)]
+        named = {f"{name}.{i}": block for name in lists for i, block in model.get_submodule(name).named_children()}
+        names, blocks = list(named), list[Any](named.values())
         embedder: Any = model.get_submodule("condition_embedder")
         attention = [tuple(f"{name}.attn1.to_{x}" for x in "qkv") for name in names]
         feed_forward = tuple(f"{name}.ffn.net.0.proj" for name in names)

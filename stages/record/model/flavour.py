@@ -83,8 +83,8 @@ def flavour_of(packed: Path, name: str, files: dict[str, str], root: Path, promp
     """`make_flavour` in a process of its own, of the packed pipeline `packed`. {} with a warning if it fails: a model without
     it can be pulled, and a run does not fail for it."""
     card = (packed / "README.md").read_text(encoding="utf-8") if (packed / "README.md").is_file() else ""
-    if re.search(r"^pipeline_tag: *image-to-video", card, re.MULTILINE):
-        print("the model gets no MLflow flavour: a request has no first frame (qvgen pull, qvgen generate --image)")
+    if re.search(r"^pipeline_tag: *(image-to-video|text-to-image)", card, re.MULTILINE):
+        print("the model gets no MLflow flavour: a request is a prompt, the answer a video (qvgen pull, qvgen generate)")
         return {}
     licence = re.search(r"^license: *(.+)$", card, re.MULTILINE)
     about = {

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 
 from qvgen.checkpoint.pipeline import load_pipeline
 from qvgen.models.family import ClipSize, ClipStep, Family
-from qvgen.models.pictures import as_clips, as_image
+from qvgen.models.pictures import as_clips
 from qvgen.models.registry import families, family_adapter, family_of
 from qvgen.models.size import check_size
-from qvgen.models.tiny import TINY_CLIP, TINY_PROMPT, tiny_pipeline
+from qvgen.models.tiny import TINY_CLIP, TINY_IMAGE, TINY_PROMPT, tiny_pipeline
+from qvgen.models.wan.vace import MASK_CHANNELS
 from qvgen.sampling import one_batch
 from qvgen.sampling.sample import generate, sample
 from tests.support.families import KINDS, make_kind
@@ -23,7 +25,7 @@ from tests.support.families import KINDS, make_kind
 ROOT = Path(__file__).parents[3]
 WAN_2_2_5B = {"patch_size": [1, 2, 2]}, {"scale_factor_temporal": 4, "scale_factor_spatial": 16}
 VARIANTS = (*KINDS, "rotary", "temporal_patch")
-IMAGES = torch.randint(256, (1, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+IMAGES = torch.cat([*torch.randint(256, (2, 1, 3, 32, 32), generator=torch.Generator().manual_seed(0))], dim=-1)
 STEP_TOLERANCE = 1e-5
 
 
@@ -37,66 +39,108 @@ def pipeline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return load_pipeline(folder)
 
 
-def images(family: Family) -> dict[str, Any]:
-    return {"images": IMAGES} if family.reads_image else {}
+def images(family: Family, size: ClipSize = TINY_CLIP) -> dict[str, Any]:
+    return {"images": IMAGES[..., : size.width]} if family.reads_image else {}
 
 
-@pytest.mark.parametrize("frames", [1, 9, 17])
-def test_a_clip_has_as_many_frames_as_were_asked_for(pipeline: Any, frames: int) -> None:
+def read(seen: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Latents as a family has them, of what a pipeline gave its transformer: Wan VACE's control apart, and a mask after it."""
+    control = seen.get("control_hidden_states")
+    return seen["hidden_states"] if control is None else torch.cat([seen["hidden_states"], control[:, :-MASK_CHANNELS]], dim=1)
+
+
+def step_of(pipeline: Any) -> ClipStep:
+    return family_adapter(pipeline).clip_step(pipeline.transformer.config, pipeline.vae.config)
+
+
+def tiny(pipeline: Any) -> ClipSize:
+    return TINY_IMAGE if step_of(pipeline).frames is None else TINY_CLIP
+
+
+def oblong(pipeline: Any) -> ClipSize:
+    """A small clip whose latents have several frames, rows and columns, not as many of each."""
+    step = step_of(pipeline)
+    columns = 2 if "sample_width" in pipeline.transformer.config else 4  # CogVideoX 1.5 has no positions beyond
+    return ClipSize(1 + 2 * (step.frames or 0), 2 * step.height, columns * step.width, 8)
+
+
+def test_a_clip_has_as_many_frames_as_were_asked_for(pipeline: Any) -> None:
     """CogVideoX 1.5 (temporal_patch) once gave 16 for 9: its latents are padded in front."""
-    family, size = family_adapter(pipeline), ClipSize(frames, 32, 32, 8)
+    family = family_adapter(pipeline)
     options: dict[str, Any] = {"inference_steps": 1, "guidance_scale": 1.0, "batch_size": 1, **images(family)}
-    _, clips = sample(pipeline, family, [TINY_PROMPT], [0], size, **options)
-    assert clips.shape == (1, 3, frames, 32, 32)
-    with torch.no_grad():
-        latents = family.encode_clips(pipeline, clips.clamp(-1, 1))
-        assert family.decode_latents(pipeline, latents, frames).shape == clips.shape
+    for frames in (1, 9, 17) if step_of(pipeline).frames else (1,):
+        _, clips = sample(pipeline, family, [TINY_PROMPT], [0], ClipSize(frames, 32, 32, 8), **options)
+        assert clips.shape == (1, 3, frames, 32, 32)
+        with torch.no_grad():
+            latents = family.encode_clips(pipeline, clips.clamp(-1, 1))
+            assert family.decode_latents(pipeline, latents, frames).shape == clips.shape
 
 
 def test_decoding_is_the_pipelines_own(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(one_batch, "MOST_TOKENS", 0)  # steps are the pipeline's own too
-    family = family_adapter(pipeline)
+    family, size = family_adapter(pipeline), tiny(pipeline)
     arguments: dict[str, Any] = {"inference_steps": 2, "guidance_scale": 2.0}
-    _, clips = sample(pipeline, family, [TINY_PROMPT], [3], TINY_CLIP, batch_size=1, **arguments, **images(family))
-    given: dict[str, Any] = {"image": as_image(IMAGES[0].to(torch.uint8))} if family.reads_image else {}
+    _, clips = sample(pipeline, family, [TINY_PROMPT], [3], size, batch_size=1, **arguments, **images(family))
+    given: dict[str, Any] = family.image_arguments(IMAGES[0, ..., :32].to(torch.uint8), size) if family.reads_image else {}
     length = 512 if getattr(pipeline, "image_encoder", None) is not None else 8  # that diffusers' transformer needs there
+    given |= {"num_frames": size.frames} if size.frames > 1 else {"use_resolution_binning": False}
     own = pipeline(
         **given,
-        prompt=[TINY_PROMPT],
-        negative_prompt=[""],
+        prompt=TINY_PROMPT,
+        negative_prompt="",
         height=32,
         width=32,
-        num_frames=9,
         max_sequence_length=length,
         num_inference_steps=2,
         guidance_scale=2.0,
-        generator=[torch.Generator().manual_seed(3)],
+        generator=torch.Generator().manual_seed(3),
         output_type="pt",
-    ).frames
-    assert torch.allclose(own * 2 - 1, clips.clamp(-1, 1).transpose(1, 2), atol=1e-5)
+        return_dict=False,
+    )[0]
+    assert torch.allclose(own.view_as(clips.transpose(1, 2)) * 2 - 1, clips.clamp(-1, 1).transpose(1, 2), atol=1e-5)
 
 
 def test_a_pipeline_denoises_with_the_familys_velocity(pipeline: Any) -> None:
     """The first step of the pipeline is the scheduler's step along `predict`."""
-    family, seen = family_adapter(pipeline), {}
-    options: dict[str, Any] = {"inference_steps": 1, "guidance_scale": 1.0, **images(family)}
-    first = generate(pipeline, family, [TINY_PROMPT], [0], TINY_CLIP, **options)
-    hook = pipeline.transformer.register_forward_pre_hook(lambda _m, _a, given: seen.update(given), with_kwargs=True)
-    generate(pipeline, family, [TINY_PROMPT], [0], TINY_CLIP, **options)
+    family, seen, size = family_adapter(pipeline), {}, oblong(pipeline)
+    options: dict[str, Any] = {"inference_steps": 1, "guidance_scale": 1.0, **images(family, size)}
+    first = generate(pipeline, family, [TINY_PROMPT], [0], size, **options)
+    names = ("hidden_states",)  # which PixArt's pipeline does not say
+    hook = pipeline.transformer.register_forward_pre_hook(
+        lambda _m, args, given: seen.update(given, **dict(zip(names, args, strict=False))), with_kwargs=True
+    )
+    generate(pipeline, family, [TINY_PROMPT], [0], size, **options)
     hook.remove()
-    noise, timestep = seen["hidden_states"], seen["timestep"]
+    noise, timestep = family.unpacked(read(seen), size), seen["timestep"]
     timestep = timestep.amax(-1) if timestep.ndim == 2 else timestep  # 0 for the tokens of a first frame
     with torch.no_grad():
         text = family.encode_text(pipeline, [TINY_PROMPT], 8)
-        image = family.encode_image(pipeline, as_clips(IMAGES.to(torch.uint8)))
+        image = family.encode_image(pipeline, as_clips(IMAGES[..., : size.width].to(torch.uint8)))
         velocity = family.predict(pipeline.transformer, noise, timestep, text, image)
-    pipeline.scheduler.set_timesteps(1)
+    moving = {"mu": 0.0} if pipeline.scheduler.config.get("use_dynamic_shifting") else {}  # of one step: none
+    pipeline.scheduler.set_timesteps(1, **moving)
     sample_of_step = noise[:, : velocity.shape[1]]
     expected = pipeline.scheduler.step(velocity, pipeline.scheduler.timesteps[0], sample_of_step, return_dict=False)[0]
     assert torch.allclose(first, expected, atol=STEP_TOLERANCE)
 
 
-@pytest.mark.parametrize("pipeline", [name for name in KINDS if name.startswith("wan_image")], indirect=True)
+@pytest.mark.parametrize("pipeline", ["wan", "cogvideox", "ltx", "pixart"], indirect=True)
+def test_noise_and_targets_are_the_schedulers(pipeline: Any) -> None:
+    """A step along the target leads from what `add_noise` gives at a level to what it gives at the next."""
+    family, scheduler = family_adapter(pipeline), pipeline.scheduler
+    scheduler.set_timesteps(5, **({"mu": 0.5} if scheduler.config.get("use_dynamic_shifting") else {}))
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(2)
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(1, 4, 3, 4, 4, generator=generator) for _ in range(2))
+    before, after = (scheduler.timesteps[i : i + 1].float() for i in (2, 3))
+    noisy, target = family.add_noise(clean, noise, before), family.target(clean, noise, before)
+    stepped = scheduler.step(target, scheduler.timesteps[2], noisy).prev_sample
+    torch.testing.assert_close(stepped, family.add_noise(clean, noise, after), rtol=0, atol=STEP_TOLERANCE)
+    assert (stepped - noisy).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("pipeline", [name for name in KINDS if name.startswith(("wan_image", "wan_vace"))], indirect=True)
 def test_training_reads_of_the_first_frame_what_the_pipeline_reads(pipeline: Any) -> None:
     """Whatever of the transformer's input is not noise is the same, for a clip that begins with the image."""
     family, seen = family_adapter(pipeline), {}
@@ -104,7 +148,7 @@ def test_training_reads_of_the_first_frame_what_the_pipeline_reads(pipeline: Any
     options: dict[str, Any] = {"inference_steps": 1, "guidance_scale": 1.0, **images(family)}
     generate(pipeline, family, [TINY_PROMPT], [0], TINY_CLIP, **options)
     hook.remove()
-    first = as_clips(IMAGES.to(torch.uint8))
+    first = as_clips(IMAGES[..., :32].to(torch.uint8))
     clips = torch.cat([first, torch.rand(1, 3, 8, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1], dim=2)
     with torch.no_grad():
         clean, image = family.encode_clips(pipeline, clips), family.encode_image(pipeline, clips)
@@ -112,11 +156,11 @@ def test_training_reads_of_the_first_frame_what_the_pipeline_reads(pipeline: Any
     noisy, target = family.add_noise(clean, noise, timestep), family.target(clean, noise, timestep)
     kept = noisy == clean
     assert 0 < kept.float().mean() < 1
-    torch.testing.assert_close(noisy[kept], seen["hidden_states"].broadcast_to(kept.shape)[kept], rtol=0, atol=STEP_TOLERANCE)
+    torch.testing.assert_close(noisy[kept], read(seen).broadcast_to(kept.shape)[kept], rtol=0, atol=STEP_TOLERANCE)
     assert torch.equal(noisy[~kept], noise[~kept])
     if seen["timestep"].ndim == 2:  # tokens of 2 x 2 latent pixels, of which the first frame's are clean and have no velocity
         assert torch.equal(seen["timestep"][0] == 0, kept[0, 0, :, ::2, ::2].flatten()) and target[kept].count_nonzero() == 0
-    given = seen["encoder_hidden_states_image"]
+    given = seen.get("encoder_hidden_states_image")
     assert image.shape[1] == 0 if given is None else torch.allclose(image, given, atol=STEP_TOLERANCE)
 
 
@@ -136,7 +180,7 @@ def test_an_expert_trains_on_its_own_noise_levels(component: str) -> None:
     assert ends.tolist() == pytest.approx([low, (low + high) / 2, high])
 
 
-@pytest.mark.parametrize("family_name", ["wan", "cogvideox"])
+@pytest.mark.parametrize("family_name", ["wan", "cogvideox", "ltx", "pixart"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_text_encoder_stored_in_16_bits_samples(family_name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     family = families()[family_name]
@@ -146,15 +190,28 @@ def test_a_text_encoder_stored_in_16_bits_samples(family_name: str, dtype: torch
     loaded = load_pipeline(tmp_path / "model")
     assert loaded.text_encoder.dtype == dtype and loaded.transformer.dtype == torch.float32
     arguments: dict[str, Any] = {"inference_steps": 1, "guidance_scale": 2.0, "batch_size": 1}
-    latents, _ = sample(loaded, family_adapter(loaded), [TINY_PROMPT], [0], TINY_CLIP, **arguments)
+    latents, _ = sample(loaded, family_adapter(loaded), [TINY_PROMPT], [0], tiny(loaded), **arguments)
     assert latents.isfinite().all() and latents.dtype == torch.float32
 
 
 def test_clip_steps_are_vae_factor_times_patch() -> None:
-    wan, cogvideox = families()["wan"], families()["cogvideox"]
+    wan, cogvideox, ltx, pixart = (families()[name] for name in ("wan", "cogvideox", "ltx", "pixart"))
     assert wan.clip_step({}, {}) == ClipStep(4, 16, 16)
     assert wan.clip_step(*WAN_2_2_5B) == ClipStep(4, 32, 32)
     assert cogvideox.clip_step({}, {}) == ClipStep(8, 16, 16)
+    assert ltx.clip_step({}, {}) == ClipStep(8, 32, 32)
+    deeper = {"spatio_temporal_scaling": [True] * 4, "spatial_compression_ratio": 32, "temporal_compression_ratio": 8}
+    assert ltx.clip_step({}, deeper) == ClipStep(8, 32, 32)  # 0.9.5 and later
+    with pytest.raises(ValueError, match="joins 8 frames and 16 pixels, those of LTX-Video 8 and 32"):
+        ltx.clip_step({}, {"patch_size": 2})
+    assert pixart.clip_step({}, {"block_out_channels": (128, 256, 512, 512)}) == ClipStep(None, 16, 16)
+    assert "has 80 channels; those of a masked video are 96" in (
+        families()["wan_vace"].refusal({}, {"vace_in_channels": 80}) or ""
+    )
+    assert families()["wan_vace"].refusal({}, {"vace_layers": [0], "in_channels": 16}) is None
+    assert "told the size of the image" in (pixart.refusal({}, {"sample_size": 128}) or "")  # PixArt-alpha
+    assert pixart.refusal({}, {"sample_size": 128, "use_additional_conditions": False}) is None
+    assert "patches of [2, 1]" in (ltx.refusal({}, {"patch_size": 2}) or "") and ltx.refusal({}, {}) is None
 
 
 @pytest.mark.parametrize(
@@ -182,12 +239,14 @@ def test_what_a_family_refuses(index: dict[str, Any], config: dict[str, Any], sa
         ("wan", (9, 40, 80), "height = 40 must be a multiple of 16: 32 or 48"),
         ("wan", (9, 32, 8), "width = 8 must be a multiple of 16: 16"),
         ("wan", (2, 33, 33), "1 or 5; height = 33 must be a multiple of 16: 32 or 48; width = 33"),
+        ("ltx", (5, 32, 32), "frames = 5 must be a multiple of 8 and one more: 1 or 9"),
+        ("pixart", (9, 32, 32), "frames = 9 must be 1: it makes images"),
         ("cogvideox", (5, 32, 32), "frames = 5 must be a multiple of 8 and one more: 1 or 9"),
     ],
 )
 def test_other_sizes_are_refused_with_the_nearest(tmp_path: Path, family_name: str, size: Any, says: str) -> None:
     folder = tiny_pipeline(family_name, tmp_path / "model")
-    check_size(folder, TINY_CLIP)
+    check_size(folder, KINDS[family_name].clip)
     with pytest.raises(ValueError, match="has no latents for such clips") as error:
         check_size(folder, ClipSize(*size, 8))
     assert says in str(error.value)
@@ -221,12 +280,17 @@ DDIM = {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_predictio
         ("WanPipeline", EULER | {"shift": 3.0}),
         ("WanPipeline", EULER | {"use_karras_sigmas": None, "shift_terminal": None}),
         ("WanPipeline", UNIPC | FLOW | {"flow_shift": 3.0, "solver_order": 2}),
+        ("PixArtSigmaPipeline", {"_class_name": "DPMSolverMultistepScheduler", "beta_schedule": "linear"}),
+        ("LTXPipeline", EULER | {"shift": 1.0, "use_dynamic_shifting": True, "max_shift": 2.05, "shift_terminal": 0.1}),
         ("CogVideoXPipeline", DDIM | {"snr_shift_scale": 1.0}),
         ("CogVideoXPipeline", {"_class_name": "CogVideoXDPMScheduler", "prediction_type": "v_prediction"}),
     ],
 )
 def test_schedulers_that_training_follows(pipeline_class: str, config: dict[str, Any]) -> None:
     family = family_of(pipeline_class, config)
+    if "LTX" in pipeline_class:
+        # As the sampler shifts for 4,096 tokens.
+        assert float(family.timesteps_at(torch.tensor([0.5]))) == pytest.approx(1000 / (1 + math.exp(-2.05)))
     if "Wan" in pipeline_class:
         assert family.shift == config.get("shift", config.get("flow_shift", 1.0))
 
@@ -241,6 +305,9 @@ def test_schedulers_that_training_follows(pipeline_class: str, config: dict[str,
         ("WanPipeline", EULER | {"shift_terminal": 0.1}, "shift_terminal = 0.1"),
         ("WanPipeline", EULER | {"invert_sigmas": True}, "invert_sigmas = True"),
         ("WanPipeline", EULER | {"num_train_timesteps": 500}, "num_train_timesteps = 500"),
+        ("PixArtSigmaPipeline", EULER, "'FlowMatchEulerDiscreteScheduler' has no beta_schedule"),
+        ("PixArtSigmaPipeline", DDIM, "prediction_type = 'v_prediction'"),
+        ("LTXPipeline", EULER | {"time_shift_type": "linear"}, "time_shift_type = 'linear'"),
         ("WanPipeline", UNIPC | {"prediction_type": "flow_prediction"}, "use_flow_sigmas = False"),
         ("WanPipeline", UNIPC | {"use_flow_sigmas": True}, "prediction_type = 'epsilon'"),
         ("CogVideoXPipeline", DDIM | {"prediction_type": "epsilon"}, "prediction_type = 'epsilon'"),
@@ -255,10 +322,11 @@ def test_other_noise_levels_and_targets_are_refused(pipeline_class: str, config:
 
 
 def test_no_family_is_named_outside_its_own_file() -> None:
-    own = {f"qvgen/models/{name}.py" for name in ("wan/__init__", "wan/text", "wan/image", "cogvideox", "registry")}
+    own = {f"qvgen/models/{name}.py" for name in ("wan/image", "wan/vace", "cogvideox", "registry")}
+    own |= {f"qvgen/models/{folder}/{name}.py" for folder in ("wan", "ltx", "pixart") for name in ("__init__", "text")}
     own.add("qvgen/integrations/fused/wan.py")
-    words = ("WanPipeline", "WanFamily", "WanTransformer3DModel", "CogVideoXPipeline", "CogVideoXFamily")
-    words += ("WanImageToVideoPipeline", "WanImageFamily")
+    words = ("WanTransformer3DModel", "LTXVideoTransformer3DModel", "PixArtTransformer2DModel")
+    words += tuple(name for family in families().values() for name in (family.__name__, *family.pipelines))
     named = {
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for package in ("qvgen", "stages", "comparison", "pipelines")

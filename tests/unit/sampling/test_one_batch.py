@@ -24,7 +24,7 @@ from qvgen.sampling.clip import own_scheduler
 from qvgen.sampling.one_batch import both_at_once
 from qvgen.sampling.sample import denoise
 
-WAN = families()["wan"]
+WAN = families()["wan"]()
 STEPS, SCALE = 5, 3.0
 # Relative to the norm of the latents. float32: products of embedders in batches of other sizes, over 5 steps. Packed at 8
 # bits: where such a rounding moves a code, 1/255 of a token's range.

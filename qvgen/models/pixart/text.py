@@ -1,0 +1,169 @@
+"""PixArt-Sigma text-to-image: discrete diffusion that predicts the noise in latents (n, c, h, w) of clips of one frame.
+
+Attention to text is masked where a prompt is padded. The transformer also predicts variances, which its sampler does not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from qvgen.models.family import (
+    IMAGES,
+    NUM_TRAIN_TIMESTEPS,
+    ClipSize,
+    ClipStep,
+    DiscreteNoise,
+    SamplingSettings,
+    prompts,
+    text_mask,
+)
+from qvgen.models.folding import FoldableInput, ada_norm_single_inputs
+from qvgen.models.tiny import LATENT_CHANNELS, TEXT_DIM, TINY_CLIP, seeded, t5_sizes, word_tokenizer
+
+# transformer/config.json of PixArt-Sigma XL-2 1024 in diffusers format.
+PIXART_SIGMA_XL_2: Mapping[str, Any] = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 28,
+    "cross_attention_dim": 1152,
+    "sample_size": 128,
+    "patch_size": 2,
+    "interpolation_scale": 2,
+    "use_additional_conditions": False,
+    "caption_channels": 4096,
+}
+TINY: Mapping[str, Any] = {
+    **PIXART_SIGMA_XL_2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": LATENT_CHANNELS,
+    "out_channels": 2 * LATENT_CHANNELS,
+    "num_layers": 2,
+    "cross_attention_dim": 32,
+    "sample_size": TINY_CLIP.height // 8,
+    "interpolation_scale": 1,
+    "caption_channels": TEXT_DIM,
+}
+
+
+class PixArtFamily(DiscreteNoise):
+    name: ClassVar[str] = "pixart"
+    pipelines: ClassVar[tuple[str, ...]] = ("PixArtSigmaPipeline",)
+    default_targets: ClassVar[tuple[str, ...]] = (r"re:transformer_blocks\..*",)
+    sampling: ClassVar[SamplingSettings] = SamplingSettings(1, 1024, 1024, 300, 20, 4.5, fps=1)
+    guidance_can_stop: ClassVar[bool] = False
+    scheduler_options: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "num_train_timesteps": (NUM_TRAIN_TIMESTEPS,),
+        "prediction_type": ("epsilon",),
+        "use_flow_sigmas": (False, None),
+    }
+    published: ClassVar[tuple[str, Mapping[str, Any]]] = ("pixart_sigma_xl_2", PIXART_SIGMA_XL_2)
+    task: ClassVar[str] = IMAGES
+
+    def __init__(self, scheduler_config: Mapping[str, Any]) -> None:
+        from diffusers import DDPMScheduler
+
+        self.noising: Any = DDPMScheduler.from_config(dict(scheduler_config))
+
+    @staticmethod
+    def refusal(index: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> str | None:
+        wanted = transformer_config.get("use_additional_conditions")
+        if wanted or (wanted is None and transformer_config.get("sample_size", 128) == 128):
+            return "the transformer is told the size of the image (use_additional_conditions), as PixArt-alpha's is"
+        return None
+
+    @staticmethod
+    def clip_step(transformer_config: Mapping[str, Any], vae_config: Mapping[str, Any]) -> ClipStep:
+        pixels = 2 ** (len(vae_config.get("block_out_channels", (64,))) - 1) * transformer_config.get("patch_size", 2)
+        return ClipStep(None, pixels, pixels)
+
+    @staticmethod
+    def transformer(config: Mapping[str, Any]) -> nn.Module:
+        from diffusers import PixArtTransformer2DModel
+
+        return PixArtTransformer2DModel(**config)
+
+    @staticmethod
+    def tiny_pipeline(seed: int = 0, **options: bool) -> Any:
+        from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline
+        from transformers import T5Config, T5EncoderModel
+
+        if any(options.values()):
+            raise ValueError(f"a tiny PixArt pipeline has no options, got {', '.join(options)}")
+        tokenizer: Any = word_tokenizer()
+        scheduler: Any = DPMSolverMultistepScheduler()  # with the published models' settings
+        sizes: dict[str, Any] = {"block_out_channels": (8,) * 4, "layers_per_block": 1, "norm_num_groups": 2}
+        sizes |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+        with seeded(seed):
+            vae = AutoencoderKL(latent_channels=LATENT_CHANNELS, scaling_factor=0.13025, **sizes)
+            text_encoder = T5EncoderModel(T5Config(**t5_sizes(tokenizer))).eval()
+        return PixArtSigmaPipeline(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=vae.eval(),
+            scheduler=scheduler,
+            transformer=tiny_transformer(seed),
+        )
+
+    def target(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return noise
+
+    def predict(
+        self,
+        model: nn.Module,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        text: torch.Tensor,
+        image: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The noise, without the variances."""
+        predicted = model(
+            latents,
+            encoder_hidden_states=text,
+            encoder_attention_mask=text_mask(text),
+            timestep=timestep,
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            return_dict=False,
+        )[0]
+        return predicted[:, : latents.shape[1]]
+
+    def arguments(self, text: torch.Tensor, negative: torch.Tensor | None, size: ClipSize) -> dict[str, Any]:
+        """In exactly that size, which the pipeline would change to one that it knows."""
+        known = {"height": size.height, "width": size.width, "max_sequence_length": size.max_sequence_length}
+        exactly = {"use_resolution_binning": False, "clean_caption": False, "negative_prompt": None}
+        return known | exactly | prompts(text, negative, mask=True)
+
+    def foldable_inputs(self, model: nn.Module) -> list[FoldableInput]:
+        parts: Any = model
+        return ada_norm_single_inputs(model, parts.adaln_single.linear)
+
+    def encode_text(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> torch.Tensor:
+        """Lower case, and no more cleaned: how the pipeline cleans depends on what else is installed."""
+        text, mask, _, _ = pipeline.encode_prompt(
+            list(prompts),
+            do_classifier_free_guidance=False,
+            max_sequence_length=max_sequence_length,
+            device=pipeline.text_encoder.device,
+        )
+        return text * mask[..., None]
+
+    def encode_clips(self, pipeline: Any, clips: torch.Tensor) -> torch.Tensor:
+        vae = pipeline.vae
+        return vae.encode(clips[:, :, 0].to(vae.device, vae.dtype)).latent_dist.mean * vae.config.scaling_factor
+
+    def decode_latents(self, pipeline: Any, latents: torch.Tensor, frames: int) -> torch.Tensor:
+        vae = pipeline.vae
+        images = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
+        return images.float().clamp(-1, 1).unsqueeze(2)
+
+
+def tiny_transformer(seed: int = 0) -> Any:
+    """2 layers, 2 heads of 16, in evaluation mode. Latents (n, 4, h, w), text (n, l, 16)."""
+    with seeded(seed):
+        return PixArtFamily.transformer(TINY).eval()
