@@ -6,6 +6,9 @@
     reference = observe(full_precision_pipeline, family, trial)
     for pipeline in candidates:
         scores = compare(reference, observe(pipeline, family, trial), trial)
+
+`observe` is `answer`, which takes hours for a large model, and then `collect`. With a folder, `answer` goes on after what an
+interrupted run left there, and several processes share it.
 """
 
 from __future__ import annotations
@@ -25,7 +28,10 @@ from qvgen.evaluation.quality.prompt_accuracy import judge
 from qvgen.models.family import ClipSize, Family
 from qvgen.params import Params
 from qvgen.sampling.folder import read_prompts
-from qvgen.sampling.sample import OnBatch, decode_all, denoise_all, encode_all, silent, spread_timesteps, velocities
+from qvgen.sampling.pieces import Pieces
+from qvgen.sampling.sample import OnBatch, decode_all, denoise_all, encode_all, lengths, silent
+from qvgen.sampling.velocities import add_velocities, spread_timesteps, velocity_lengths
+from qvgen.share import ALONE, Share
 
 ACCURACIES = ("colour", "direction", "digit")  # what the judge of the embedded digits tells
 
@@ -117,21 +123,54 @@ def load_observation(path: str | Path) -> Observation:
     return Observation(**load_file(path))
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What one model makes in the trial, piece by piece."""
+
+    latents: Pieces  # sampled
+    velocities: Pieces
+
+    def found(self, trial: Trial) -> int:
+        """Predictions that this process need not make: they are there, or others make them."""
+        return self.latents.found * trial.predictions_per_video + self.velocities.found
+
+
 def observe(
+    model: Any, family: Family, trial: Trial, guidance_stop: float = 1.0, on_batch: OnBatch = silent, store: Path | None = None
+) -> Observation:
+    """Run one model, a pipeline or a PipelineFolder, through the trial; see `answer` and `collect`."""
+    return collect(answer(model, family, trial, guidance_stop, on_batch, store), model, family, trial, store)
+
+
+def answer(
     model: Any,
     family: Family,
     trial: Trial,
     guidance_stop: float = 1.0,
     on_batch: OnBatch = silent,
     store: Path | None = None,
-) -> Observation:
-    """Run one model, a pipeline or a PipelineFolder, through the trial. `guidance_stop` is the model's own, see
-    models/family.py. `on_batch(predictions)` is called as work is done; see `Trial.predictions`. With a folder `store` the
-    answers lie in files there, so that they need no memory."""
+    share: Share = ALONE,
+    on_found: OnBatch = silent,
+) -> Answers:
+    """Sample the videos' latents and predict the velocities. `guidance_stop` is the model's own, see models/family.py.
+
+    With a folder `store`, which belongs to this model and trial alone, each batch is kept there as it is done: what is there
+    is not made again, and this process makes its `share` of the rest. `on_batch(predictions)` is called as work is done,
+    `on_found(predictions)` for what others make or made; together `Trial.predictions`.
+    """
     size, batch_size = trial.size, trial.batch_size
-    texts = encode_all(model, family, trial.prompts, trial.seeds, size, trial.guidance_scale, batch_size)
+    count, timesteps = len(trial.latents), trial.timesteps
+    answers = Answers(
+        Pieces(lengths(len(trial.prompts), batch_size), store, "latents", share),
+        Pieces(velocity_lengths(count, timesteps, batch_size), store, "velocities", share),
+    )
+    on_found(answers.found(trial))
+    videos, velocities = answers.latents.todo, answers.velocities.todo
+    texts = encode_all(model, family, trial.prompts, trial.seeds, size, trial.guidance_scale, batch_size, wanted=videos)
+    if not videos and not velocities:
+        return answers
     with holding(model, "transformer") as pipeline:
-        latents = denoise_all(
+        denoise_all(
             pipeline,
             family,
             texts,
@@ -141,23 +180,31 @@ def observe(
             guidance_scale=trial.guidance_scale,
             batch_size=batch_size,
             guidance_stop=guidance_stop,
-            on_batch=lambda videos: on_batch(videos * trial.predictions_per_video),
-            store=store,
+            on_batch=lambda clips: on_batch(clips * trial.predictions_per_video),
+            latents=answers.latents,
             images=trial.images,
         )
-        predicted = velocities(
+        add_velocities(
+            answers.velocities,
             getattr(pipeline, family.component),
             family,
             trial.latents,
             trial.text,
-            trial.timesteps,
+            timesteps,
             seed=trial.seed,
             batch_size=batch_size,
             on_batch=on_batch,
-            store=store,
             image=trial.image,
         )
-    return Observation(latents, decode_all(model, family, latents, size, batch_size, store), predicted)
+    return answers
+
+
+def collect(answers: Answers, model: Any, family: Family, trial: Trial, store: Path | None = None) -> Observation:
+    """The answers of all processes, and the clips that the latents decode to. With `store` they lie in files there, so that
+    they need no memory."""
+    latents = answers.latents.tensor()
+    velocities = answers.velocities.tensor().unflatten(0, (len(trial.timesteps), len(trial.latents)))
+    return Observation(latents, decode_all(model, family, latents, trial.size, trial.batch_size, store), velocities)
 
 
 def compare(reference: Observation, candidate: Observation, trial: Trial) -> dict[str, float]:
