@@ -86,10 +86,26 @@ class LatentDataset:
         latents = self.latents
         if not isinstance(latents, StoredLatents) or not self.has_several_sizes:
             return self
-        fits = torch.tensor([shape[-2] * width == shape[-1] * height for shape in latents.sizes])
-        index = fits[latents.size_index].nonzero()[:, 0]
+        index = self._of_ratio(latents, height, width)[latents.size_index].nonzero()[:, 0]
         if not len(index):
             raise ValueError(f"none of {len(self)} clips is {height} x {width}: take more clips, or another height and width")
+        return self._chosen(latents, index)
+
+    def other_sizes(self, height: int, width: int) -> list[LatentDataset]:
+        """The samples that `of_size` leaves out, those of each size by themselves."""
+        latents = self.latents
+        if not isinstance(latents, StoredLatents) or not self.has_several_sizes:
+            return []
+        numbers = (~self._of_ratio(latents, height, width)).nonzero()[:, 0].tolist()
+        return [self._chosen(latents, (latents.size_index == number).nonzero()[:, 0]) for number in numbers]
+
+    @staticmethod
+    def _of_ratio(latents: StoredLatents, height: int, width: int) -> torch.Tensor:
+        """(sizes,): which of them have the aspect ratio of height x width."""
+        return torch.tensor([shape[-2] * width == shape[-1] * height for shape in latents.sizes])
+
+    def _chosen(self, latents: StoredLatents, index: torch.Tensor) -> LatentDataset:
+        """Samples of one size."""
         chosen = [
             Selected(rows, index) if isinstance(rows, StoredLatents) else None if rows is None else rows[index]
             for rows in (self.image, self.first_frames)

@@ -38,7 +38,7 @@ from tests.support.families import KINDS
 
 FAMILIES = ("wan", "wan_image", "cogvideox")
 PROMPTS = (TINY_PROMPT, "a blue digit one moving left", "a green digit zero moving down")
-PIECES = {"latents": 2, "velocities": 4}  # three videos, and three clips at two timesteps, in batches of two
+PIECES = {"latents": 2, "velocities-0": 4}  # three videos, and three clips at two timesteps, in batches of two
 BATCH_TOLERANCE = 2e-4  # reductions of another batch size
 
 
@@ -135,7 +135,7 @@ def test_one_model_in_memory_at_a_time_gives_the_same(setup: SimpleNamespace, tm
     assert sorted(denoising) == sorted([f"{kinds}Transformer3DModel", *with_image])
 
     # What is there is not made again, and what a machine that lost its power left is.
-    lost, cut = tmp_path / "velocities-00001.safetensors", tmp_path / "latents-00000.safetensors"
+    lost, cut = tmp_path / "velocities-0-00001.safetensors", tmp_path / "latents-00000.safetensors"
     lost.unlink()
     cut.write_bytes(cut.read_bytes()[:-4])
     done, found = [], []
@@ -158,7 +158,7 @@ def test_processes_that_share_a_trial_give_what_one_does(setup: SimpleNamespace,
     done: list[int] = []
     for rank in reversed(range(processes)):
         own = answer(setup.pipeline, setup.family, setup.trial, 1.0, done.append, tmp_path, Share(rank, processes))
-        assert len(own.latents.todo) + len(own.velocities.todo) <= 3
+        assert sum(len(pieces.todo) for pieces in (own.latents, *own.velocities)) <= 3
     assert sum(done) == setup.trial.predictions  # nothing twice
     assert same(collect(own, setup.pipeline, setup.family, setup.trial, tmp_path), expected)
 
@@ -214,6 +214,10 @@ def test_velocity_error_is_told_per_timestep(setup: SimpleNamespace) -> None:
     noisy.velocities[1] += 0.5
     assert velocity_mse(reference, noisy) == pytest.approx([0, 0.25], abs=1e-6)
     assert compare(reference, noisy, setup.trial)["velocity_mse"] == pytest.approx(0.125, abs=1e-6)
+    # Beside 3 clips one of another size, whose error is 1 at both: each clip counts alike.
+    ones = torch.ones(2, 1, 7)
+    several = [replace(seen, other_velocities=(other,)) for seen, other in ((reference, ones), (noisy, 0 * ones))]
+    assert velocity_mse(*several) == pytest.approx([1 / 4, (3 * 0.25 + 1) / 4], abs=1e-6)
 
 
 def test_accuracy_is_asked_of_the_embedded_digits_only(setup: SimpleNamespace) -> None:

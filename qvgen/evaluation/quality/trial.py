@@ -37,8 +37,18 @@ ACCURACIES = ("colour", "direction", "digit")  # what the judge of the embedded 
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """Clips of one size that velocities are predicted for."""
+
+    latents: Latents  # (n, ...)
+    text: Text  # (n, l, d)
+    image: Latents | None  # (n, m, e), embeddings of the first frames
+
+
+@dataclass(frozen=True)
 class Trial:
-    """The questions put to every model: videos for `prompts`, and velocities on `latents` (n, ...) with `text` (n, l, d)."""
+    """The questions put to every model: videos for `prompts`, and velocities on `latents` (n, ...) with `text` (n, l, d) and
+    on clips of `other_sizes`."""
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -52,18 +62,20 @@ class Trial:
     batch_size: int
     image: Latents | None = None  # embeddings (n, m, e) of the first frames of the clips of `latents`
     first_frames: Latents | None = None  # (n, 3, h, w), of families that read one: prompt i has that of clip i mod n
+    other_sizes: tuple[HeldOut, ...] = ()
     judged: bool = False  # whether the prompts are captions of the embedded digits, whose clips can be judged
 
     @classmethod
     def from_params(cls, params: Params, held_out: LatentDataset, noise_range: tuple[float, float] = (0.0, 1.0)) -> Trial:
         """The trial of params.yaml's `evaluate`. Prompts are those of `prompts_file`, or else captions of the held-out clips,
         from the first on, and again from the first if there are too few; each has its own seed either way. Velocities are
-        predicted for the clips of one size, that of the videos; `noise_range`: for the noise that the transformer is made for
-        (`Family.noise_range`). Raises ValueError for a file that is missing, empty or not UTF-8, and for data without such
-        clips."""
+        predicted for all of these clips, first those of the size that the videos have; `noise_range`: for the noise that the
+        transformer is made for (`Family.noise_range`). Raises ValueError for a file that is missing, empty or not UTF-8, and
+        for data without a clip of that size."""
         wanted, prepare = params.evaluate, params.prepare
         digits = prepare.source == "digits" and prepare.frames == FRAMES
         measured = held_out.of_size(prepare.height, prepare.width)
+        others = held_out.other_sizes(prepare.height, prepare.width)
         if held_out.first_frames is not None:
             held_out = measured  # a caption goes with the first frame of its clip
         if wanted.prompts_file is None:
@@ -85,8 +97,14 @@ class Trial:
             batch_size=wanted.batch_size,
             image=measured.image,
             first_frames=measured.first_frames,
+            other_sizes=tuple(HeldOut(data.latents, data.text_of_samples, data.image) for data in others),
             judged=digits,
         )
+
+    @property
+    def held_out(self) -> tuple[HeldOut, ...]:
+        """The clips of each size."""
+        return HeldOut(self.latents, self.text, self.image), *self.other_sizes
 
     @property
     def images(self) -> torch.Tensor | None:
@@ -104,7 +122,8 @@ class Trial:
     def predictions(self) -> int:
         """How many predictions `observe` reports to `on_batch` in total. A video counts as all of its own, so that the time
         left can be told from those done."""
-        return len(self.prompts) * self.predictions_per_video + len(self.timesteps) * len(self.latents)
+        clips = sum(len(of_size.latents) for of_size in self.held_out)
+        return len(self.prompts) * self.predictions_per_video + len(self.timesteps) * clips
 
 
 @dataclass(frozen=True)
@@ -114,13 +133,15 @@ class Observation:
     latents: torch.Tensor  # sampled, (n, ...)
     clips: torch.Tensor  # (n, 3, t, h, w) in [-1, 1]
     velocities: torch.Tensor  # (timesteps, held-out clips, ...)
+    other_velocities: tuple[torch.Tensor, ...] = ()  # those of clips of other sizes
 
 
 def load_observation(path: str | Path) -> Observation:
     """One saved as safetensors with the tensors `latents`, `clips` and `velocities`."""
     from safetensors.torch import load_file
 
-    return Observation(**load_file(path))
+    tensors = load_file(path)
+    return Observation(tensors["latents"], tensors["clips"], tensors["velocities"])
 
 
 @dataclass(frozen=True)
@@ -128,11 +149,11 @@ class Answers:
     """What one model makes in the trial, piece by piece."""
 
     latents: Pieces  # sampled
-    velocities: Pieces
+    velocities: tuple[Pieces, ...]  # of each size of clips
 
     def found(self, trial: Trial) -> int:
         """Predictions that this process need not make: they are there, or others make them."""
-        return self.latents.found * trial.predictions_per_video + self.velocities.found
+        return self.latents.found * trial.predictions_per_video + sum(pieces.found for pieces in self.velocities)
 
 
 def observe(
@@ -159,15 +180,15 @@ def answer(
     `on_found(predictions)` for what others make or made; together `Trial.predictions`.
     """
     size, batch_size = trial.size, trial.batch_size
-    count, timesteps = len(trial.latents), trial.timesteps
-    answers = Answers(
-        Pieces(lengths(len(trial.prompts), batch_size), store, "latents", share),
-        Pieces(velocity_lengths(count, timesteps, batch_size), store, "velocities", share),
-    )
+    of_sizes = [
+        Pieces(velocity_lengths(len(clips.latents), trial.timesteps, batch_size), store, f"velocities-{number}", share)
+        for number, clips in enumerate(trial.held_out)
+    ]
+    answers = Answers(Pieces(lengths(len(trial.prompts), batch_size), store, "latents", share), tuple(of_sizes))
     on_found(answers.found(trial))
-    videos, velocities = answers.latents.todo, answers.velocities.todo
+    videos = answers.latents.todo
     texts = encode_all(model, family, trial.prompts, trial.seeds, size, trial.guidance_scale, batch_size, wanted=videos)
-    if not videos and not velocities:
+    if not videos and not any(pieces.todo for pieces in of_sizes):
         return answers
     with holding(model, "transformer") as pipeline:
         denoise_all(
@@ -184,18 +205,19 @@ def answer(
             latents=answers.latents,
             images=trial.images,
         )
-        add_velocities(
-            answers.velocities,
-            getattr(pipeline, family.component),
-            family,
-            trial.latents,
-            trial.text,
-            timesteps,
-            seed=trial.seed,
-            batch_size=batch_size,
-            on_batch=on_batch,
-            image=trial.image,
-        )
+        for pieces, clips in zip(of_sizes, trial.held_out, strict=True):
+            add_velocities(
+                pieces,
+                getattr(pipeline, family.component),
+                family,
+                clips.latents,
+                clips.text,
+                trial.timesteps,
+                seed=trial.seed,
+                batch_size=batch_size,
+                on_batch=on_batch,
+                image=clips.image,
+            )
     return answers
 
 
@@ -203,15 +225,16 @@ def collect(answers: Answers, model: Any, family: Family, trial: Trial, store: P
     """The answers of all processes, and the clips that the latents decode to. With `store` they lie in files there, so that
     they need no memory."""
     latents = answers.latents.tensor()
-    velocities = answers.velocities.tensor().unflatten(0, (len(trial.timesteps), len(trial.latents)))
-    return Observation(latents, decode_all(model, family, latents, trial.size, trial.batch_size, store), velocities)
+    first, *others = (pieces.tensor().unflatten(0, (len(trial.timesteps), -1)) for pieces in answers.velocities)
+    clips = decode_all(model, family, latents, trial.size, trial.batch_size, store)
+    return Observation(latents, clips, first, tuple(others))
 
 
 def compare(reference: Observation, candidate: Observation, trial: Trial) -> dict[str, float]:
     """Scores of the candidate, each a mean over the trial.
 
     colour, direction, digit: fractions (absent for other data than the embedded digits); psnr_db; ssim;
-    velocity_mse: on held-out latents, mean over timesteps; latent_mse: of the sampled latents; motion, flicker: the
+    velocity_mse: on held-out latents, mean over timesteps and clips; latent_mse: of the sampled latents; motion, flicker: the
     candidate's own, see qvgen/evaluation/quality/motion.py.
     """
     return {
@@ -233,8 +256,14 @@ def prompt_accuracy(observation: Observation, trial: Trial) -> dict[str, float]:
 
 
 def velocity_mse(reference: Observation, candidate: Observation) -> list[float]:
-    """Mean squared difference of the predicted velocities, one value per timestep of the trial."""
-    return similarity.mse(reference.velocities, candidate.velocities).tolist()
+    """Mean squared difference of the predicted velocities, one value per timestep of the trial. Of clips of several sizes the
+    mean over clips: each counts alike, whatever its size."""
+    pairs = zip(
+        (reference.velocities, *reference.other_velocities), (candidate.velocities, *candidate.other_velocities), strict=True
+    )
+    of_sizes = [(a.shape[1], similarity.mse(a, b).tolist()) for a, b in pairs]
+    clips = sum(count for count, _ in of_sizes)
+    return [sum(count * errors[t] for count, errors in of_sizes) / clips for t in range(len(reference.velocities))]
 
 
 def movement(observation: Observation) -> dict[str, float]:
