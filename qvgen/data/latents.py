@@ -27,6 +27,7 @@ from qvgen.data.shards import ShardWriter
 from qvgen.data.stored import LATENTS, LENGTH, SIZES, Latents, Selected, StoredLatents, StoredText, without_padding
 from qvgen.models.family import Family
 from qvgen.models.pictures import first_frames
+from qvgen.share import ALONE, Share
 from qvgen.tensors import save_tensors
 
 PARTS = ("train", "calibration", "held_out")
@@ -143,16 +144,17 @@ def _save_whole_text(shard: Path, embeddings: Sequence[torch.Tensor]) -> None:
     save_tensors(shard.parent.parent / WHOLE_TEXT, {"embeddings": torch.stack(list(embeddings))})
 
 
-def text_writer(folder: Path, captions: Sequence[str], shard_size: int) -> ShardWriter:
-    """Writes captions.json; what it returns holds the embeddings, of the captions and of the empty one. Raises ValueError for
-    an empty list or an empty caption."""
+def text_writer(folder: Path, captions: Sequence[str], shard_size: int, share: Share = ALONE) -> ShardWriter:
+    """The main process writes captions.json; what is returned holds the embeddings, of the captions and of the empty one.
+    Raises ValueError for an empty list or an empty caption."""
     if not captions:
         raise ValueError("there are no captions; at least one clip with a caption is needed")
     if any(not caption.strip() for caption in captions):
         raise ValueError("a caption is empty; the empty caption is added by itself, for guidance")
     few = len(captions) < shard_size  # the embedded data's, whose bytes and results stay what they are
-    writer = ShardWriter(folder / TEXT, len(captions) + 1, shard_size, _save_whole_text if few else save_text)
-    (folder / CAPTIONS).write_text(json.dumps(list(captions), indent=0, ensure_ascii=False), encoding="utf-8")
+    writer = ShardWriter(folder / TEXT, len(captions) + 1, shard_size, _save_whole_text if few else save_text, share)
+    if share.is_main:
+        (folder / CAPTIONS).write_text(json.dumps(list(captions), indent=0, ensure_ascii=False), encoding="utf-8")
     return writer
 
 
@@ -191,7 +193,7 @@ class ClipBatch:
             yield [self.positions[i] for i in these], torch.stack([self.clips[i] for i in these])
 
 
-def part_writer(folder: Path, total: int, shard_size: int) -> ShardWriter:
+def part_writer(folder: Path, total: int, shard_size: int, share: Share = ALONE) -> ShardWriter:
     def save(path: Path, rows: list[dict[str, torch.Tensor]]) -> None:
         shapes = list(dict.fromkeys(row[LATENTS].shape for row in rows))
         which = torch.tensor([shapes.index(row[LATENTS].shape) for row in rows])
@@ -205,7 +207,7 @@ def part_writer(folder: Path, total: int, shard_size: int) -> ShardWriter:
                 tensors[f"{name}.{i}"] = torch.stack([values[row] for row in (which == i).nonzero()[:, 0].tolist()])
         save_tensors(path, tensors)
 
-    return ShardWriter(folder, total, shard_size, save)
+    return ShardWriter(folder, total, shard_size, save, share)
 
 
 @torch.no_grad()

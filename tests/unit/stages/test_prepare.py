@@ -2,6 +2,9 @@
 
 import csv
 import json
+import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,12 @@ import torch
 import yaml
 
 from qvgen.data.latents import LatentDataset
+from qvgen.data.shards import ShardWriter
 from qvgen.models.tiny import TINY_CLIP, tiny_pipeline
 from qvgen.models.wan import WanFamily
 from qvgen.params import validate_params
 from qvgen.sampling.video import write_video
+from qvgen.share import ALONE, Share
 from stages import prepare
 from stages.runtime.run import Progress
 
@@ -27,7 +32,7 @@ pytestmark = pytest.mark.slow
 class FakeStage:
     """What stage prepare asks of a stage, without DVC and MLflow."""
 
-    def __init__(self, root: Path, **changes: Any) -> None:
+    def __init__(self, root: Path, share: Share = ALONE, **changes: Any) -> None:
         tree = yaml.safe_load((ROOT / "params.yaml").read_text())
         clip = {k: getattr(TINY_CLIP, k) for k in ("frames", "height", "width", "max_sequence_length")}
         parts = {"train_clips": 5, "calibration_clips": 2, "held_out_clips": 2, "batch_size": 2, "shard_size": 2}
@@ -36,6 +41,7 @@ class FakeStage:
         tree["prepare"] |= changes
         tree["compute"]["workers"] = workers
         self.params, self.root, self.device = validate_params(tree, "params.yaml"), root, torch.device("cpu")
+        self.share = share
         self.made: dict[str, Path] = {}
 
     @property
@@ -128,6 +134,48 @@ def test_what_cannot_be_read_is_listed_and_a_stopped_run_goes_on(sources: Path, 
     assert (stopped / "metrics/prepare.json").read_text() == (whole / "metrics/prepare.json").read_text()
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from qvgen.models.wan import WanFamily
+from qvgen.share import Share
+from tests.unit.stages.test_prepare import FakeStage, run
+
+encode = WanFamily.encode_clips
+calls = []
+
+def killed(self, pipeline, clips):
+    calls.append(clips)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(self, pipeline, clips)
+
+WanFamily.encode_clips = killed
+run(FakeStage(Path(sys.argv[1]), Share(1, 2), batch_size=1))
+"""
+
+
+@pytest.mark.parametrize("processes", [2, 5])
+def test_processes_share_the_shards_and_one_is_killed(sources: Path, tmp_path: Path, processes: int) -> None:
+    """Of two one is killed (SIGKILL) at its second clip and started again; of five some have nothing to do."""
+    whole, shared = (project(sources, tmp_path / name) for name in ("whole", "shared"))
+    run(FakeStage(whole, batch_size=1))
+    if processes == 2:
+        command = [sys.executable, "-c", KILLED, str(shared)]
+        killed = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    shards = shared / "ckpt/data/train"
+    for rank in reversed(range(processes)):
+        before = set(shards.glob("*.json"))
+        run(FakeStage(shared, Share(rank, processes), batch_size=1))
+        assert (shared / "metrics/prepare.json").exists() == (rank == 0)
+        if rank:  # clips 5 of train, 2 a shard
+            made = {int(path.stem[-1]) for path in set(shards.glob("*.json")) - before}
+            assert made == {shard for shard in range(3) if shard % processes == rank}
+    assert content(shared) == content(whole)
+    assert (shared / "metrics/prepare.json").read_text() == (whole / "metrics/prepare.json").read_text()
+
+
 def test_clips_of_several_sizes_and_a_stop_between_them(sources: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Each video goes to the bucket of nearest aspect ratio; a shard holds all of them; a run that goes on leaves the same."""
     folder, generator = tmp_path / "shapes", torch.Generator().manual_seed(0)
@@ -185,11 +233,20 @@ def test_clips_of_several_sizes_and_a_stop_between_them(sources: Path, tmp_path:
         prepare.clips_of_buckets(whole / "artifacts/data/held_out", settings)
 
 
-def test_too_many_is_an_error(sources: Path, tmp_path: Path) -> None:
+def test_too_many_is_an_error(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"2 of 9 clips cannot be read, prepare\.max_skipped = 0\.2 allows 1: replace it"):
         run(FakeStage(project(sources, tmp_path / "a"), max_skipped=0.2))
     with pytest.raises(ValueError, match=r"(short|corrupt)\.mp4 .*1 of 9 clips cannot be read"):
         run(FakeStage(project(sources, tmp_path / "b"), max_skipped=0.0))
+
+    # Each of two processes finds one, the other one while the main process waits for it.
+    shared = project(sources, tmp_path / "c")
+    options: dict[str, Any] = {"max_skipped": 0.2, "held_out_clips": 1, "train_clips": 6, "batch_size": 1, "shard_size": 1}
+    monkeypatch.setattr(ShardWriter, "wait", lambda writer: run(FakeStage(shared, Share(1, 2), **options)))
+    with pytest.raises(ValueError, match=r"2 of 9 clips cannot be read, prepare\.max_skipped = 0\.2 allows 1"):
+        run(FakeStage(shared, Share(0, 2), **options))
+    found = [json.loads(path.read_text()) for path in (shared / "ckpt/data").glob("*/*.json") if path.stem != "captions"]
+    assert sorted(name for record in found for name in record) == sorted(BAD)
 
 
 def test_sixteen_bits_and_several_clips_of_a_video(sources: Path, tmp_path: Path) -> None:
