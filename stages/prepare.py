@@ -33,6 +33,7 @@ def run(stage: Stage) -> None:
 
     from qvgen.checkpoint.pipeline import load_parts
     from qvgen.data.latents import part_writer, text_writer, write_part, write_text
+    from qvgen.data.remote import Store, replace_shards
     from qvgen.data.shards import remove_records
     from qvgen.device import release_memory
     from qvgen.models.family import ClipSize
@@ -54,6 +55,8 @@ def run(stage: Stage) -> None:
         "calibration": settings.calibration_clips,
         "held_out": settings.held_out_clips,
     }
+    if settings.store is not None and stage.share.is_main:
+        Store(settings.store).check()
     work = stage.checkpoint_dir / "data"  # on success it becomes artifacts/data
     work.mkdir(exist_ok=True)
     text = text_writer(work, captions, settings.shard_size, stage.share)
@@ -81,10 +84,14 @@ def run(stage: Stage) -> None:
     if empty := [part for part, count in read.items() if not count]:
         raise ValueError(f"{empty[0]}: there are no clips, none of {sizes[empty[0]]} could be read")
     buckets = {part: clips_of_buckets(work / part, settings) for part in sizes} if settings.buckets else {}
+    # Before `work` becomes the output: what is made is not lost where the network is.
+    indices = {} if settings.store is None else upload(stage, work, settings.store)
     with stage.outputs("artifacts/data") as folder:
         for made in sorted(work.iterdir()):
             shutil.move(made, folder / made.name)
         remove_records(folder)
+        for name, index in indices.items():
+            replace_shards(folder / name, index)
     summary = {"clips": read, "captions": len(captions), "skipped": len(skipped), "reasons": skipped}
     summary |= {"buckets": buckets} if buckets else {}
     with stage.outputs("metrics/prepare.json") as path:
@@ -92,6 +99,15 @@ def run(stage: Stage) -> None:
     rate = {} if fps is None else {"fps": fps}
     counts = {"captions": len(captions), "skipped": len(skipped)}
     stage.log_metrics({f"clips.{part}": n for part, n in read.items()} | counts | rate)
+
+
+def upload(stage: Stage, work: Path, store: str) -> dict[str, Any]:
+    """Folder -> its shards.json, of all folders in `work` that hold shards."""
+    from qvgen.data.remote import upload_shards
+
+    shards = list(work.glob("*/shard-*.safetensors"))
+    with stage.progress(len(shards), unit="shard") as progress:
+        return {folder.name: upload_shards(folder, store, progress.update) for folder in {path.parent for path in shards}}
 
 
 def clips_of_buckets(part: Path, settings: Prepare) -> dict[str, int]:

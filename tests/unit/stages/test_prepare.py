@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 import yaml
@@ -22,6 +23,7 @@ from qvgen.sampling.video import write_video
 from qvgen.share import ALONE, Share
 from stages import prepare
 from stages.runtime.run import Progress
+from tests.support.services import s3
 
 ROOT = Path(__file__).parents[3]
 GOOD, BAD = 7, ("corrupt.mp4", "short.mp4")
@@ -260,3 +262,34 @@ def test_sixteen_bits_and_several_clips_of_a_video(sources: Path, tmp_path: Path
     assert len(data) == found["clips"]["train"] and data.latents[:].dtype == torch.float32
     assert torch.equal(data.latents[:], data.latents[:].bfloat16().float())
     assert len(torch.unique(data.latents[:].flatten(1), dim=0)) == len(data)  # other places of the same videos
+
+
+def test_shards_in_s3_are_those_at_hand(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoded once; then an address without a bucket, no keys, and training's batches out of the bucket."""
+    local, remote = (project(sources, tmp_path / name) for name in ("local", "remote"))
+    run(FakeStage(local))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("QVGEN_CACHE", str(tmp_path / "cache"))
+    with s3(tmp_path / "s3", "shards") as variables:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", variables["AWS_ENDPOINT_URL"])
+        with pytest.raises(ValueError, match=r"s3://shards/a cannot be reached .*no access, set .* AWS_PROFILE or AWS_ACCESS"):
+            run(FakeStage(remote, store="s3://shards/a"))
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        fsspec.filesystem("s3").clear_instance_cache()
+        with pytest.raises(ValueError, match=r"s3://nowhere/a does not exist: check the address \(prepare\.store\)"):
+            run(FakeStage(remote, store="s3://nowhere/a"))
+        run(FakeStage(remote, store="s3://shards/a"))
+        expected, found = (LatentDataset.open(folder / "artifacts/data/train") for folder in (local, remote))
+        generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+        index = torch.tensor([3, 0, 2])
+        for one, other in zip(expected.batch(index, 0.5, generators[0]), found.batch(index, 0.5, generators[1]), strict=True):
+            assert torch.equal(one, other)
+        assert torch.equal(found.latents[:], expected.latents[:])
+    assert not [name for name in content(remote) if "/shard-" in name] and "train/shards.json" in content(remote)
+    with pytest.raises(ValueError, match=r"prepare\.store"):
+        FakeStage(remote, store="s3://key:secret@shards/a")

@@ -56,7 +56,7 @@ def test_every_knob_exists() -> None:
 
 
 def test_the_stage_ends_with_one_line(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    def execute(name: str, function: Any) -> None:
+    def execute(name: str, function: Any, shared: bool) -> None:
         torch.empty(TOO_MUCH, dtype=torch.uint8)
 
     monkeypatch.setattr(run, "_execute", execute)
@@ -68,6 +68,11 @@ def test_the_stage_ends_with_one_line(monkeypatch: pytest.MonkeyPatch, capfd: An
 
 
 def test_throughput_is_of_this_run(capfd: Any) -> None:
+    with run.Progress(total=10) as bar:
+        bar.skip(4)  # by another run, or another process
+        bar.update(6)
+    assert bar.n == 10 and bar.done == 6
+
     class Counted:
         counted, done, seconds = "steps", 30, 12.0
 
