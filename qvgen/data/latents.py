@@ -10,6 +10,7 @@ train/ calibration/ held_out/ shard-00000.safetensors
                          first_frame (n, 3, h, w) uint8, and what an image encoder makes of it, image (n, m, e); where clips
                          have several sizes latents.0, latents.1, ... instead (and first_frame.0, ...), and size_index (n,),
                          which of them holds each
+shards.json              in the place of the shards of a folder if they lie in an object store (data/remote.py)
 """
 
 from __future__ import annotations
