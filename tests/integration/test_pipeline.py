@@ -191,6 +191,7 @@ def test_processes_share_evaluate_and_one_is_killed(finished: Path, tmp_path: Pa
     run_stages(folder, "evaluate")
     expected = hashes(folder / "artifacts/evaluation"), (folder / "metrics/evaluate.json").read_bytes()
     shutil.rmtree(folder / "artifacts/evaluation")
+    shutil.rmtree(folder / ".qvgen/ckpt")
 
     def made() -> set[Path]:
         """By the process with RANK=1."""
