@@ -26,7 +26,7 @@ from qvgen.cache import Blocks
 INDEX, MARKER = "shards.json", "qvgen-shards"
 BLOCK = 2**20  # bytes; a clip of 49 frames at 480p has 2.6 MB in 16 bits
 OPENERS = 16  # threads
-_EXTRAS = {"s3": "pip install 'qvgen[s3]'", "gs": "pip install gcsfs", "gcs": "pip install gcsfs", "abfs": "pip install adlfs"}
+_DRIVERS = {"s3": "pip install s3fs", "gs": "pip install gcsfs", "gcs": "pip install gcsfs", "abfs": "pip install adlfs"}
 _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -65,7 +65,7 @@ class Store:
         try:
             return action()
         except ImportError as error:
-            remedy = _EXTRAS.get(scheme, "install the driver that it names")
+            remedy = _DRIVERS.get(scheme, "install the driver that it names")
             raise ValueError(f"{where} needs a driver of fsspec that is not here ({error}): {remedy}") from None
         except FileNotFoundError:
             raise ValueError(f"{where} does not exist: check the address (prepare.store), or run the prepare stage") from None
