@@ -234,7 +234,7 @@ def compare(reference: Observation, candidate: Observation, trial: Trial) -> dic
     """Scores of the candidate, each a mean over the trial.
 
     colour, direction, digit: fractions (absent for other data than the embedded digits); psnr_db; ssim;
-    velocity_mse: on held-out latents, mean over timesteps and clips; latent_mse: of the sampled latents; motion, flicker: the
+    velocity_mse: on held-out latents, mean over timesteps; latent_mse: of the sampled latents; motion, flicker: the
     candidate's own, see qvgen/evaluation/quality/motion.py.
     """
     return {
