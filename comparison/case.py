@@ -148,7 +148,7 @@ def layer_errors(trainer: Trainer, student: Any, sources: Sources, params: Param
     from qvgen.data.latents import LatentDataset
     from qvgen.evaluation.quality.modules import module_errors
     from qvgen.nn.swap import qat_layers
-    from qvgen.sampling.sample import spread_timesteps
+    from qvgen.sampling.velocities import spread_timesteps
 
     data = LatentDataset.open(sources.data / "held_out")
     index = torch.arange(min(ERROR_CLIPS, len(data)))

@@ -19,7 +19,8 @@ VARIABLE = "QVGEN_DEVICE"
 
 def resolve_device(wanted: str = "auto") -> torch.device:
     """The device named `wanted`, or by QVGEN_DEVICE if that is set. `auto`: the first CUDA device if there is one, else the
-    CPU; mps is used where it is named, because it lacks float64.
+    CPU; of several processes on a host each has its own (LOCAL_RANK, as torchrun sets it). mps is used where it is named,
+    because it lacks float64.
 
     Raises ValueError for another name, and for a device that this machine or this build of torch does not have.
     """
@@ -30,7 +31,10 @@ def resolve_device(wanted: str = "auto") -> torch.device:
     if not re.fullmatch(PATTERN, given):
         raise ValueError(f"{origin} is no device; choose auto, cpu, cuda, cuda:N or mps")
     if given == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        local = os.environ.get("LOCAL_RANK", "")
+        return torch.device("cuda", int(local) % torch.cuda.device_count() if local.isdigit() else torch.cuda.current_device())
     device = torch.device(given)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0

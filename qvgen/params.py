@@ -82,6 +82,9 @@ class Prepare(_Section):
     held_out_clips: int = Field(ge=1, le=LARGEST)
     batch_size: int = Field(ge=1, le=LARGEST)
     shard_size: int = Field(ge=1, le=LARGEST, description="clips per safetensors shard")
+    store: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://[^@\s]+$")] | None = Field(
+        default=None, description="address of an object store for the shards, without keys; null: they lie in artifacts/data"
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -2,7 +2,8 @@
 
 Reads artifacts/model, artifacts/packed and artifacts/data; writes metrics/evaluate.json, and in artifacts/evaluation a
 contact sheet, side-by-side videos, details.json (motion, flicker, velocity error per timestep) and canary/: videos of the
-packed model by which `qvgen canary` knows it.
+packed model by which `qvgen canary` knows it. A run that is interrupted goes on after the last whole batch; several processes
+share the batches (qvgen/share.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,16 @@ LABELS = ("full precision", "packed")
 def run(stage: Stage) -> None:
     from qvgen.checkpoint.pipeline import PipelineFolder
     from qvgen.data.latents import LatentDataset
-    from qvgen.evaluation.quality.trial import ACCURACIES, Trial, compare, movement, observe, prompt_accuracy, velocity_mse
+    from qvgen.evaluation.quality.trial import (
+        ACCURACIES,
+        Trial,
+        answer,
+        collect,
+        compare,
+        movement,
+        prompt_accuracy,
+        velocity_mse,
+    )
     from qvgen.models.registry import load_family
     from qvgen.models.size import check_size
     from qvgen.sampling.settings import read_guidance_stop
@@ -29,15 +39,26 @@ def run(stage: Stage) -> None:
     trial = Trial.from_params(stage.params, LatentDataset.open(stage.root / "artifacts/data/held_out"), family.noise_range)
     for folder in folders:
         check_size(folder, trial.size)
-    observations = []
+    models = {folder: PipelineFolder(folder, stage.device, tiling=stage.params.prepare.vae_tiling) for folder in folders}
+    stores = {folder: stage.checkpoint_dir / folder.name for folder in folders}
     with stage.progress(total=len(folders) * trial.predictions, unit="prediction") as progress:
-        for folder in folders:
-            model, stop = (
-                PipelineFolder(folder, stage.device, tiling=stage.params.prepare.vae_tiling),
+        answers = {
+            folder: answer(
+                model,
+                family,
+                trial,
                 read_guidance_stop(folder),
+                progress.update,
+                stores[folder],
+                stage.share,
+                progress.skip,
             )
-            observations.append(observe(model, family, trial, stop, progress.update, stage.checkpoint_dir))
-    reference, packed = observations
+            for folder, model in models.items()
+        }
+    if not stage.share.is_main:
+        return
+    observed = [collect(answers[folder], model, family, trial, stores[folder]) for folder, model in models.items()]
+    reference, packed = observed
 
     scores = compare(reference, packed, trial)
     accuracy = prompt_accuracy(reference, trial)
@@ -60,7 +81,7 @@ def run(stage: Stage) -> None:
         (folder / "details.json").write_text(json.dumps(details, indent=2) + "\n")
         (folder / "canary").mkdir()
         write_canary(folders[1], folder / "canary", trial)
-        write_pictures(folder, stage.params.evaluate.videos, trial.prompts, [o.clips for o in observations])
+        write_pictures(folder, stage.params.evaluate.videos, trial.prompts, [o.clips for o in observed])
     with stage.outputs("metrics/evaluate.json") as path:
         path.write_text(json.dumps(metrics, indent=2) + "\n")
 
@@ -100,4 +121,4 @@ def write_pictures(folder: Path, count: int, prompts: tuple[str, ...], clips: li
 
 
 if __name__ == "__main__":
-    stage_main("evaluate", run)
+    stage_main("evaluate", run, shared=True)

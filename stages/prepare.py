@@ -2,7 +2,7 @@
 
 Reads artifacts/model and the folder of videos; writes artifacts/data (layout in qvgen/data/latents.py), and in
 metrics/prepare.json how many clips there are and which could not be read. Held-out clips of the embedded data show digits that
-no training clip shows. A run that is interrupted continues after the last whole shard.
+no training clip shows. A run that is interrupted continues after the last whole shard; several processes share the shards.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def run(stage: Stage) -> None:
 
     from qvgen.checkpoint.pipeline import load_parts
     from qvgen.data.latents import part_writer, text_writer, write_part, write_text
+    from qvgen.data.remote import Store, replace_shards
     from qvgen.data.shards import remove_records
     from qvgen.device import release_memory
     from qvgen.models.family import ClipSize
@@ -54,31 +55,43 @@ def run(stage: Stage) -> None:
         "calibration": settings.calibration_clips,
         "held_out": settings.held_out_clips,
     }
+    if settings.store is not None and stage.share.is_main:
+        Store(settings.store).check()
     work = stage.checkpoint_dir / "data"  # on success it becomes artifacts/data
     work.mkdir(exist_ok=True)
-    text = text_writer(work, captions, settings.shard_size)
-    writers = {part: part_writer(work / part, size, settings.shard_size) for part, size in sizes.items()}
-    if not text.done(range(text.total)):
+    text = text_writer(work, captions, settings.shard_size, stage.share)
+    writers = {part: part_writer(work / part, size, settings.shard_size, stage.share) for part, size in sizes.items()}
+    if not text.done():
         pipeline = load_parts(source, ("text_encoder",), device)
         write_text(text, pipeline, family, captions, settings.max_sequence_length, settings.batch_size, dtype)
         del pipeline  # before the VAE is loaded
         release_memory(device)
     done = sum(len(span) for writer in writers.values() for span in writer.spans(settings.batch_size) if writer.done(span))
+    todo = {part: batches for part, batches in parts.items() if not writers[part].done()}
     with stage.progress(sum(sizes.values()), initial=done, unit="clip") as progress:
-        pipeline = load_parts(source, ("vae", "image_encoder"), device)
-        if settings.vae_tiling:
+        pipeline = load_parts(source, ("vae", "image_encoder"), device) if todo else None
+        if pipeline is not None and settings.vae_tiling:
             pipeline.vae.enable_tiling()
-        for part, batches in parts.items():
+        for part, batches in todo.items():
             write_part(writers[part], pipeline, family, limited(batches, writers, part, settings), dtype, progress.update)
+    if not stage.share.is_main:
+        return
+    for writer in (text, *writers.values()):
+        writer.wait()
     skipped = {f"{part}: {name}": why for part, writer in writers.items() for name, why in writer.skipped().items()}
+    check_skipped(len(skipped), next(iter(skipped.values()), ""), sum(sizes.values()), settings)  # those of all processes
     read = {part: size - len(writers[part].skipped()) for part, size in sizes.items()}
     if empty := [part for part, count in read.items() if not count]:
         raise ValueError(f"{empty[0]}: there are no clips, none of {sizes[empty[0]]} could be read")
     buckets = {part: clips_of_buckets(work / part, settings) for part in sizes} if settings.buckets else {}
+    # Before `work` becomes the output: what is made is not lost where the network is.
+    indices = {} if settings.store is None else upload(stage, work, settings.store)
     with stage.outputs("artifacts/data") as folder:
         for made in sorted(work.iterdir()):
             shutil.move(made, folder / made.name)
         remove_records(folder)
+        for name, index in indices.items():
+            replace_shards(folder / name, index)
     summary = {"clips": read, "captions": len(captions), "skipped": len(skipped), "reasons": skipped}
     summary |= {"buckets": buckets} if buckets else {}
     with stage.outputs("metrics/prepare.json") as path:
@@ -86,6 +99,15 @@ def run(stage: Stage) -> None:
     rate = {} if fps is None else {"fps": fps}
     counts = {"captions": len(captions), "skipped": len(skipped)}
     stage.log_metrics({f"clips.{part}": n for part, n in read.items()} | counts | rate)
+
+
+def upload(stage: Stage, work: Path, store: str) -> dict[str, Any]:
+    """Folder -> its shards.json, of all folders in `work` that hold shards."""
+    from qvgen.data.remote import upload_shards
+
+    shards = list(work.glob("*/shard-*.safetensors"))
+    with stage.progress(len(shards), unit="shard") as progress:
+        return {folder.name: upload_shards(folder, store, progress.update) for folder in {path.parent for path in shards}}
 
 
 def clips_of_buckets(part: Path, settings: Prepare) -> dict[str, int]:
@@ -106,18 +128,23 @@ def clips_of_buckets(part: Path, settings: Prepare) -> dict[str, int]:
 
 
 def limited(source: Source, writers: dict[str, ShardWriter], part: str, settings: Any) -> Iterator[ClipBatch]:
-    """The batches of a part. Raises ValueError once more clips are left out than `prepare.max_skipped` allows."""
+    """The batches of a part. The main process raises ValueError once more clips are left out than `prepare.max_skipped`
+    allows, and looks again when all have made their shards: so nobody waits for one that gave up."""
     planned = sum(writer.total for writer in writers.values())
     before = sum(len(writer.skipped()) for writer in writers.values())
     for batch in source(writers[part]):
         before += len(batch.skipped)
-        if batch.skipped and before > settings.max_skipped * planned:
-            reason = next(iter(batch.skipped.values()))[1]
-            raise ValueError(
-                f"{reason} ({before} of {planned} clips cannot be read, prepare.max_skipped = {settings.max_skipped:g} allows "
-                f"{int(settings.max_skipped * planned)}: replace it, or raise prepare.max_skipped to leave such videos out)"
-            )
+        if batch.skipped and writers[part].share.is_main:
+            check_skipped(before, next(iter(batch.skipped.values()))[1], planned, settings)
         yield batch
+
+
+def check_skipped(count: int, reason: str, planned: int, settings: Prepare) -> None:
+    if count > settings.max_skipped * planned:
+        raise ValueError(
+            f"{reason} ({count} of {planned} clips cannot be read, prepare.max_skipped = {settings.max_skipped:g} allows "
+            f"{int(settings.max_skipped * planned)}: replace it, or raise prepare.max_skipped to leave such videos out)"
+        )
 
 
 def digit_clips(params: Params) -> tuple[list[str], dict[str, Source]]:
@@ -228,4 +255,4 @@ def read_ahead(read: Callable[[int], Any], items: Sequence[int], workers: int) -
 
 
 if __name__ == "__main__":
-    stage_main("prepare", run)
+    stage_main("prepare", run, shared=True)

@@ -26,7 +26,7 @@ from qvgen.models.registry import load_family
 from qvgen.nn.packed_linear import packed_layers
 from qvgen.nn.swap import convert_, prepare_
 from qvgen.params import Params, validate_params
-from qvgen.sampling.sample import velocities
+from qvgen.sampling.velocities import velocities
 from qvgen.training.calibration import apply_folds_, calibrate_
 from qvgen.training.loop import Trainer
 

@@ -10,6 +10,7 @@ train/ calibration/ held_out/ shard-00000.safetensors
                          first_frame (n, 3, h, w) uint8, and what an image encoder makes of it, image (n, m, e); where clips
                          have several sizes latents.0, latents.1, ... instead (and first_frame.0, ...), and size_index (n,),
                          which of them holds each
+shards.json              in the place of the shards of a folder if they lie in an object store (data/remote.py)
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from qvgen.data.shards import ShardWriter
 from qvgen.data.stored import LATENTS, LENGTH, SIZES, Latents, Selected, StoredLatents, StoredText, without_padding
 from qvgen.models.family import Family
 from qvgen.models.pictures import first_frames
+from qvgen.share import ALONE, Share
 from qvgen.tensors import save_tensors
 
 PARTS = ("train", "calibration", "held_out")
@@ -86,10 +88,26 @@ class LatentDataset:
         latents = self.latents
         if not isinstance(latents, StoredLatents) or not self.has_several_sizes:
             return self
-        fits = torch.tensor([shape[-2] * width == shape[-1] * height for shape in latents.sizes])
-        index = fits[latents.size_index].nonzero()[:, 0]
+        index = self._of_ratio(latents, height, width)[latents.size_index].nonzero()[:, 0]
         if not len(index):
             raise ValueError(f"none of {len(self)} clips is {height} x {width}: take more clips, or another height and width")
+        return self._chosen(latents, index)
+
+    def other_sizes(self, height: int, width: int) -> list[LatentDataset]:
+        """The samples that `of_size` leaves out, those of each size by themselves."""
+        latents = self.latents
+        if not isinstance(latents, StoredLatents) or not self.has_several_sizes:
+            return []
+        numbers = (~self._of_ratio(latents, height, width)).nonzero()[:, 0].tolist()
+        return [self._chosen(latents, (latents.size_index == number).nonzero()[:, 0]) for number in numbers]
+
+    @staticmethod
+    def _of_ratio(latents: StoredLatents, height: int, width: int) -> torch.Tensor:
+        """(sizes,): which of them have the aspect ratio of height x width."""
+        return torch.tensor([shape[-2] * width == shape[-1] * height for shape in latents.sizes])
+
+    def _chosen(self, latents: StoredLatents, index: torch.Tensor) -> LatentDataset:
+        """Samples of one size."""
         chosen = [
             Selected(rows, index) if isinstance(rows, StoredLatents) else None if rows is None else rows[index]
             for rows in (self.image, self.first_frames)
@@ -127,16 +145,17 @@ def _save_whole_text(shard: Path, embeddings: Sequence[torch.Tensor]) -> None:
     save_tensors(shard.parent.parent / WHOLE_TEXT, {"embeddings": torch.stack(list(embeddings))})
 
 
-def text_writer(folder: Path, captions: Sequence[str], shard_size: int) -> ShardWriter:
-    """Writes captions.json; what it returns holds the embeddings, of the captions and of the empty one. Raises ValueError for
-    an empty list or an empty caption."""
+def text_writer(folder: Path, captions: Sequence[str], shard_size: int, share: Share = ALONE) -> ShardWriter:
+    """The main process writes captions.json; what is returned holds the embeddings, of the captions and of the empty one.
+    Raises ValueError for an empty list or an empty caption."""
     if not captions:
         raise ValueError("there are no captions; at least one clip with a caption is needed")
     if any(not caption.strip() for caption in captions):
         raise ValueError("a caption is empty; the empty caption is added by itself, for guidance")
     few = len(captions) < shard_size  # the embedded data's, whose bytes and results stay what they are
-    writer = ShardWriter(folder / TEXT, len(captions) + 1, shard_size, _save_whole_text if few else save_text)
-    (folder / CAPTIONS).write_text(json.dumps(list(captions), indent=0, ensure_ascii=False), encoding="utf-8")
+    writer = ShardWriter(folder / TEXT, len(captions) + 1, shard_size, _save_whole_text if few else save_text, share)
+    if share.is_main:
+        (folder / CAPTIONS).write_text(json.dumps(list(captions), indent=0, ensure_ascii=False), encoding="utf-8")
     return writer
 
 
@@ -175,7 +194,7 @@ class ClipBatch:
             yield [self.positions[i] for i in these], torch.stack([self.clips[i] for i in these])
 
 
-def part_writer(folder: Path, total: int, shard_size: int) -> ShardWriter:
+def part_writer(folder: Path, total: int, shard_size: int, share: Share = ALONE) -> ShardWriter:
     def save(path: Path, rows: list[dict[str, torch.Tensor]]) -> None:
         shapes = list(dict.fromkeys(row[LATENTS].shape for row in rows))
         which = torch.tensor([shapes.index(row[LATENTS].shape) for row in rows])
@@ -189,7 +208,7 @@ def part_writer(folder: Path, total: int, shard_size: int) -> ShardWriter:
                 tensors[f"{name}.{i}"] = torch.stack([values[row] for row in (which == i).nonzero()[:, 0].tolist()])
         save_tensors(path, tensors)
 
-    return ShardWriter(folder, total, shard_size, save)
+    return ShardWriter(folder, total, shard_size, save, share)
 
 
 @torch.no_grad()

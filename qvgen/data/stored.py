@@ -1,6 +1,6 @@
-"""Latents and text embeddings that stay in their files: a sample is read when it is asked for.
+"""Latents and text embeddings that stay in their files, or in an object store: a sample is read when it is asked for.
 
-Shards are memory-mapped, and few at a time, so that memory does not grow with their number. What is stored in 16 bits comes
+Files are memory-mapped, and few at a time, so that memory does not grow with their number. What is stored in 16 bits comes
 back as float32, in which training computes.
 """
 
@@ -16,18 +16,22 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from qvgen.data.remote import INDEX, RemoteShards
+
 OPEN = 8  # shards mapped at a time
 LATENTS, SIZES = "latents", "size_index"  # tensors of a shard; of several sizes latents.0, latents.1, ..., and who has which
 LENGTH = "max_sequence_length"  # in the metadata of a text shard: rows of an embedding with its padding
 
 
 class Shards:
-    """The files shard-*.safetensors of a folder, opened when they are read. Raises ValueError if there are none."""
+    """The files shard-*.safetensors of a folder, or those that its shards.json lists (data/remote.py), opened when they are
+    read. Raises ValueError if there are none."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.paths = sorted(folder.glob("shard-*.safetensors"))
-        if not self.paths:
+        self._remote = RemoteShards(folder) if (folder / INDEX).is_file() else None
+        self._paths = sorted(folder.glob("shard-*.safetensors"))
+        if not self._paths and not self._remote:
             raise ValueError(f"{folder} holds no shard-*.safetensors; run the prepare stage")
         self._open: OrderedDict[int, Any] = OrderedDict()
 
@@ -39,9 +43,13 @@ class Shards:
         if number not in self._open:
             if len(self._open) >= OPEN:
                 self._open.popitem(last=False)
-            self._open[number] = safe_open(self.paths[number], framework="pt")
+            self._open[number] = self._remote.open(number) if self._remote else safe_open(self._paths[number], framework="pt")
         self._open.move_to_end(number)
         return self._open[number]
+
+    def open_all(self) -> list[Any]:
+        """All at once, for what is read of each in the beginning."""
+        return self._remote.open_all() if self._remote else [safe_open(path, framework="pt") for path in self._paths]
 
 
 class StoredLatents:
@@ -51,7 +59,7 @@ class StoredLatents:
 
     def __init__(self, folder: Path, name: str = LATENTS) -> None:
         self._shards = Shards(folder)
-        opened = [safe_open(path, framework="pt") for path in self._shards.paths]
+        opened = self._shards.open_all()
         captions = [file.get_tensor("caption_index") for file in opened]
         self.caption_index = torch.cat(captions)
         self._ends = list(accumulate(map(len, captions)))
@@ -109,7 +117,7 @@ class StoredText:
 
     def __init__(self, folder: Path) -> None:
         self._shards = Shards(folder)
-        opened = [safe_open(path, framework="pt") for path in self._shards.paths]
+        opened = self._shards.open_all()
         offsets = [file.get_tensor("offsets").tolist() for file in opened]
         self._ends = list(accumulate(len(part) - 1 for part in offsets))
         self._offsets = offsets

@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from qvgen.cache import cache_folder
 from qvgen.hub.promotions import OvertakenError, Promotion, alias_version, move_alias, promotions
 from qvgen.hub.reference import Reference
 from qvgen.hub.resolve import fetch
-from qvgen.hub.store import cache_folder
 from qvgen.hub.tracking import find_tracking, open_client, read_version
 
 CHAMPION = "champion"

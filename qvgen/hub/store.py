@@ -16,19 +16,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
+from qvgen.cache import cache_folder
 from qvgen.hub.reference import Reference
 from qvgen.hub.tracking import Registered
 from qvgen.models.hashes import hash_files
 
 _PIECE = 1 << 22  # bytes
 Fetch = Callable[[str, IO[bytes]], None]
-
-
-def cache_folder() -> Path:
-    """QVGEN_CACHE, else where this system keeps caches of a user."""
-    from platformdirs import user_cache_path
-
-    return Path(os.environ["QVGEN_CACHE"]) if os.environ.get("QVGEN_CACHE") else user_cache_path("qvgen")
 
 
 def faults_of(folder: Path, files: Mapping[str, str]) -> list[str]:

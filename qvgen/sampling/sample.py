@@ -1,23 +1,20 @@
-"""Samples and predictions of one model, in batches: videos for prompts, velocities on held-out latents."""
+"""Samples of one model, in batches: videos for prompts."""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from qvgen.checkpoint.pipeline import holding
-from qvgen.data.stored import Latents, Text
+from qvgen.data.stored import Latents
 from qvgen.models.family import NUM_TRAIN_TIMESTEPS, ClipSize, Family
 from qvgen.sampling.one_batch import both_at_once
+from qvgen.sampling.pieces import Pieces
 from qvgen.sampling.rows import Rows
-
-if TYPE_CHECKING:
-    from diffusers import ModelMixin
 
 PIXELS_AT_ONCE = 2**22  # of clips that are decoded together: 20 of the embedded ones are 184,320
 OnBatch = Callable[[int], object]  # told how many items a finished batch held
@@ -171,7 +168,7 @@ def sample(
             guidance_stop=guidance_stop,
             on_batch=on_batch,
             images=images,
-        )
+        ).tensor()
     return latents, decode_all(model, family, latents, size, batch_size)
 
 
@@ -184,22 +181,25 @@ def encode_all(
     guidance_scale: float,
     batch_size: int,
     negative_prompt: str = "",
-) -> list[Texts]:
-    """Embeddings of every batch, on the CPU."""
+    wanted: Collection[int] | None = None,
+) -> dict[int, Texts]:
+    """Embeddings of batches by their numbers, on the CPU: of every batch, or of those `wanted`."""
     if not prompts or len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds; give at least one prompt, a seed for each")
+    parts, found = batches(len(prompts), batch_size), {}
+    if wanted is not None and not wanted:
+        return found
     with holding(model, "text_encoder") as pipeline:
-        found = []
-        for part in batches(len(prompts), batch_size):
-            text, negative = encode(pipeline, family, prompts[part], size, guidance_scale, negative_prompt)
-            found.append((text.cpu(), None if negative is None else negative.cpu()))
+        for number in range(len(parts)) if wanted is None else wanted:
+            text, negative = encode(pipeline, family, prompts[parts[number]], size, guidance_scale, negative_prompt)
+            found[number] = text.cpu(), None if negative is None else negative.cpu()
     return found
 
 
 def denoise_all(
     pipeline: Any,
     family: Family,
-    texts: Sequence[Texts],
+    texts: Mapping[int, Texts],
     seeds: Sequence[int],
     size: ClipSize,
     *,
@@ -208,12 +208,14 @@ def denoise_all(
     batch_size: int,
     guidance_stop: float = 1.0,
     on_batch: OnBatch = silent,
-    store: Path | None = None,
+    latents: Pieces | None = None,
     images: Latents | None = None,
-) -> torch.Tensor:
-    """Latents of every batch of `texts`, float32 on the CPU, in a file in the folder `store` if one is given."""
-    latents = Rows(len(seeds), store)
-    for part, batch in zip(batches(len(seeds), batch_size), texts, strict=True):
+) -> Pieces:
+    """Latents of the batches of `texts`, each a piece of `latents` if that is given."""
+    parts = batches(len(seeds), batch_size)
+    latents = latents or Pieces(lengths(len(seeds), batch_size))
+    for number, batch in texts.items():
+        part = parts[number]
         sampled = denoise(
             pipeline,
             family,
@@ -225,9 +227,9 @@ def denoise_all(
             guidance_stop=guidance_stop,
             images=None if images is None else images[part],
         )
-        latents.add(sampled)
+        latents.add(number, sampled)
         on_batch(len(sampled))
-    return latents.tensor()
+    return latents
 
 
 @torch.no_grad()
@@ -243,51 +245,10 @@ def decode_all(
     return clips.tensor()
 
 
-def spread_timesteps(count: int, noise_range: tuple[float, float] = (0.0, 1.0)) -> list[float]:
-    """`count` timesteps in the middle of equal parts of [0, 1000], or of a part of it: 10 gives 50, 150, ... 950."""
-    low, high = noise_range
-    first, share = low * NUM_TRAIN_TIMESTEPS, high - low
-    return [first + share * ((i + 0.5) * NUM_TRAIN_TIMESTEPS / count) for i in range(count)]
-
-
-@torch.no_grad()
-def velocities(
-    transformer: ModelMixin,
-    family: Family,
-    latents: Latents,
-    text: Text,
-    timesteps: Sequence[float],
-    *,
-    seed: int,
-    batch_size: int,
-    on_batch: OnBatch = silent,
-    store: Path | None = None,
-    image: Latents | None = None,
-) -> torch.Tensor:
-    """Predicted velocities (timesteps, n, ...) float32, on the CPU, for clean latents (n, ...) made noisy at each timestep.
-
-    `text` (n, l, d) are the captions' embeddings, `image` (n, m, e) those of the first frames. The noise depends on `seed`
-    alone, so two models given the same arguments see the same inputs. Predictions are kept rather than compared at once, so
-    that two large models need never be in memory together.
-    """
-    dtype, device = transformer.dtype, transformer.device
-    generator = torch.Generator().manual_seed(seed)
-    count, clip = len(latents), latents.shape[1:]
-    # torch draws 16 numbers at a time: clips of such a size get the same noise drawn for all or for some.
-    separate = math.prod(clip) % 16 == 0
-    predicted = Rows(len(timesteps) * count, store)
-    for timestep in timesteps:
-        noise = None if separate else torch.randn(latents.shape, generator=generator)
-        for part in batches(count, batch_size):
-            clean = latents[part].to(device).float()
-            drawn = torch.randn(clean.shape, generator=generator) if noise is None else noise[part]
-            t = torch.full((len(clean),), float(timestep), device=device)
-            noisy = family.add_noise(clean, drawn.to(device), t)
-            condition = [x[part].to(device, dtype) for x in (text, image) if x is not None]
-            predicted.add(family.predict(transformer, noisy.to(dtype), t, *condition))
-            on_batch(len(clean))
-    return predicted.tensor().unflatten(0, (len(timesteps), count))
-
-
 def batches(n: int, batch_size: int) -> list[slice]:
     return [slice(start, start + batch_size) for start in range(0, n, batch_size)]
+
+
+def lengths(n: int, batch_size: int) -> list[int]:
+    """How many items each of `batches` has."""
+    return [min(part.stop, n) - part.start for part in batches(n, batch_size)]

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from qvgen.params import Params, load_params
+from qvgen.share import ALONE, Share
 from stages.record.execution import open_execution
 from stages.record.forwarder import Forwarder
-from stages.record.journal import Journal
+from stages.record.journal import Journal, NoJournal
 from stages.record.seal import seal_run
 from stages.runtime.dvc import DvcFacts, output_hashes, read_dvc_facts, restore_outputs
 from stages.runtime.outputs import write_whole
@@ -48,6 +49,7 @@ class Stage:
     home: Path  # the checkout that keeps journals, checkpoints and mlflow.db
     facts: DvcFacts
     journal: Journal
+    share: Share = ALONE
     bars: list[Progress] = field(default_factory=list)  # those begun, which tell the throughput
 
     @property
@@ -136,6 +138,11 @@ class Progress(tqdm):
             self.done, self.seconds = self.n - self.initial, time.monotonic() - self._began
         super().close()
 
+    def skip(self, items: int) -> None:
+        """Items that are there without being done here: they count, but not towards the rate."""
+        self.initial += items
+        self.update(items)
+
     @staticmethod
     def status_printer(file: Any) -> Callable[[str], None]:
         if file.isatty():
@@ -153,8 +160,10 @@ class _Terminated(KeyboardInterrupt):
         self.code = 128 + signum
 
 
-def stage_main(name: str, run: Callable[[Stage], None]) -> None:
+def stage_main(name: str, run: Callable[[Stage], None], shared: bool = False) -> None:
     """Run a stage and exit: 0 done, 1 failed, 129, 130 or 143 interrupted (SIGHUP, SIGINT, SIGTERM).
+
+    `shared`: several processes may run it together (qvgen/share.py), of which all but the main one return before any output.
 
     Errors of input, environment and numbers (ValueError, OSError, FloatingPointError) and a lack of memory print one message;
     QVGEN_DEBUG=1 shows the traceback, which the journal always keeps. Any other exception is a bug and shows its traceback.
@@ -164,7 +173,7 @@ def stage_main(name: str, run: Callable[[Stage], None]) -> None:
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
         signal.signal(signal.SIGHUP, _terminate)
     try:
-        _execute(name, run)
+        _execute(name, run, shared)
     except KeyboardInterrupt as stop:
         _say(f"\n{name}: interrupted; run again to continue")
         sys.exit(stop.code if isinstance(stop, _Terminated) else 130)
@@ -180,14 +189,23 @@ def stage_main(name: str, run: Callable[[Stage], None]) -> None:
         sys.exit(1)
 
 
-def _execute(name: str, run: Callable[[Stage], None]) -> None:
+def _execute(name: str, run: Callable[[Stage], None], shared: bool) -> None:
     root = Path.cwd()
     home = Path(os.environ.get("DVC_ROOT") or root)
+    share = Share.from_environment()
+    if not shared and not share.is_main:
+        raise ValueError(f"RANK={share.rank}: this stage runs in one process, the one with RANK=0")
     params = load_params(root / "params.yaml")
     address = os.environ.get("DVC_STAGE", name)
     # A script may serve several stages, which begin with its name.
     facts = read_dvc_facts(root, address if address.rpartition(":")[2].startswith(name) else name)
-    with _alone(root, facts.name), recorded(name, params, root, home, facts) as stage:
+    if not share.is_main:
+        with _alone(root, f"{facts.name}.{share.rank}"):
+            helping = Stage(name=name, params=params, root=root, home=home, facts=facts, journal=NoJournal(), share=share)
+            run(helping)
+            _say(f"{summary(facts.name, params, helping.bars)}; share {share.rank + 1} of {share.world_size}")
+        return
+    with _alone(root, facts.name), recorded(name, params, root, home, facts, share if shared else ALONE) as stage:
         run(stage)
         _say(summary(facts.name, params, stage.bars))
         stage.log_tags({f"dvc.out.{path}": value for path, value in output_hashes(root, facts).items()})
@@ -201,7 +219,7 @@ def _params_or_none() -> Params | None:
 
 
 @contextmanager
-def recorded(name: str, params: Params, root: Path, home: Path, facts: DvcFacts) -> Iterator[Stage]:
+def recorded(name: str, params: Params, root: Path, home: Path, facts: DvcFacts, share: Share = ALONE) -> Iterator[Stage]:
     """A stage whose run is in the journal until the block ends; its checkpoints are deleted if it ends without an error.
 
     If the block fails under DVC the last good outputs come back.
@@ -211,7 +229,7 @@ def recorded(name: str, params: Params, root: Path, home: Path, facts: DvcFacts)
     given = {"prefect.flow_run_id": "QVGEN_PREFECT_FLOW_RUN", "prefect.task_run_id": "QVGEN_PREFECT_TASK_RUN"}
     tags |= {tag: os.environ[variable] for tag, variable in given.items() if variable in os.environ}
     journal = Journal.create(home, facts.name, execution.id, tags=tags, params=facts.params)
-    stage = Stage(name=name, params=params, root=root, home=home, facts=facts, journal=journal)
+    stage = Stage(name=name, params=params, root=root, home=home, facts=facts, journal=journal, share=share)
     with Forwarder(journal, home):
         try:
             yield stage

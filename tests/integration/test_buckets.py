@@ -8,8 +8,13 @@ import pytest
 import torch
 import yaml
 
+from qvgen.checkpoint.pipeline import load_pipeline
 from qvgen.data.latents import LatentDataset
+from qvgen.evaluation.quality.trial import Trial
+from qvgen.models.registry import load_family
 from qvgen.models.tiny import TINY_CLIP, tiny_pipeline
+from qvgen.params import load_params
+from qvgen.sampling.velocities import velocities
 from qvgen.sampling.video import write_video
 from tests.support.stages_in_process import TO_PACK, run_stages
 
@@ -22,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.integration]
 @pytest.mark.parametrize(
     ("family", "options"), [("wan", {}), ("wan_image", {}), ("cogvideox", {}), ("cogvideox", {"rotary": True})]
 )
-def test_clips_of_several_sizes_are_trained_on_and_one_is_measured(
+def test_clips_of_several_sizes_are_trained_on_and_measured(
     family: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_pipeline(family, tmp_path / "model", **options)
@@ -51,6 +56,21 @@ def test_clips_of_several_sizes_are_trained_on_and_one_is_measured(
     assert 0 < len(square) < len(held_out)
     for part in ("train", "calibration"):
         assert len(LatentDataset.open(tmp_path / "artifacts/data" / part).size_index.unique()) > 1
+    # Velocities are measured on the clips of all sizes, each of which counts alike.
+    found = []
+    for folder in (tmp_path / "artifacts/model", tmp_path / "artifacts/packed"):
+        pipeline, adapter = load_pipeline(folder), load_family(folder)
+        trial = Trial.from_params(load_params(tmp_path / "params.yaml"), held_out)
+        options: dict[str, Any] = {"seed": trial.seed, "batch_size": trial.batch_size}
+        of_sizes = [
+            velocities(pipeline.transformer, adapter, c.latents, c.text, trial.timesteps, image=c.image, **options)
+            for c in trial.held_out
+        ]
+        found.append([clip.flatten(1) for part in of_sizes for clip in part.unbind(1)])
+    assert len(found[0]) == len(held_out) and len(trial.held_out) == len(held_out.size_index.unique()) > 1
+    expected = sum(float((a - b).square().mean()) for a, b in zip(*found, strict=True)) / len(held_out)
+    scored = json.loads((tmp_path / "metrics/evaluate.json").read_text())["packed"]
+    assert scored["velocity_mse"] == pytest.approx(expected, rel=1e-5)
     steps = (tmp_path / "metrics/qat.csv").read_text().splitlines()
     assert len(steps) == 1 + 6
     for path in ("metrics/evaluate.json", "metrics/baselines.json"):

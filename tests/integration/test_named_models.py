@@ -11,8 +11,8 @@ import pytest
 from mlflow import MlflowClient
 
 from pipelines.run import nearby
+from qvgen.cache import cache_folder
 from qvgen.hub.resolve import model_folder, pull
-from qvgen.hub.store import cache_folder
 from qvgen.models.tiny import TINY_CLIP, tiny_pipeline
 from tests.support.registered import Line, make_wish, read_folder, register, using
 

@@ -27,6 +27,7 @@ from qvgen.models.tiny import TINY_CLIP, tiny_pipeline
 from qvgen.sampling.video import write_video
 from tests.support.families import KINDS
 from tests.support.stages_in_process import TO_PACK, run_stages
+from tests.support.toy_project import start, wait_until
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 600  # limit of one `dvc repro`; minutes on two busy cores
@@ -180,6 +181,38 @@ def test_kill_9_and_resume_equals_uninterrupted(finished: Path, tmp_path: Path) 
     params["qat"]["learning_rate"] = 2e-3
     write_params(folder, params)
     assert "continues at step" not in repro(folder, "qat")
+
+
+def test_processes_share_evaluate_and_one_is_killed(finished: Path, tmp_path: Path) -> None:
+    """Bit for bit what one process gives; the one that helps is killed at work and started again."""
+    folder = tmp_path / "shared"
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("cache", "journal", "qat", "decay"), symlinks=True)
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["evaluate"] |= {"prompts": 4, "batch_size": 1, "inference_steps": 20}
+    write_params(folder, params)
+    run_stages(folder, "evaluate")
+    expected = hashes(folder / "artifacts/evaluation"), (folder / "metrics/evaluate.json").read_bytes()
+    shutil.rmtree(folder / "artifacts/evaluation")
+    shutil.rmtree(folder / ".qvgen/ckpt")
+
+    def made() -> set[Path]:
+        """By the process with RANK=1."""
+        return set((folder / ".qvgen/ckpt").rglob("*-0000[1357].safetensors"))
+
+    helper = share_evaluate(folder, rank=1)
+    wait_until(made)
+    helper.kill()
+    helper.communicate()
+    assert 0 < len(made()) < 2 * (2 + 2), "its half of all: of two models 4 videos, and 2 clips at 2 timesteps"
+    processes = [share_evaluate(folder, rank) for rank in range(2)]
+    said = [process.communicate(timeout=SECONDS)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "share 2 of 2" in said[1]
+    assert (hashes(folder / "artifacts/evaluation"), (folder / "metrics/evaluate.json").read_bytes()) == expected
+
+
+def share_evaluate(folder: Path, rank: int) -> subprocess.Popen[str]:
+    return start(folder, "stages.evaluate", RANK=f"{rank}", WORLD_SIZE="2", OMP_NUM_THREADS="1", PYTHONPATH=str(folder))
 
 
 def test_metrics_have_the_promised_keys(finished: Path) -> None:

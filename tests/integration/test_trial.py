@@ -15,17 +15,30 @@ from qvgen.checkpoint.pipeline import PipelineFolder, load_pipeline
 from qvgen.data.digits import ALL_ATTRIBUTES
 from qvgen.data.latents import LatentDataset
 from qvgen.evaluation.quality.similarity import MAX_PSNR_DB
-from qvgen.evaluation.quality.trial import ACCURACIES, Trial, compare, observe, prompt_accuracy, velocity_mse
+from qvgen.evaluation.quality.trial import (
+    ACCURACIES,
+    Observation,
+    Trial,
+    answer,
+    collect,
+    compare,
+    observe,
+    prompt_accuracy,
+    velocity_mse,
+)
 from qvgen.models.registry import family_adapter
 from qvgen.models.tiny import TINY_CLIP, TINY_PROMPT, tiny_pipeline
 from qvgen.nn.swap import convert_, prepare_
 from qvgen.params import load_params
 from qvgen.quant.scheme import QuantArgs, QuantScheme
-from qvgen.sampling.sample import sample, spread_timesteps
+from qvgen.sampling.sample import sample
+from qvgen.sampling.velocities import spread_timesteps
+from qvgen.share import Share
 from tests.support.families import KINDS
 
 FAMILIES = ("wan", "wan_image", "cogvideox", "ltx")
 PROMPTS = (TINY_PROMPT, "a blue digit one moving left", "a green digit zero moving down")
+PIECES = {"latents": 2, "velocities-0": 4}  # three videos, and three clips at two timesteps, in batches of two
 BATCH_TOLERANCE = 2e-4  # reductions of another batch size
 
 
@@ -112,10 +125,9 @@ def test_one_model_in_memory_at_a_time_gives_the_same(setup: SimpleNamespace, tm
     expected = observe(setup.pipeline, setup.family, setup.trial)
     model = PipelineFolder(setup.folder)
     for store in (None, tmp_path):
-        seen = observe(model, setup.family, setup.trial, store=store)
-        for name in ("latents", "clips", "velocities"):
-            assert torch.equal(getattr(seen, name), getattr(expected, name)), name
-        assert not list(tmp_path.iterdir())  # files without a name
+        assert same(observe(model, setup.family, setup.trial, store=store), expected)
+    kept = {path: path.stat().st_mtime_ns for path in sorted(tmp_path.iterdir())}
+    assert [path.name for path in kept] == [f"{name}-0000{i}.safetensors" for name, n in PIECES.items() for i in range(n)]
     kinds = {"wan": "Wan", "wan_image": "Wan", "cogvideox": "CogVideoX", "ltx": "LTXVideo"}[setup.name]
     times = len(loaded) // 2
     encoder, *denoising, vae = loaded[:times]
@@ -123,8 +135,37 @@ def test_one_model_in_memory_at_a_time_gives_the_same(setup: SimpleNamespace, tm
     with_image = ["AutoencoderKLWan", "CLIPVisionModel"] if setup.family.reads_image else []
     assert sorted(denoising) == sorted([f"{kinds}Transformer3DModel", *with_image])
 
+    # What is there is not made again, and what a machine that lost its power left is.
+    lost, cut = tmp_path / "velocities-0-00001.safetensors", tmp_path / "latents-00000.safetensors"
+    lost.unlink()
+    cut.write_bytes(cut.read_bytes()[:-4])
+    done, found = [], []
+    answer(model, setup.family, setup.trial, on_batch=done.append, store=tmp_path, on_found=found.append)
+    assert (sum(done), sum(found)) == (2 * 4 + 1, 1 * 4 + 5) and sum(done + found) == setup.trial.predictions
+    loaded.clear()
+    seen = observe(model, setup.family, setup.trial, store=tmp_path)
+    assert loaded == [vae] and same(seen, expected)
+    again = {path for path in kept if path.stat().st_mtime_ns != kept[path]}
+    assert again == {lost, cut} and sorted(tmp_path.iterdir()) == list(kept)
+
     changed = replace(model, change_=lambda transformer: transformer.proj_out.weight.data.zero_())
     assert observe(changed, setup.family, setup.trial).velocities.abs().max() < expected.velocities.abs().max() / 2
+
+
+def test_processes_that_share_a_trial_give_what_one_does(setup: SimpleNamespace, tmp_path: Path) -> None:
+    """Of three one has no video: there are two batches of them."""
+    expected = observe(setup.pipeline, setup.family, setup.trial)
+    done: list[int] = []
+    for rank in (2, 1, 0):
+        own = answer(setup.pipeline, setup.family, setup.trial, 1.0, done.append, tmp_path, Share(rank, 3))
+        assert sum(len(pieces.todo) for pieces in (own.latents, *own.velocities)) <= 3
+        assert rank == 0 or not list(tmp_path.glob("*-00000.safetensors"))
+    assert sum(done) == setup.trial.predictions  # nothing twice
+    assert same(collect(own, setup.pipeline, setup.family, setup.trial, tmp_path), expected)
+
+
+def same(seen: Observation, expected: Observation) -> bool:
+    return all(torch.equal(getattr(seen, name), getattr(expected, name)) for name in ("latents", "clips", "velocities"))
 
 
 def test_large_answers_are_compared_in_parts(setup: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +215,10 @@ def test_velocity_error_is_told_per_timestep(setup: SimpleNamespace) -> None:
     noisy.velocities[1] += 0.5
     assert velocity_mse(reference, noisy) == pytest.approx([0, 0.25], abs=1e-6)
     assert compare(reference, noisy, setup.trial)["velocity_mse"] == pytest.approx(0.125, abs=1e-6)
+    # Beside 3 clips one of another size, whose error is 1 at both: each clip counts alike.
+    ones = torch.ones(2, 1, 7)
+    several = [replace(seen, other_velocities=(other,)) for seen, other in ((reference, ones), (noisy, 0 * ones))]
+    assert velocity_mse(*several) == pytest.approx([1 / 4, (3 * 0.25 + 1) / 4], abs=1e-6)
 
 
 def test_accuracy_is_asked_of_the_embedded_digits_only(setup: SimpleNamespace) -> None:

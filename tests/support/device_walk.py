@@ -31,7 +31,7 @@ from qvgen.nn import packed_linear
 from qvgen.nn.swap import convert_, prepare_
 from qvgen.params import Params, validate_params
 from qvgen.quant.grid import LayerGrid, layer_error
-from qvgen.sampling.sample import velocities
+from qvgen.sampling.velocities import velocities
 from qvgen.training import calibration as calibration_module
 from qvgen.training.calibration import apply_folds_, calibrate_
 from qvgen.training.loop import Trainer

@@ -28,6 +28,10 @@ def test_auto_is_the_first_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert resolve_device() == resolve_device("cuda") == torch.device("cuda", 0)
     assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    for local, card in (("0", 0), ("1", 1), ("2", 0)):  # of three processes on two cards
+        monkeypatch.setenv("LOCAL_RANK", local)
+        assert resolve_device() == torch.device("cuda", card) and resolve_device("cuda:1") == torch.device("cuda", 1)
+    monkeypatch.delenv("LOCAL_RANK")
     with pytest.raises(ValueError, match="sees 2 CUDA devices"):
         resolve_device("cuda:2")
 

@@ -77,7 +77,7 @@ def make_canary(
             guidance_stop=settings.guidance_stop,
             on_batch=on_video,
             images=images,
-        )
+        ).tensor()
         made_with = circumstances(pipeline.transformer)
     hashes = []
     for number, clip in enumerate(decode_all(model, family, latents, size, batch_size=1)):

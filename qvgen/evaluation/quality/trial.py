@@ -6,6 +6,9 @@
     reference = observe(full_precision_pipeline, family, trial)
     for pipeline in candidates:
         scores = compare(reference, observe(pipeline, family, trial), trial)
+
+`observe` is `answer`, which takes hours for a large model, and then `collect`. With a folder, `answer` goes on after what an
+interrupted run left there, and several processes share it.
 """
 
 from __future__ import annotations
@@ -25,14 +28,27 @@ from qvgen.evaluation.quality.prompt_accuracy import judge
 from qvgen.models.family import ClipSize, Family
 from qvgen.params import Params
 from qvgen.sampling.folder import read_prompts
-from qvgen.sampling.sample import OnBatch, decode_all, denoise_all, encode_all, silent, spread_timesteps, velocities
+from qvgen.sampling.pieces import Pieces
+from qvgen.sampling.sample import OnBatch, decode_all, denoise_all, encode_all, lengths, silent
+from qvgen.sampling.velocities import add_velocities, spread_timesteps, velocity_lengths
+from qvgen.share import ALONE, Share
 
 ACCURACIES = ("colour", "direction", "digit")  # what the judge of the embedded digits tells
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """Clips of one size that velocities are predicted for."""
+
+    latents: Latents  # (n, ...)
+    text: Text  # (n, l, d)
+    image: Latents | None  # (n, m, e), embeddings of the first frames
+
+
+@dataclass(frozen=True)
 class Trial:
-    """The questions put to every model: videos for `prompts`, and velocities on `latents` (n, ...) with `text` (n, l, d)."""
+    """The questions put to every model: videos for `prompts`, and velocities on `latents` (n, ...) with `text` (n, l, d) and
+    on clips of `other_sizes`."""
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -46,18 +62,20 @@ class Trial:
     batch_size: int
     image: Latents | None = None  # embeddings (n, m, e) of the first frames of the clips of `latents`
     first_frames: Latents | None = None  # (n, 3, h, w), of families that read one: prompt i has that of clip i mod n
+    other_sizes: tuple[HeldOut, ...] = ()
     judged: bool = False  # whether the prompts are captions of the embedded digits, whose clips can be judged
 
     @classmethod
     def from_params(cls, params: Params, held_out: LatentDataset, noise_range: tuple[float, float] = (0.0, 1.0)) -> Trial:
         """The trial of params.yaml's `evaluate`. Prompts are those of `prompts_file`, or else captions of the held-out clips,
         from the first on, and again from the first if there are too few; each has its own seed either way. Velocities are
-        predicted for the clips of one size, that of the videos; `noise_range`: for the noise that the transformer is made for
-        (`Family.noise_range`). Raises ValueError for a file that is missing, empty or not UTF-8, and for data without such
-        clips."""
+        predicted for all of these clips, first those of the size that the videos have; `noise_range`: for the noise that the
+        transformer is made for (`Family.noise_range`). Raises ValueError for a file that is missing, empty or not UTF-8, and
+        for data without a clip of that size."""
         wanted, prepare = params.evaluate, params.prepare
         digits = prepare.source == "digits" and prepare.frames == FRAMES
         measured = held_out.of_size(prepare.height, prepare.width)
+        others = held_out.other_sizes(prepare.height, prepare.width)
         if held_out.first_frames is not None:
             held_out = measured  # a caption goes with the first frame of its clip
         if wanted.prompts_file is None:
@@ -79,8 +97,14 @@ class Trial:
             batch_size=wanted.batch_size,
             image=measured.image,
             first_frames=measured.first_frames,
+            other_sizes=tuple(HeldOut(data.latents, data.text_of_samples, data.image) for data in others),
             judged=digits,
         )
+
+    @property
+    def held_out(self) -> tuple[HeldOut, ...]:
+        """The clips of each size."""
+        return HeldOut(self.latents, self.text, self.image), *self.other_sizes
 
     @property
     def images(self) -> torch.Tensor | None:
@@ -98,7 +122,8 @@ class Trial:
     def predictions(self) -> int:
         """How many predictions `observe` reports to `on_batch` in total. A video counts as all of its own, so that the time
         left can be told from those done."""
-        return len(self.prompts) * self.predictions_per_video + len(self.timesteps) * len(self.latents)
+        clips = sum(len(of_size.latents) for of_size in self.held_out)
+        return len(self.prompts) * self.predictions_per_video + len(self.timesteps) * clips
 
 
 @dataclass(frozen=True)
@@ -108,30 +133,65 @@ class Observation:
     latents: torch.Tensor  # sampled, (n, ...)
     clips: torch.Tensor  # (n, 3, t, h, w) in [-1, 1]
     velocities: torch.Tensor  # (timesteps, held-out clips, ...)
+    other_velocities: tuple[torch.Tensor, ...] = ()  # those of clips of other sizes
 
 
 def load_observation(path: str | Path) -> Observation:
     """One saved as safetensors with the tensors `latents`, `clips` and `velocities`."""
     from safetensors.torch import load_file
 
-    return Observation(**load_file(path))
+    tensors = load_file(path)
+    return Observation(tensors["latents"], tensors["clips"], tensors["velocities"])
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one model makes in the trial, piece by piece."""
+
+    latents: Pieces  # sampled
+    velocities: tuple[Pieces, ...]  # of each size of clips
+
+    def found(self, trial: Trial) -> int:
+        """Predictions that this process need not make: they are there, or others make them."""
+        return self.latents.found * trial.predictions_per_video + sum(pieces.found for pieces in self.velocities)
 
 
 def observe(
+    model: Any, family: Family, trial: Trial, guidance_stop: float = 1.0, on_batch: OnBatch = silent, store: Path | None = None
+) -> Observation:
+    """Run one model, a pipeline or a PipelineFolder, through the trial; see `answer` and `collect`."""
+    return collect(answer(model, family, trial, guidance_stop, on_batch, store), model, family, trial, store)
+
+
+def answer(
     model: Any,
     family: Family,
     trial: Trial,
     guidance_stop: float = 1.0,
     on_batch: OnBatch = silent,
     store: Path | None = None,
-) -> Observation:
-    """Run one model, a pipeline or a PipelineFolder, through the trial. `guidance_stop` is the model's own, see
-    models/family.py. `on_batch(predictions)` is called as work is done; see `Trial.predictions`. With a folder `store` the
-    answers lie in files there, so that they need no memory."""
+    share: Share = ALONE,
+    on_found: OnBatch = silent,
+) -> Answers:
+    """Sample the videos' latents and predict the velocities. `guidance_stop` is the model's own, see models/family.py.
+
+    With a folder `store`, which belongs to this model and trial alone, each batch is kept there as it is done: what is there
+    is not made again, and this process makes its `share` of the rest. `on_batch(predictions)` is called as work is done,
+    `on_found(predictions)` for what others make or made; together `Trial.predictions`.
+    """
     size, batch_size = trial.size, trial.batch_size
-    texts = encode_all(model, family, trial.prompts, trial.seeds, size, trial.guidance_scale, batch_size)
+    of_sizes = [
+        Pieces(velocity_lengths(len(clips.latents), trial.timesteps, batch_size), store, f"velocities-{number}", share)
+        for number, clips in enumerate(trial.held_out)
+    ]
+    answers = Answers(Pieces(lengths(len(trial.prompts), batch_size), store, "latents", share), tuple(of_sizes))
+    on_found(answers.found(trial))
+    videos = answers.latents.todo
+    texts = encode_all(model, family, trial.prompts, trial.seeds, size, trial.guidance_scale, batch_size, wanted=videos)
+    if not videos and not any(pieces.todo for pieces in of_sizes):
+        return answers
     with holding(model, "transformer") as pipeline:
-        latents = denoise_all(
+        denoise_all(
             pipeline,
             family,
             texts,
@@ -141,23 +201,33 @@ def observe(
             guidance_scale=trial.guidance_scale,
             batch_size=batch_size,
             guidance_stop=guidance_stop,
-            on_batch=lambda videos: on_batch(videos * trial.predictions_per_video),
-            store=store,
+            on_batch=lambda clips: on_batch(clips * trial.predictions_per_video),
+            latents=answers.latents,
             images=trial.images,
         )
-        predicted = velocities(
-            getattr(pipeline, family.component),
-            family,
-            trial.latents,
-            trial.text,
-            trial.timesteps,
-            seed=trial.seed,
-            batch_size=batch_size,
-            on_batch=on_batch,
-            store=store,
-            image=trial.image,
-        )
-    return Observation(latents, decode_all(model, family, latents, size, batch_size, store), predicted)
+        for pieces, clips in zip(of_sizes, trial.held_out, strict=True):
+            add_velocities(
+                pieces,
+                getattr(pipeline, family.component),
+                family,
+                clips.latents,
+                clips.text,
+                trial.timesteps,
+                seed=trial.seed,
+                batch_size=batch_size,
+                on_batch=on_batch,
+                image=clips.image,
+            )
+    return answers
+
+
+def collect(answers: Answers, model: Any, family: Family, trial: Trial, store: Path | None = None) -> Observation:
+    """The answers of all processes, and the clips that the latents decode to. With `store` they lie in files there, so that
+    they need no memory."""
+    latents = answers.latents.tensor()
+    first, *others = (pieces.tensor().unflatten(0, (len(trial.timesteps), -1)) for pieces in answers.velocities)
+    clips = decode_all(model, family, latents, trial.size, trial.batch_size, store)
+    return Observation(latents, clips, first, tuple(others))
 
 
 def compare(reference: Observation, candidate: Observation, trial: Trial) -> dict[str, float]:
@@ -186,8 +256,14 @@ def prompt_accuracy(observation: Observation, trial: Trial) -> dict[str, float]:
 
 
 def velocity_mse(reference: Observation, candidate: Observation) -> list[float]:
-    """Mean squared difference of the predicted velocities, one value per timestep of the trial."""
-    return similarity.mse(reference.velocities, candidate.velocities).tolist()
+    """Mean squared difference of the predicted velocities, one value per timestep of the trial. Of clips of several sizes the
+    mean over clips: each counts alike, whatever its size."""
+    pairs = zip(
+        (reference.velocities, *reference.other_velocities), (candidate.velocities, *candidate.other_velocities), strict=True
+    )
+    of_sizes = [(a.shape[1], similarity.mse(a, b).tolist()) for a, b in pairs]
+    clips = sum(count for count, _ in of_sizes)
+    return [sum(count * errors[t] for count, errors in of_sizes) / clips for t in range(len(reference.velocities))]
 
 
 def movement(observation: Observation) -> dict[str, float]:

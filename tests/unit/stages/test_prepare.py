@@ -2,21 +2,28 @@
 
 import csv
 import json
+import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 import yaml
 
 from qvgen.data.latents import LatentDataset
+from qvgen.data.shards import ShardWriter
 from qvgen.models.tiny import TINY_CLIP, tiny_pipeline
 from qvgen.models.wan import WanFamily
 from qvgen.params import validate_params
 from qvgen.sampling.video import write_video
+from qvgen.share import ALONE, Share
 from stages import prepare
 from stages.runtime.run import Progress
+from tests.support.services import s3
 
 ROOT = Path(__file__).parents[3]
 GOOD, BAD = 7, ("corrupt.mp4", "short.mp4")
@@ -27,7 +34,7 @@ pytestmark = pytest.mark.slow
 class FakeStage:
     """What stage prepare asks of a stage, without DVC and MLflow."""
 
-    def __init__(self, root: Path, **changes: Any) -> None:
+    def __init__(self, root: Path, share: Share = ALONE, **changes: Any) -> None:
         tree = yaml.safe_load((ROOT / "params.yaml").read_text())
         clip = {k: getattr(TINY_CLIP, k) for k in ("frames", "height", "width", "max_sequence_length")}
         parts = {"train_clips": 5, "calibration_clips": 2, "held_out_clips": 2, "batch_size": 2, "shard_size": 2}
@@ -36,6 +43,7 @@ class FakeStage:
         tree["prepare"] |= changes
         tree["compute"]["workers"] = workers
         self.params, self.root, self.device = validate_params(tree, "params.yaml"), root, torch.device("cpu")
+        self.share = share
         self.made: dict[str, Path] = {}
 
     @property
@@ -128,6 +136,44 @@ def test_what_cannot_be_read_is_listed_and_a_stopped_run_goes_on(sources: Path, 
     assert (stopped / "metrics/prepare.json").read_text() == (whole / "metrics/prepare.json").read_text()
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from qvgen.models.wan import WanFamily
+from qvgen.share import Share
+from tests.unit.stages.test_prepare import FakeStage, run
+
+encode = WanFamily.encode_clips
+calls = []
+
+def killed(self, pipeline, clips):
+    calls.append(clips)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(self, pipeline, clips)
+
+WanFamily.encode_clips = killed
+run(FakeStage(Path(sys.argv[1]), Share(1, 2), batch_size=1))
+"""
+
+
+def test_processes_share_the_shards_and_one_is_killed(sources: Path, tmp_path: Path) -> None:
+    """Of two one is killed (SIGKILL) at its second clip and started again."""
+    whole, shared = (project(sources, tmp_path / name) for name in ("whole", "shared"))
+    run(FakeStage(whole, batch_size=1))
+    command = [sys.executable, "-c", KILLED, str(shared)]
+    killed = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    shards = shared / "ckpt/data/train"
+    assert not list(shards.glob("*.json"))
+    run(FakeStage(shared, Share(1, 2), batch_size=1))
+    assert [path.stem for path in shards.glob("*.json")] == ["shard-00001"]  # of three, for five clips
+    assert not (shared / "artifacts/data").exists() and not (shared / "metrics/prepare.json").exists()
+    run(FakeStage(shared, Share(0, 2), batch_size=1))
+    assert content(shared) == content(whole)
+    assert (shared / "metrics/prepare.json").read_text() == (whole / "metrics/prepare.json").read_text()
+
+
 def test_clips_of_several_sizes_and_a_stop_between_them(sources: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Each video goes to the bucket of nearest aspect ratio; a shard holds all of them; a run that goes on leaves the same."""
     folder, generator = tmp_path / "shapes", torch.Generator().manual_seed(0)
@@ -185,11 +231,20 @@ def test_clips_of_several_sizes_and_a_stop_between_them(sources: Path, tmp_path:
         prepare.clips_of_buckets(whole / "artifacts/data/held_out", settings)
 
 
-def test_too_many_is_an_error(sources: Path, tmp_path: Path) -> None:
+def test_too_many_is_an_error(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"2 of 9 clips cannot be read, prepare\.max_skipped = 0\.2 allows 1: replace it"):
         run(FakeStage(project(sources, tmp_path / "a"), max_skipped=0.2))
     with pytest.raises(ValueError, match=r"(short|corrupt)\.mp4 .*1 of 9 clips cannot be read"):
         run(FakeStage(project(sources, tmp_path / "b"), max_skipped=0.0))
+
+    # Each of two processes finds one, the other one while the main process waits for it.
+    shared = project(sources, tmp_path / "c")
+    options: dict[str, Any] = {"max_skipped": 0.2, "held_out_clips": 1, "train_clips": 6, "batch_size": 1, "shard_size": 1}
+    monkeypatch.setattr(ShardWriter, "wait", lambda writer: run(FakeStage(shared, Share(1, 2), **options)))
+    with pytest.raises(ValueError, match=r"2 of 9 clips cannot be read, prepare\.max_skipped = 0\.2 allows 1"):
+        run(FakeStage(shared, Share(0, 2), **options))
+    found = [json.loads(path.read_text()) for path in (shared / "ckpt/data").glob("*/*.json") if path.stem != "captions"]
+    assert sorted(name for record in found for name in record) == sorted(BAD)
 
 
 def test_sixteen_bits_and_several_clips_of_a_video(sources: Path, tmp_path: Path) -> None:
@@ -203,3 +258,34 @@ def test_sixteen_bits_and_several_clips_of_a_video(sources: Path, tmp_path: Path
     assert len(data) == found["clips"]["train"] and data.latents[:].dtype == torch.float32
     assert torch.equal(data.latents[:], data.latents[:].bfloat16().float())
     assert len(torch.unique(data.latents[:].flatten(1), dim=0)) == len(data)  # other places of the same videos
+
+
+def test_shards_in_s3_are_those_at_hand(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoded once; then an address without a bucket, no keys, and training's batches out of the bucket."""
+    local, remote = (project(sources, tmp_path / name) for name in ("local", "remote"))
+    run(FakeStage(local))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("QVGEN_CACHE", str(tmp_path / "cache"))
+    with s3(tmp_path / "s3", "shards") as variables:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", variables["AWS_ENDPOINT_URL"])
+        with pytest.raises(ValueError, match=r"s3://shards/a cannot be reached .*no access, set .* AWS_PROFILE or AWS_ACCESS"):
+            run(FakeStage(remote, store="s3://shards/a"))
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        fsspec.filesystem("s3").clear_instance_cache()
+        with pytest.raises(ValueError, match=r"s3://nowhere/a does not exist: check the address \(prepare\.store\)"):
+            run(FakeStage(remote, store="s3://nowhere/a"))
+        run(FakeStage(remote, store="s3://shards/a"))
+        expected, found = (LatentDataset.open(folder / "artifacts/data/train") for folder in (local, remote))
+        generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+        index = torch.tensor([3, 0, 2])
+        for one, other in zip(expected.batch(index, 0.5, generators[0]), found.batch(index, 0.5, generators[1]), strict=True):
+            assert torch.equal(one, other)
+        assert torch.equal(found.latents[:], expected.latents[:])
+    assert not [name for name in content(remote) if "/shard-" in name] and "train/shards.json" in content(remote)
+    with pytest.raises(ValueError, match=r"prepare\.store"):
+        FakeStage(remote, store="s3://key:secret@shards/a")
