@@ -30,9 +30,12 @@ def read_settings(model: str | Path, overrides: Mapping[str, Any] = MappingProxy
     if not model.is_dir():
         raise ValueError(f"model folder {str(model)!r} does not exist")
     family = family_class(read_pipeline(model).pipeline_class)
-    # The rate that this model was trained with: Wan 2.2 5B and CogVideoX 1.5 have others than the rest of their families.
-    rate = {"fps": round(family.frame_rate(read_json(model / "transformer" / "config.json")))}
-    values = vars(family.sampling) | rate | _own(model)
+    config = read_json(model / "transformer" / "config.json")
+    # Wan 2.2 5B and CogVideoX 1.5 were trained at other rates than the rest of their families.
+    of_model: dict[str, Any] = {"fps": round(family.frame_rate(config))}
+    if (tokens := family.text_tokens(config)) is not None:
+        of_model["max_sequence_length"] = tokens
+    values = vars(family.sampling) | of_model | _own(model)
     values |= {name: value for name, value in overrides.items() if value is not None}
     for name, kind in _TYPES.items():
         value = values[name]
