@@ -5,7 +5,7 @@ all tokens, most of them with a conversion to float32 or back. That hardly shows
 ones it does (`python -m bench.dit_step` shows how much). Here each of these is one op (kernels/block_ops.py), or part of the
 packed layers' own (kernels/fused_ops.py): norms of those that read them, gates and residuals of those before them. q, k and v
 share one reading of their input, and the feed-forward keeps its wide intermediate in the cache. Outputs differ from diffusers'
-by rounding only (tests/integration/test_fused_wan.py states by how much).
+by rounding only (tests/integration/test_fused_blocks.py states by how much).
 
 Attention is replaced through diffusers' own processors, so that a processor or attention backend set later by the user wins;
 which one runs else: attention.py.
