@@ -1,9 +1,9 @@
 """CogVideoX's transformer blocks for packed layers: the same computation in fewer passes over memory.
 
-Text and video are two tensors with norms' modulations and gates of their own, and one sequence in the attention. diffusers'
-block joins them before q, k and v and before the feed-forward, whose layers take each token by itself: here they are joined
-once, for q, k and v, which share one reading. What each op does: kernels/block_ops.py and kernels/fused_ops.py. The norm of
-each head of q and k is `layer_norm_modulate` of rows of a head. Outputs differ from diffusers' by rounding only
+Text and video are one sequence for the layers and two for norms and gates, whose modulations differ. q, k and v share one
+reading of their input, and the feed-forward keeps its wide intermediate in the cache (kernels/linear_ops.py); norms with what
+modulates them and gates with residuals are an op each (kernels/block_ops.py), of text and video by themselves. The norm of
+each head of q and k is that op, too, for rows of a head. Outputs differ from diffusers' by rounding only
 (tests/integration/test_fused_blocks.py states by how much).
 
 Attention is replaced through diffusers' own processors, so that a processor or attention backend set later by the user wins;
@@ -12,6 +12,7 @@ which one runs else: attention.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -27,15 +28,13 @@ from qvgen.integrations.fused.parts import (
     needs_hooks,
     norm_of,
     packed_feed_forward,
-    reads_itself,
     replace_forward_,
     restore_forward_,
     shared,
 )
 from qvgen.kernels.block_ops import add_gated, layer_norm_modulate
 from qvgen.kernels.fused_ops import Norm
-from qvgen.nn.layers_together import added_feed_forward, added_linear, must_be_called
-from qvgen.nn.packed_linear import PackedLinear
+from qvgen.nn.layers_together import feed_forward, is_spread, must_be_called
 
 
 def fuse_cogvideox_(model: nn.Module) -> int:
@@ -72,26 +71,23 @@ class PackedCogVideoXAttnProcessor(CogVideoXAttnProcessor2_0):
         attention_mask: Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> Any:
-        if attention_mask is not None or needs_hooks(attn, cast(nn.Module, attn.norm_q)):
+        if attention_mask is not None or is_spread(attn):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        tokens = encoder_hidden_states.shape[1]
-        attended = self.attended(attn, torch.cat([encoder_hidden_states, hidden_states], dim=1), tokens, image_rotary_emb)
-        projection, dropout = cast(nn.ModuleList, attn.to_out)
-        attended = dropout(projection(attended))
-        return attended[:, tokens:], attended[:, :tokens]
-
-    def attended(self, attn: Any, x: Tensor, text_tokens: int, rotary_emb: tuple[Tensor, Tensor] | None) -> Tensor:
-        """From text and video (n, s, d), normalized, to the input of the last projection."""
-        query, key, value = (y.unflatten(-1, (attn.heads, -1)) for y in shared(x, [attn.to_q, attn.to_k, attn.to_v]))
+        text_tokens = encoder_hidden_states.shape[1]
+        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        query, key, value = shared(x, [cast(nn.Module, layer) for layer in (attn.to_q, attn.to_k, attn.to_v)])
+        query, key, value = (y.unflatten(-1, (attn.heads, -1)) for y in (query, key, value))
         query, key = _normalized_heads(query, attn.norm_q), _normalized_heads(key, attn.norm_k)
-        if rotary_emb is not None:
-            for heads in (query, key):
-                heads[:, text_tokens:] = _rotated(heads[:, text_tokens:], rotary_emb)
+        if image_rotary_emb is not None:
+            for y in (query, key):
+                y[:, text_tokens:] = _rotated(y[:, text_tokens:], image_rotary_emb)
         if self._attention_backend is None:
             y = attend(query, key, value, self.compared)
         else:
             y = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
-        return y.flatten(2, 3).type_as(x)
+        projection, dropout = cast(nn.ModuleList, attn.to_out)
+        y = dropout(projection(y.flatten(2, 3).type_as(x)))
+        return y[:, text_tokens:], y[:, :text_tokens]
 
 
 class _Part(NamedTuple):
@@ -114,8 +110,16 @@ def _block_forward(
     if needs_hooks(self, self.norm1.norm):
         return CogVideoXBlock.forward(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, attention_kwargs)
     parts = _parts(self.norm1, encoder_hidden_states, hidden_states, temb)
-    text, video = _added_attention(self.attn1, parts, image_rotary_emb, attention_kwargs or {})
-    text, video = _added_feed_forward(self.ff, _parts(self.norm2, text, video, temb))
+    text, video = (layer_norm_modulate(part.x, *part.norm) for part in parts)
+    video, text = self.attn1(
+        hidden_states=video, encoder_hidden_states=text, image_rotary_emb=image_rotary_emb, **(attention_kwargs or {})
+    )
+    text, video = _added(parts, [text, video])
+    parts = _parts(self.norm2, text, video, temb)
+    x = torch.cat([layer_norm_modulate(part.x, *part.norm) for part in parts], dim=1)
+    packed = packed_feed_forward(self.ff)
+    y = self.ff(x) if packed is None else feed_forward(x, *packed)
+    text, video = _added(parts, y.split([part.x.shape[1] for part in parts], dim=1))
     return video, text
 
 
@@ -127,44 +131,15 @@ def _parts(norm: CogVideoXLayerNormZero, text: Tensor, video: Tensor, temb: Tens
     return [text_part, _Part(video, norm_of(norm.norm, scale, shift), gate)]
 
 
-def _added_attention(attn: Any, parts: list[_Part], rotary_emb: Any, attention_kwargs: dict[str, Any]) -> list[Tensor]:
-    """x + gate * attn(norm(x)) of each part."""
-    text, video = (layer_norm_modulate(part.x, *part.norm) for part in parts)
-    if attention_kwargs or not reads_itself(attn, PackedCogVideoXAttnProcessor):
-        video, text = attn(video, encoder_hidden_states=text, image_rotary_emb=rotary_emb, **attention_kwargs)
-        return _added([text, video], parts)
-    attended = attn.processor.attended(attn, torch.cat([text, video], dim=1), text.shape[1], rotary_emb)
-    projection = attn.to_out[0]
-    if _can_be_split(projection):
-        pairs = zip(_split(attended, parts), parts, strict=True)
-        return [added_linear(y, projection, part.x, part.gate) for y, part in pairs]
-    return _added(_split(projection(attended), parts), parts)
-
-
-def _added_feed_forward(ff: Any, parts: list[_Part]) -> list[Tensor]:
-    """x + gate * ff(norm(x)) of each part."""
-    packed = packed_feed_forward(ff)
-    if packed is not None and all(map(_can_be_split, packed)):
-        return [added_feed_forward(part.x, part.norm, *packed, part.gate) for part in parts]
-    joined = torch.cat([layer_norm_modulate(part.x, *part.norm) for part in parts], dim=1)
-    return _added(_split(ff(joined), parts), parts)
-
-
-def _can_be_split(layer: nn.Module) -> bool:
-    """Whether a layer may take text and video by themselves: nobody watches its calls."""
-    return isinstance(layer, PackedLinear) and not must_be_called(layer)
-
-
-def _split(y: Tensor, parts: list[_Part]) -> tuple[Tensor, ...]:
-    return y.split([part.x.shape[1] for part in parts], dim=1)
-
-
-def _added(ys: Any, parts: list[_Part]) -> list[Tensor]:
-    return [add_gated(part.x, y, part.gate) for y, part in zip(ys, parts, strict=True)]
+def _added(parts: Sequence[_Part], ys: Sequence[Tensor]) -> list[Tensor]:
+    """x + gate * y of each part."""
+    return [add_gated(part.x, y, part.gate) for part, y in zip(parts, ys, strict=True)]
 
 
 def _normalized_heads(x: Tensor, norm: Any) -> Tensor:
     """Layer norm of each head of x (n, s, heads, D)."""
+    if must_be_called(norm):
+        return norm(x)
     return layer_norm_modulate(x.flatten(1, 2), *norm_of(norm, None, None)).view(x.shape)
 
 

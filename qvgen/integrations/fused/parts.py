@@ -10,9 +10,8 @@ from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
-from qvgen.kernels.block_ops import layer_norm_modulate
 from qvgen.kernels.fused_ops import Norm
-from qvgen.nn.layers_together import brought_for_each_call, is_spread, linears, must_be_called, normalized_linears
+from qvgen.nn.layers_together import brought_for_each_call, is_spread, linears
 from qvgen.nn.packed_linear import PackedLinear
 
 
@@ -43,14 +42,6 @@ def needs_hooks(module: nn.Module, norm: nn.Module) -> bool:
     return brought_for_each_call(norm) or is_spread(module)
 
 
-def reads_itself(attn: Any, processor: type) -> bool:
-    """Whether nothing stands between a block and its attention's layers: no processor but ours, no hook, no dropout."""
-    if type(attn.processor) is not processor or must_be_called(attn) or needs_hooks(attn, attn.norm_q):
-        return False
-    replaced = "forward" in attn.__dict__ and "_hf_hook" not in attn.__dict__  # accelerate's, which moves inputs only
-    return not replaced and not _drops(attn.to_out[1])
-
-
 def packed_feed_forward(ffn: FeedForward) -> tuple[PackedLinear, PackedLinear] | None:
     """The two layers of a feed-forward that is one op: GELU in its tanh form, both packed, no dropout. Else None."""
     activation, dropout, down, *final_dropout = ffn.net
@@ -68,14 +59,6 @@ def shared(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
     """Outputs of layers that read the same input."""
     packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
     return linears(x, packed) if len(packed) == len(layers) else [layer(x) for layer in layers]
-
-
-def normalized(x: Tensor, norm: Norm | None, layers: Sequence[nn.Module]) -> list[Tensor]:
-    """Outputs of layers that read the same norm."""
-    packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
-    if norm is not None and len(packed) == len(layers):
-        return normalized_linears(x, norm, packed)
-    return shared(x if norm is None else layer_norm_modulate(x, *norm), layers)
 
 
 def norm_of(norm: Any, scale: Tensor | None, shift: Tensor | None) -> Norm:

@@ -13,6 +13,7 @@ which one runs else: attention.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -25,16 +26,14 @@ from qvgen.integrations.fused.attention import attend
 from qvgen.integrations.fused.parts import (
     needs_hooks,
     norm_of,
-    normalized,
     packed_feed_forward,
-    reads_itself,
     replace_forward_,
     restore_forward_,
     shared,
 )
 from qvgen.kernels.block_ops import add_gated, layer_norm_modulate, rms_norm_rotary
 from qvgen.kernels.fused_ops import Norm
-from qvgen.nn.layers_together import added_feed_forward, added_linear
+from qvgen.nn.layers_together import added_feed_forward, added_linear, must_be_called, normalized_linears
 from qvgen.nn.packed_linear import PackedLinear
 
 
@@ -88,11 +87,11 @@ class PackedWanAttnProcessor(WanAttnProcessor):
     def added(
         self, attn: WanAttention, x: Tensor, norm: Norm | None, text: Tensor | None, rotary_emb: Any, gate: Tensor | None
     ) -> Tensor:
-        """x + gate * attn(norm(x)), for an attention that `reads_itself`."""
+        """x + gate * attn(norm(x)), for an attention that `_reads_itself`."""
         if text is None:
-            query, key, value = normalized(x, norm, [attn.to_q, attn.to_k, attn.to_v])
+            query, key, value = _normalized(x, norm, [attn.to_q, attn.to_k, attn.to_v])
         else:
-            (query,) = normalized(x, norm, [attn.to_q])
+            (query,) = _normalized(x, norm, [attn.to_q])
             key, value = shared(text, [attn.to_k, attn.to_v])
         attended = self._attend(attn, query, key, value, text is None, rotary_emb)
         projection = attn.to_out[0]
@@ -139,10 +138,18 @@ def _added_attention(
     attn: WanAttention, x: Tensor, norm: Norm | None, text: Tensor | None, rotary_emb: Any, gate: Tensor | None
 ) -> Tensor:
     """x + gate * attn(norm(x))."""
-    if reads_itself(attn, PackedWanAttnProcessor):
+    if _reads_itself(attn):
         return attn.processor.added(attn, x, norm, text, rotary_emb, gate)  # type: ignore[union-attr]
     attended = attn(x if norm is None else layer_norm_modulate(x, *norm), text, None, rotary_emb)
     return add_gated(x, attended, gate)
+
+
+def _reads_itself(attn: WanAttention) -> bool:
+    """Whether nothing stands between the block and the attention's layers: no processor or hook but ours, and no dropout."""
+    if type(attn.processor) is not PackedWanAttnProcessor or must_be_called(attn) or needs_hooks(attn, attn.norm_q):
+        return False
+    replaced = "forward" in attn.__dict__ and "_hf_hook" not in attn.__dict__  # accelerate's, which moves inputs only
+    return not replaced and not (attn.to_out[1].training and attn.to_out[1].p)
 
 
 def _added_feed_forward(ffn: FeedForward, x: Tensor, norm: Norm, gate: Tensor | None) -> Tensor:
@@ -150,6 +157,14 @@ def _added_feed_forward(ffn: FeedForward, x: Tensor, norm: Norm, gate: Tensor | 
     if (packed := packed_feed_forward(ffn)) is not None:
         return added_feed_forward(x, norm, *packed, gate)
     return add_gated(x, ffn(layer_norm_modulate(x, *norm)), gate)
+
+
+def _normalized(x: Tensor, norm: Norm | None, layers: Sequence[nn.Module]) -> list[Tensor]:
+    """Outputs of layers that read the same norm."""
+    packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
+    if norm is not None and len(packed) == len(layers):
+        return normalized_linears(x, norm, packed)
+    return shared(x if norm is None else layer_norm_modulate(x, *norm), layers)
 
 
 def _eps(norm: nn.RMSNorm, x: Tensor) -> float:
