@@ -65,10 +65,15 @@ def packed(kind: str, bits: int, **config: object) -> Any:
     return model
 
 
+def inputs(model: Any) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shape = (2, 4, 3, 8, 10) if isinstance(model, WanTransformer3DModel) else (2, 4, 4, 8, 10)
+    return [torch.randn(size, generator=generator).to(model.dtype) for size in (shape, (2, 9, 24))]
+
+
 def run(model: Any, timestep: torch.Tensor | None = None) -> torch.Tensor:
-    generator, of = torch.Generator().manual_seed(1), getattr(model, "_orig_mod", model)
-    shape = (2, 4, 3, 8, 10) if isinstance(of, WanTransformer3DModel) else (2, 4, 4, 8, 10)
-    latents, text = (torch.randn(size, generator=generator).to(of.dtype) for size in (shape, (2, 9, 24)))
+    of = getattr(model, "_orig_mod", model)
+    latents, text = inputs(of)
     timestep = torch.tensor([100.0, 800.0]) if timestep is None else timestep
     with torch.no_grad():
         return family_of(of).predict(model, latents, timestep, text).float()
@@ -89,6 +94,7 @@ def test_equals_diffusers_in_float32(kernels: str, bits: int, kind: str, monkeyp
     assert relative(run(fused), run(model)) < CODE_FLIPS
     unfuse_(fused)
     assert torch.equal(run(fused), run(model))
+    assert {*map(type, fused.attn_processors.values())} == {*map(type, model.attn_processors.values())}
 
 
 @KIND
@@ -135,6 +141,19 @@ def test_layers_with_hooks_are_called_once_with_all_tokens(kind: str) -> None:
         layer.register_forward_hook(lambda *args, name=name: note(name, args[-1]))
     assert relative(run(fused), run(model)) < CODE_FLIPS
     assert calls.keys() == dict(packed_layers(fused)).keys() and all(len(shapes) == 1 for shapes in calls.values())
+
+
+@KIND
+def test_gradients_are_those_through_diffusers_blocks(kind: str) -> None:
+    model = packed(kind, 8)
+    fused = copy.deepcopy(model)
+    fuse_(fused)
+    gradients = []
+    for one in (fused, model):
+        latents, text = inputs(one)
+        family_of(one).predict(one, latents.requires_grad_(), torch.tensor([100.0, 800.0]), text).square().sum().backward()
+        gradients.append(latents.grad)
+    assert relative(*gradients) < CODE_FLIPS
 
 
 @KIND
