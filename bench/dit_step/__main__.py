@@ -1,7 +1,7 @@
-"""`python -m bench.dit_step`: one denoising step of a Wan transformer, packed against full precision and bfloat16.
+"""`python -m bench.dit_step`: one denoising step of a transformer, packed against full precision and bfloat16.
 
 The transformer is diffusers', in a published architecture with `--layers` blocks and random weights, which take as long as
-any others; a step has one sample, 512 text tokens and `--tokens` latent tokens.
+any others; a step has one sample, 512 text tokens (CogVideoX: 226) and `--tokens` latent tokens.
 
     fp32               diffusers, loaded in float32
     bf16               diffusers, loaded in bfloat16
@@ -33,13 +33,14 @@ from torch import Tensor, nn
 
 from bench.dit_step import gpu
 from bench.dit_step.breakdown import breakdown_ms
-from bench.dit_step.models import ARCHITECTURES, DTYPES, ON_GPUS, inputs, load, memory_bytes, unfuse_, write_folders
+from bench.dit_step.models import DTYPES, MODELS, ON_CPUS, inputs, load, memory_bytes, write_folders
 from bench.gpu.timing import device_of
 from bench.report import print_table, write_json
 from qvgen.evaluation.cost.hardware import describe, hardware
 from qvgen.evaluation.cost.size import folder_bytes
 from qvgen.evaluation.cost.speed import peak_memory_mb, time_calls, timing, torch_threads
-from qvgen.models.wan import WanFamily
+from qvgen.integrations.fused import unfuse_
+from qvgen.models.family import Family
 from qvgen.nn.packed_linear import packed_layers
 
 UNFUSED = "packed_unfused"
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--frames", type=int, help="of a video of 480 x 832 pixels, on a GPU; 4 n + 1")
     parser.add_argument("--seconds", type=float, default=60, help="about how long to measure, on a GPU")
     parser.add_argument("--eager", action="store_true", help="nothing compiled, on a GPU")
-    parser.add_argument("--model", choices=list(ARCHITECTURES | ON_GPUS), default="wan2.1-1.3b")
+    parser.add_argument("--model", choices=list(MODELS), default="wan2.1-1.3b")
     parser.add_argument("--tokens", type=int, default=1560, help="1560 are a frame of 480 x 832 pixels")
     parser.add_argument("--layers", type=int, help="default: 2; on a GPU all, or as many as its memory takes")
     parser.add_argument("--threads", type=int, help="default: as many as torch takes")
@@ -67,8 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
         if options.json:
             write_json(options.json, content)
         return
-    if options.model not in ARCHITECTURES or options.frames is not None:
-        parser.error(f"on the CPU: one of {', '.join(ARCHITECTURES)}, with --tokens; for the rest give --device cuda")
+    if options.model not in ON_CPUS or options.frames is not None:
+        parser.error(f"on the CPU: one of {', '.join(ON_CPUS)}, with --tokens; for the rest give --device cuda")
     options.layers = 2 if options.layers is None else options.layers
     if options.repetitions < 2:
         parser.error("quartiles need at least 2 repetitions")
@@ -90,7 +91,8 @@ def measure(model: str, layers: int, tokens: int, repetitions: int, folder: Path
     models = {name: load(folders[name], DTYPES[name]) for name in DTYPES}
     models[UNFUSED] = load(folders["packed"], DTYPES["packed"])
     unfuse_(models[UNFUSED])
-    steps = {name: step_of(transformer, tensors) for name, transformer in models.items()}
+    family = MODELS[model][0].from_scheduler({})
+    steps = {name: step_of(family, transformer, tensors) for name, transformer in models.items()}
     clock = "cpu" if threads == 1 else "wall"
     timings = {name: timing(getattr(values, clock)) for name, values in time_calls(steps, repetitions).items()}
     step_ms = {name: 1e3 * t.median for name, t in timings.items()}
@@ -106,7 +108,7 @@ def measure(model: str, layers: int, tokens: int, repetitions: int, folder: Path
         "quartiles_ms": {name: [1e3 * t.lower_quartile, 1e3 * t.upper_quartile] for name, t in timings.items()},
         "speedup": {f"over_{name}": step_ms[name] / step_ms["packed"] for name in step_ms if name != "packed"},
         "weight_bytes": {name: memory_bytes(models[name]) for name in DTYPES},
-        "block_bytes": {name: memory_bytes(models[name].blocks) for name in DTYPES},
+        "block_bytes": {name: memory_bytes(_blocks(models[name])) for name in DTYPES},
         "file_bytes": {name: folder_bytes(folders[name] / "transformer") for name in DTYPES},
         "breakdown_ms": breakdown_ms(steps["packed"]),
         "peak_memory_mb": {n: {key: m[key] for key in ("imports", "loaded", "peak")} for n, m in memory.items()},
@@ -115,10 +117,14 @@ def measure(model: str, layers: int, tokens: int, repetitions: int, folder: Path
     }
 
 
-def step_of(transformer: nn.Module, tensors: dict[str, Tensor]) -> Callable[[], Tensor]:
+def _blocks(transformer: Any) -> nn.Module:
+    return transformer.blocks if hasattr(transformer, "blocks") else transformer.transformer_blocks
+
+
+def step_of(family: Family, transformer: nn.Module, tensors: dict[str, Tensor]) -> Callable[[], Tensor]:
     dtype: Any = transformer.dtype
     latents, text = tensors["latents"].to(dtype), tensors["text"].to(dtype)
-    return lambda: WanFamily().predict(transformer, latents, tensors["timestep"], text)
+    return lambda: family.predict(transformer, latents, tensors["timestep"], text)
 
 
 def show(content: dict[str, Any]) -> None:

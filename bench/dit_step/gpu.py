@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.dit_step.models import ON_GPUS, family_inputs, memory_bytes, unfuse_
+from bench.dit_step.models import MODELS, family_inputs, memory_bytes
 from bench.gpu.timing import CLOCK, rounds_within, time_on
 from bench.report import print_table
 from bench.roofline import tokens
 from qvgen.evaluation.cost.speed import timing
-from qvgen.integrations.fused import fuse_
+from qvgen.integrations.fused import fuse_, unfuse_
 from qvgen.nn.packed_linear import packed_layers
 from qvgen.nn.swap import convert_, prepare_
 from qvgen.quant.scheme import QuantScheme
@@ -41,9 +41,9 @@ _USABLE = 0.85  # of the free memory
 def measure(model: str, frames: int, layers: int | None, seconds: float, options: Any) -> dict[str, Any]:
     """The JSON file's content. Raises ValueError for sizes that cannot be."""
     device: torch.device = options.device
-    if model not in ON_GPUS or frames < 1 or (frames - 1) % 4:
-        raise ValueError(f"{model}, {frames} frames: frames must be 4 n + 1, the model one of {', '.join(ON_GPUS)}")
-    family, config = ON_GPUS[model]
+    if model not in MODELS or frames < 1 or (frames - 1) % 4:
+        raise ValueError(f"{model}, {frames} frames: frames must be 4 n + 1, the model one of {', '.join(MODELS)}")
+    family, config = MODELS[model]
     whole = config["num_layers"]
     most = layers_that_fit(model, frames, device)
     count = min(whole, most) if layers is None else layers
@@ -68,7 +68,7 @@ def measure(model: str, frames: int, layers: int | None, seconds: float, options
 
 
 def variants(model: str, layers: int, device: torch.device, compiled: bool) -> dict[str, nn.Module]:
-    family, config = ON_GPUS[model]
+    family, config = MODELS[model]
     torch.manual_seed(0)
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)  # at once: in float32 first, 14B would need twice its memory
@@ -119,7 +119,7 @@ def best_attention(config: dict[str, Any], frames: int, device: torch.device) ->
 
 def layers_that_fit(model: str, frames: int, device: torch.device) -> int:
     """How many of a model's layers fit, in bfloat16 and packed at once, beside the activations of one."""
-    family, config = ON_GPUS[model]
+    family, config = MODELS[model]
     if device.type == "cpu":
         return config["num_layers"]
     with torch.device("meta"):

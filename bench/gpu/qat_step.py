@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.dit_step.models import ON_GPUS, family_inputs
+from bench.dit_step.models import MODELS, family_inputs
 from bench.gpu.timing import device_of, rounds_within, time_on
 from bench.report import print_table, write_json
 from bench.roofline import tokens
@@ -31,7 +31,7 @@ _USABLE = 0.85
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.qat_step", description="a QAT step against fine-tuning")
     parser.add_argument("--device", type=device_of, default="cuda")
-    parser.add_argument("--model", choices=list(ON_GPUS), default="wan2.1-1.3b")
+    parser.add_argument("--model", choices=list(MODELS), default="wan2.1-1.3b")
     parser.add_argument("--frames", type=int, default=49)
     parser.add_argument("--layers", type=int, help="default: all, or as many as the memory takes")
     parser.add_argument("--seconds", type=float, default=60, help="about how long to measure")
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.frames < 1 or (options.frames - 1) % 4:
         parser.error(f"frames must be 4 n + 1, not {options.frames}")
-    whole = ON_GPUS[options.model][1]["num_layers"]
+    whole = MODELS[options.model][1]["num_layers"]
     layers = options.layers or min(whole, layers_that_fit(options.model, options.frames, options.device))
     if not 1 <= layers <= whole:
         parser.error(f"not one layer of {options.model} fits the memory at {options.frames} frames" if layers < 1 else
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def step_ms(model: str, frames: int, layers: int, device: torch.device, quantized: bool, seconds: float) -> float:
-    family, config = ON_GPUS[model]
+    family, config = MODELS[model]
     torch.manual_seed(0)
     with torch.device(device):
         transformer: Any = family.transformer(config | {"num_layers": layers})
@@ -86,7 +86,7 @@ def step_ms(model: str, frames: int, layers: int, device: torch.device, quantize
 
 
 def layers_that_fit(model: str, frames: int, device: torch.device) -> int:
-    family, config = ON_GPUS[model]
+    family, config = MODELS[model]
     if device.type == "cpu":
         return config["num_layers"]
     with torch.device("meta"):

@@ -1,8 +1,8 @@
 """diffusers' `fuse_qkv_projections` on a packed model.
 
 It joins the weights of q, k and v to one full-precision layer, which would undo the packing. Here the joint layer calls the
-packed layers one by one and puts their outputs side by side: the same numbers, and nothing is stored twice. Fused blocks
-(fused/wan.py) take no notice of it: they read the input of q, k and v once anyway.
+packed layers one by one and puts their outputs side by side: the same numbers, and nothing is stored twice. Wan's fused
+blocks take no notice of it: they read the input of q, k and v once anyway. CogVideoX's get a processor of diffusers by it.
 """
 
 from __future__ import annotations

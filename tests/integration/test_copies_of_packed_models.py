@@ -78,8 +78,6 @@ def test_a_copy_is_whole_and_its_own(packed: Any, how: str) -> None:
 @pytest.mark.slow
 def test_a_spawned_worker_computes_the_same(packed: Any) -> None:
     model, family, expected = packed
-    if family.name != "wan":
-        pytest.skip("a new interpreter takes seconds; Wan's blocks are the ones that are fused")
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=worker, args=(there, pickle.dumps((model, family))), daemon=True)

@@ -11,7 +11,6 @@ from accelerate import cpu_offload, cpu_offload_with_hook, dispatch_model, infer
 from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import compute_module_sizes
 from diffusers import WanTransformer3DModel
-from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import nn
 
 from qvgen.checkpoint.packed import export_pipeline, load_packed_transformer, verify_folder
@@ -38,8 +37,18 @@ DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=N
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A packed pipeline in a folder with a name that a shell, a URL and an ASCII table would trip over."""
-    root = tmp_path_factory.mktemp("features") / "it's a dir; ünïcode & 100% #1"
-    source = tiny_pipeline("wan", root / "source")
+    return make(tmp_path_factory.mktemp("features") / "it's a dir; ünïcode & 100% #1", "wan")
+
+
+@pytest.fixture(scope="module", params=["wan", "cogvideox", "cogvideox rotary"])
+def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed pipeline of each family, as often as its blocks differ."""
+    family, *options = request.param.split()
+    return make(tmp_path_factory.mktemp("each"), family, **dict.fromkeys(options, True))
+
+
+def make(root: Path, family_name: str, **options: bool) -> Path:
+    source = tiny_pipeline(family_name, root / "source", **options)
     family, model = load_family(source), load_transformer(source)
     prepare_(model, SCHEME, default_targets=family.default_targets)
     convert_(model)
@@ -50,10 +59,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @torch.no_grad()
 def predict(folder: Path, model: Any, device: str = "cpu") -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    latents, text = torch.randn(2, 4, 3, 4, 4, generator=generator), torch.randn(2, 8, 16, generator=generator)
+    family = load_family(folder)
+    shape = (2, 3, 4, 4, 4) if family.name == "cogvideox" else (2, 4, 3, 4, 4)
+    latents, text = torch.randn(shape, generator=generator), torch.randn(2, 8, 16, generator=generator)
     timestep = torch.tensor([30.0, 900.0], device=device)
     latents, text = (tensor.to(device, model.dtype) for tensor in (latents, text))
-    return load_family(folder).predict(model, latents, timestep, text).float().cpu()
+    return family.predict(model, latents, timestep, text).float().cpu()
+
+
+def blocks_of(model: Any) -> nn.ModuleList:
+    return model.blocks if hasattr(model, "blocks") else model.transformer_blocks
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -112,11 +127,11 @@ CALLED = pytest.mark.parametrize("called", [False, True], ids=["new", "called be
 @DEVICES
 @CALLED
 @pytest.mark.parametrize("how", ["leaf_level", "block_level", "leaf_level, stream", "block_level, stream"])
-def test_group_offload(folder: Path, how: str, called: bool, device: str) -> None:
+def test_group_offload(each: Path, how: str, called: bool, device: str) -> None:
     kind, _, stream = how.partition(", ")
     if stream and device == "cpu":
         pytest.skip("streams are a GPU's")
-    model, expected, before = loaded(folder, called)
+    model, expected, before = loaded(each, called)
     blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
     model.enable_group_offload(
         onload_device=torch.device(device),
@@ -126,36 +141,36 @@ def test_group_offload(folder: Path, how: str, called: bool, device: str) -> Non
         **blocks,
     )
     for _ in range(2):
-        assert relative(predict(folder, model, device), expected) < OTHER_DEVICE
+        assert relative(predict(each, model, device), expected) < OTHER_DEVICE
     assert same(exact(model), before)
 
 
 @CALLED
 @pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
-def test_group_offload_to_disk(folder: Path, tmp_path: Path, kind: str, called: bool) -> None:
+def test_group_offload_to_disk(each: Path, tmp_path: Path, kind: str, called: bool) -> None:
     """Between calls the tensors hold nothing: whoever reads them without calling their module is found out, without a GPU."""
-    model, expected, _ = loaded(folder, called)
+    model, expected, _ = loaded(each, called)
     cpu, blocks = torch.device("cpu"), {"num_blocks_per_group": 1} if kind == "block_level" else {}
     model.enable_group_offload(
         onload_device=cpu, offload_device=cpu, offload_type=kind, offload_to_disk_path=str(tmp_path), **blocks
     )
-    for tensor in [*model.blocks.parameters(), *model.blocks.buffers()]:
+    for tensor in [*blocks_of(model).parameters(), *blocks_of(model).buffers()]:
         tensor.data.fill_(float("nan") if tensor.is_floating_point() else 0)
-    assert relative(predict(folder, model), expected) < ROUNDING
+    assert relative(predict(each, model), expected) < ROUNDING
 
 
 @DEVICES
 @CALLED
 @pytest.mark.parametrize("buffers", [False, True], ids=["parameters", "buffers too"])
-def test_sequential_offload(folder: Path, buffers: bool, called: bool, device: str) -> None:
+def test_sequential_offload(each: Path, buffers: bool, called: bool, device: str) -> None:
     """What enable_sequential_cpu_offload does to a transformer: its tensors are on meta between calls."""
-    model, expected, before = loaded(folder, called)
+    model, expected, before = loaded(each, called)
     cpu_offload(model, torch.device(device), offload_buffers=buffers)
     for _ in range(2):
-        assert relative(predict(folder, model, device), expected) < OTHER_DEVICE
+        assert relative(predict(each, model, device), expected) < OTHER_DEVICE
     remove_hook_from_module(model, recurse=True)
     assert same(exact(model), before)
-    assert relative(predict(folder, model), expected) < ROUNDING
+    assert relative(predict(each, model), expected) < ROUNDING
 
 
 @DEVICES
@@ -181,18 +196,19 @@ def test_device_map(folder: Path, where: str, device: str) -> None:
     assert relative(predict(folder, model, place), expected) < OTHER_DEVICE
 
 
-def test_spread_over_devices(folder: Path) -> None:
+def test_spread_over_devices(each: Path) -> None:
     """What device_map does on several GPUs, with accelerate's hooks on one: blocks stay fused where they lie in one piece."""
-    expected, model = predict(folder, load_packed_transformer(folder)), load_packed_transformer(folder)
+    expected, model = predict(each, load_packed_transformer(each)), load_packed_transformer(each)
     dispatch_model(model, {"": "cpu"}, force_hooks=True)
     assert all(hasattr(layer, "_hf_hook") for _, layer in packed_layers(model))
     called: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(WanTransformerBlock, "forward", lambda *_: called.append("diffusers' own"))
-        assert torch.equal(predict(folder, model), expected) and not called
-        block: Any = model.blocks[0]
+        block: Any = blocks_of(model)[0]
+        patch.setattr(type(block), "forward", lambda *_: called.append("diffusers' own"))
+        assert torch.equal(predict(each, model), expected) and not called
         assert not is_spread(block)
-        block.norm2.weight = nn.Parameter(block.norm2.weight.to("meta"))  # stands for another device
+        norm = block.norm2 if isinstance(block.norm2, nn.LayerNorm) else block.norm2.norm
+        norm.weight = nn.Parameter(norm.weight.to("meta"))  # stands for another device
         assert is_spread(block)
         block(*[torch.zeros(1)] * 4)
         assert called == ["diffusers' own"]
@@ -247,11 +263,11 @@ def test_models_on_several_gpus(folder: Path) -> None:
     assert relative(predict(folder, model, "cuda:0"), expected) < OTHER_DEVICE
 
 
-def test_another_attention_backend(folder: Path) -> None:
-    model = load_packed_transformer(folder)
-    expected = predict(folder, model)
+def test_another_attention_backend(each: Path) -> None:
+    model = load_packed_transformer(each)
+    expected = predict(each, model)
     model.set_attention_backend("native")
-    assert relative(predict(folder, model), expected) < ROUNDING
+    assert relative(predict(each, model), expected) < ROUNDING
 
 
 def test_the_logical_number_of_parameters(folder: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from qvgen.checkpoint.grids import load_grids, save_grids
 from qvgen.checkpoint.packed import export_pipeline, load_packed_transformer, verify_folder
 from qvgen.checkpoint.pipeline import load_pipeline
-from qvgen.integrations.fused.wan import fuse_wan_
+from qvgen.integrations.fused import fuse_
 from qvgen.methods.registry import METHODS
 from qvgen.models.registry import load_family
 from qvgen.models.tiny import TINY_CLIP, TINY_PROMPT, tiny_pipeline
@@ -166,12 +166,12 @@ def test_the_whole_pipeline_samples(packed: Packed) -> None:
     assert torch.equal(*videos)
 
 
-def test_a_fused_wan_block_is_the_layers_own(wan: Packed) -> None:
-    fused = copy.deepcopy(wan.transformer)
-    assert fuse_wan_(fused) == 2
-    expected = predict(wan, wan.transformer)
+def test_a_fused_block_is_the_layers_own(packed: Packed) -> None:
+    fused = copy.deepcopy(packed.transformer)
+    assert fuse_(fused) == 2
+    expected = predict(packed, packed.transformer)
     # 4 bits: a rounding may move a code by one, a fifteenth of a token's range.
-    assert (predict(wan, fused) - expected).norm() < 0.02 * expected.norm()
+    assert (predict(packed, fused) - expected).norm() < 0.02 * expected.norm()
 
 
 @pytest.mark.parametrize("method", ["svdquant", "viditq"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qvgen.integrations.fused.wan import fuse_wan_
+from qvgen.integrations.fused import fuse_
 from qvgen.kernels import KernelPreference
 from qvgen.models.cogvideox import CogVideoXFamily
 from qvgen.models.cogvideox import tiny_transformer as tiny_cogvideox_transformer
@@ -23,7 +23,7 @@ from tests.support.packed_reference import build, inputs, scheme_of
 
 # A sum in another order, and clips that went through a logit and back.
 RELATIVE = 1e-4
-# Through a whole model: where sums in another order moved an input's code by one, as in test_fused_wan.py.
+# Through a whole model: where sums in another order moved an input's code by one, as in test_fused_blocks.py.
 MODEL_RELATIVE = 2e-2
 W8A8 = QuantScheme(weights=QuantArgs(num_bits=8), input_activations=QuantArgs(num_bits=8, strategy="token"), timestep_groups=4)
 
@@ -88,14 +88,14 @@ def test_a_bias() -> None:
 
 def models(family: str) -> tuple[Any, Any, dict[str, Any]]:
     """A fake-quantized model, the same packed, and arguments."""
-    wan = family != "cogvideox"
+    wan = "wan" in family
     trained: Any = tiny_wan_transformer() if wan else tiny_cogvideox_transformer()
     targets = WanFamily.default_targets if wan else CogVideoXFamily.default_targets
     prepare_(trained, W8A8, default_targets=targets)
     packed = copy.deepcopy(trained)
     convert_(packed)
-    if family == "fused wan":
-        assert fuse_wan_(packed) == 2
+    if "fused" in family:
+        assert fuse_(packed) == 2
     generator = torch.Generator().manual_seed(3)
     arguments = {
         "hidden_states": torch.randn((2, 4, 3, 4, 4) if wan else (2, 3, 4, 4, 4), generator=generator),
@@ -106,7 +106,7 @@ def models(family: str) -> tuple[Any, Any, dict[str, Any]]:
     return trained, packed, arguments
 
 
-@pytest.mark.parametrize("family", ["wan", "fused wan", "cogvideox"])
+@pytest.mark.parametrize("family", ["wan", "fused wan", "cogvideox", "fused cogvideox"])
 def test_the_gradient_of_the_latents(family: str) -> None:
     trained, packed, arguments = models(family)
     latents = arguments["hidden_states"].requires_grad_()
@@ -115,7 +115,7 @@ def test_the_gradient_of_the_latents(family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["wan", "fused wan", "cogvideox"])
+@pytest.mark.parametrize("family", ["wan", "fused wan", "fused cogvideox"])
 def test_compiles_whole_without_no_grad(family: str) -> None:
     _, packed, arguments = models(family)
     expected = packed(**arguments)[0]

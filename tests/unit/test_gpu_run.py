@@ -11,7 +11,7 @@ import torch
 
 from bench.dit_step import __main__ as dit_step
 from bench.dit_step import gpu as step_on_gpu
-from bench.dit_step.models import ON_GPUS
+from bench.dit_step import models as step_models
 from bench.gpu import __main__ as bench_gpu
 from bench.gpu import embedded, parts, qat_step
 from bench.gpu.parts import PARTS, SMALLEST, Part, Result, run_all
@@ -199,7 +199,7 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
 def test_published_sizes() -> None:
     """Parameters of the whole models, in billions, as their names say."""
     for name, least, most in (("wan2.1-1.3b", 1.3, 1.5), ("wan2.1-14b", 14, 14.5), ("cogvideox-2b", 1.6, 2)):
-        family, config = ON_GPUS[name]
+        family, config = step_models.MODELS[name]
         with torch.device("meta"):
             count = sum(p.numel() for p in family.transformer(config).parameters())
         assert least <= count / 1e9 <= most

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from qvgen.integrations.fused.cogvideox import fuse_cogvideox_, unfuse_cogvideox_
 from qvgen.integrations.fused.wan import fuse_wan_, unfuse_wan_
 
-_FUSIONS, _UNDOING = (fuse_wan_,), (unfuse_wan_,)
+_FUSIONS = fuse_wan_, fuse_cogvideox_
+_UNDOING = unfuse_wan_, unfuse_cogvideox_
 
 
 def fuse_(model: nn.Module) -> int:

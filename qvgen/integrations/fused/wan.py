@@ -5,7 +5,7 @@ all tokens, most of them with a conversion to float32 or back. That hardly shows
 ones it does (`python -m bench.dit_step` shows how much). Here each of these is one op (kernels/block_ops.py), or part of the
 packed layers' own (kernels/fused_ops.py): norms of those that read them, gates and residuals of those before them. q, k and v
 share one reading of their input, and the feed-forward keeps its wide intermediate in the cache. Outputs differ from diffusers'
-by rounding only (tests/integration/test_fused_wan.py states by how much).
+by rounding only (tests/integration/test_fused_blocks.py states by how much).
 
 Attention is replaced through diffusers' own processors, so that a processor or attention backend set later by the user wins;
 which one runs else: attention.py.
@@ -14,37 +14,33 @@ which one runs else: attention.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
-from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanTransformerBlock
 from torch import Tensor, nn
 
 from qvgen.integrations.fused.attention import attend
+from qvgen.integrations.fused.parts import (
+    needs_hooks,
+    norm_of,
+    packed_feed_forward,
+    replace_forward_,
+    restore_forward_,
+    shared,
+)
 from qvgen.kernels.block_ops import add_gated, layer_norm_modulate, rms_norm_rotary
 from qvgen.kernels.fused_ops import Norm
-from qvgen.nn.layers_together import (
-    added_feed_forward,
-    added_linear,
-    brought_for_each_call,
-    is_spread,
-    linears,
-    must_be_called,
-    normalized_linears,
-)
+from qvgen.nn.layers_together import added_feed_forward, added_linear, must_be_called, normalized_linears
 from qvgen.nn.packed_linear import PackedLinear
 
 
 def fuse_wan_(model: nn.Module) -> int:
     """Let every Wan block of `model` that has packed layers run fused, in place. Returns how many do."""
-    blocks = [block for block in model.modules() if type(block) is WanTransformerBlock and _has_packed_layers(block)]
+    blocks = replace_forward_(model, WanTransformerBlock, _block_forward)
     for block in blocks:
-        # Not a bound method: pickle would look for the function's name in the block.
-        cast(Any, block).forward = partial(_block_forward, block)
         for attn in (block.attn1, block.attn2):
             if type(attn.processor) is WanAttnProcessor and attn.add_k_proj is None:
                 attn.set_processor(cast(Any, PackedWanAttnProcessor()))  # declared as a union of diffusers' own
@@ -53,18 +49,12 @@ def fuse_wan_(model: nn.Module) -> int:
 
 def unfuse_wan_(model: nn.Module) -> None:
     """Undo `fuse_wan_`, for a model whose layers are packed no more; a backend or processor set by the user stays."""
+    restore_forward_(model, _block_forward)
     for module in model.modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, partial) and forward.func is _block_forward:
-            del module.__dict__["forward"]
         if isinstance(module, WanAttention) and type(module.processor) is PackedWanAttnProcessor:
             plain = WanAttnProcessor()
             vars(plain).update({name: value for name, value in vars(module.processor).items() if name != "compared"})
             module.set_processor(cast(Any, plain))
-
-
-def _has_packed_layers(block: nn.Module) -> bool:
-    return any(isinstance(module, PackedLinear) for module in block.modules())
 
 
 class PackedWanAttnProcessor(WanAttnProcessor):
@@ -82,13 +72,13 @@ class PackedWanAttnProcessor(WanAttnProcessor):
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        if attention_mask is not None or _needs_hooks(attn, attn):
+        if attention_mask is not None or needs_hooks(attn, attn.norm_q):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         if encoder_hidden_states is None:
-            query, key, value = _shared(hidden_states, [attn.to_q, attn.to_k, attn.to_v])
+            query, key, value = shared(hidden_states, [attn.to_q, attn.to_k, attn.to_v])
         else:
             query = attn.to_q(hidden_states)
-            key, value = _shared(encoder_hidden_states, [attn.to_k, attn.to_v])
+            key, value = shared(encoder_hidden_states, [attn.to_k, attn.to_v])
         hidden_states = self._attend(attn, query, key, value, encoder_hidden_states is None, rotary_emb)
         projection, dropout = attn.to_out
         hidden_states = projection(hidden_states)
@@ -102,7 +92,7 @@ class PackedWanAttnProcessor(WanAttnProcessor):
             query, key, value = _normalized(x, norm, [attn.to_q, attn.to_k, attn.to_v])
         else:
             (query,) = _normalized(x, norm, [attn.to_q])
-            key, value = _shared(text, [attn.to_k, attn.to_v])
+            key, value = shared(text, [attn.to_k, attn.to_v])
         attended = self._attend(attn, query, key, value, text is None, rotary_emb)
         projection = attn.to_out[0]
         if isinstance(projection, PackedLinear):
@@ -129,7 +119,7 @@ def _block_forward(
     self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: tuple[Tensor, Tensor]
 ) -> Tensor:
     """WanTransformerBlock.forward; temb (n, 6, d), or (n, s, 6, d) with a timestep per token (Wan 2.2 5B)."""
-    if _needs_hooks(self, self.attn1):
+    if needs_hooks(self, self.attn1.norm_q):
         return WanTransformerBlock.forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb)  # type: ignore[arg-type]
     table = self.scale_shift_table if temb.ndim == 3 else self.scale_shift_table.unsqueeze(0)
     modulation = (table + temb.float()).chunk(6, dim=-2)
@@ -137,11 +127,11 @@ def _block_forward(
         modulation = [m.squeeze(2) for m in modulation]
     shift_msa, scale_msa, gate_msa, c_shift_msa, c_scale_msa, c_gate_msa = modulation
 
-    norm = _norm(self.norm1, scale_msa, shift_msa)
+    norm = norm_of(self.norm1, scale_msa, shift_msa)
     x = _added_attention(self.attn1, hidden_states, norm, None, rotary_emb, gate_msa)
-    norm = None if isinstance(self.norm2, nn.Identity) else _norm(self.norm2, None, None)
+    norm = None if isinstance(self.norm2, nn.Identity) else norm_of(self.norm2, None, None)
     x = _added_attention(self.attn2, x, norm, encoder_hidden_states, None, None)
-    return _added_feed_forward(self.ffn, x, _norm(self.norm3, c_scale_msa, c_shift_msa), c_gate_msa)
+    return _added_feed_forward(self.ffn, x, norm_of(self.norm3, c_scale_msa, c_shift_msa), c_gate_msa)
 
 
 def _added_attention(
@@ -150,37 +140,23 @@ def _added_attention(
     """x + gate * attn(norm(x))."""
     if _reads_itself(attn):
         return attn.processor.added(attn, x, norm, text, rotary_emb, gate)  # type: ignore[union-attr]
-    normalized = x if norm is None else layer_norm_modulate(x, *norm)
-    return add_gated(x, attn(normalized, text, None, rotary_emb), gate)
+    attended = attn(x if norm is None else layer_norm_modulate(x, *norm), text, None, rotary_emb)
+    return add_gated(x, attended, gate)
 
 
 def _reads_itself(attn: WanAttention) -> bool:
     """Whether nothing stands between the block and the attention's layers: no processor or hook but ours, and no dropout."""
-    if type(attn.processor) is not PackedWanAttnProcessor or must_be_called(attn) or _needs_hooks(attn, attn):
+    if type(attn.processor) is not PackedWanAttnProcessor or must_be_called(attn) or needs_hooks(attn, attn.norm_q):
         return False
     replaced = "forward" in attn.__dict__ and "_hf_hook" not in attn.__dict__  # accelerate's, which moves inputs only
     return not replaced and not (attn.to_out[1].training and attn.to_out[1].p)
 
 
-def _needs_hooks(module: nn.Module, attn: WanAttention) -> bool:
-    """Whether the parts of `module`, a block or an attention, must be called for their hooks; `attn` is one of its own."""
-    return brought_for_each_call(attn.norm_q) or is_spread(module)
-
-
 def _added_feed_forward(ffn: FeedForward, x: Tensor, norm: Norm, gate: Tensor | None) -> Tensor:
     """x + gate * ffn(norm(x))."""
-    activation, down = ffn.net[0], ffn.net[-1]
-    if len(ffn.net) == 3 and isinstance(activation, GELU) and activation.approximate == "tanh":
-        up = activation.proj
-        if isinstance(up, PackedLinear) and isinstance(down, PackedLinear):
-            return added_feed_forward(x, norm, up, down, gate)
+    if (packed := packed_feed_forward(ffn)) is not None:
+        return added_feed_forward(x, norm, *packed, gate)
     return add_gated(x, ffn(layer_norm_modulate(x, *norm)), gate)
-
-
-def _shared(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
-    """Outputs of layers that read the same input."""
-    packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
-    return linears(x, packed) if len(packed) == len(layers) else [layer(x) for layer in layers]
 
 
 def _normalized(x: Tensor, norm: Norm | None, layers: Sequence[nn.Module]) -> list[Tensor]:
@@ -188,11 +164,7 @@ def _normalized(x: Tensor, norm: Norm | None, layers: Sequence[nn.Module]) -> li
     packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
     if norm is not None and len(packed) == len(layers):
         return normalized_linears(x, norm, packed)
-    return _shared(x if norm is None else layer_norm_modulate(x, *norm), layers)
-
-
-def _norm(norm: Any, scale: Tensor | None, shift: Tensor | None) -> Norm:
-    return Norm(norm.weight, norm.bias, scale, shift, norm.eps)
+    return shared(x if norm is None else layer_norm_modulate(x, *norm), layers)
 
 
 def _eps(norm: nn.RMSNorm, x: Tensor) -> float:

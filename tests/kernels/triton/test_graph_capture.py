@@ -1,5 +1,5 @@
-"""What a CUDA graph can record: a packed Wan's forward on tensors without values, where whatever a host could ask raises, its
-kernels' launches written down instead of made. That a graph records it on a GPU: kernels/test_fused.py, on one."""
+"""What a CUDA graph can record: a packed model's forward on tensors without values, where whatever a host could ask raises,
+its kernels' launches written down instead of made. That a graph records it on a GPU: kernels/test_fused.py, on one."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,13 +17,18 @@ from qvgen.kernels import block_ops, direct, registry
 from qvgen.kernels.registry import BlockOp
 from qvgen.kernels.triton import configurations
 from qvgen.kernels.triton.backend import TritonBackend
-from qvgen.models.wan import WanFamily, tiny_transformer
+from qvgen.models import cogvideox, wan
 from qvgen.nn.packed_linear import PackedLinear
 from qvgen.nn.swap import convert_, prepare_
 from qvgen.quant.scheme import QuantScheme
 from tests.support.offline_triton import Launch, recorded
 
-SIZES = {"hidden_states": (2, 4, 3, 4, 4), "timestep": (2,), "encoder_hidden_states": (2, 8, 16)}
+KERNELS = {"quantize_tokens_kernel", "unpack_kernel", "integer_gemm_kernel"}
+CASES = {
+    "wan": (wan.tiny_transformer, (2, 4, 3, 4, 4), {"rms_norm_rotary_kernel"}),
+    "cogvideox": (cogvideox.tiny_transformer, (2, 3, 4, 4, 4), {"layer_norm_modulate_kernel", "add_gated_kernel"}),
+}
+TARGETS = {"wan": wan.WanFamily.default_targets, "cogvideox": cogvideox.CogVideoXFamily.default_targets}
 
 
 class WithoutValues(TritonBackend):
@@ -60,9 +65,9 @@ def _without_values(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def packed() -> Any:
-    model = tiny_transformer().eval()
-    prepare_(model, QuantScheme(timestep_groups=4), default_targets=WanFamily.default_targets)
+def packed(family: str) -> Any:
+    model = CASES[family][0]().eval()
+    prepare_(model, QuantScheme(timestep_groups=4), default_targets=TARGETS[family])
     convert_(model)
     assert fuse_(model) == 2
     return model.to("meta")
@@ -77,8 +82,11 @@ def facts(launches: list[Launch]) -> list[Any]:
 
 
 @torch.no_grad()
-def test_a_forward_asks_the_host_nothing_and_is_the_same_each_time() -> None:
-    model, inputs = packed(), {name: torch.empty(size, device="meta") for name, size in SIZES.items()}
+@pytest.mark.parametrize("family", CASES)
+def test_a_forward_asks_the_host_nothing_and_is_the_same_each_time(family: str) -> None:
+    model, (_, latents, between) = packed(family), CASES[family]
+    sizes = {"hidden_states": latents, "timestep": (2,), "encoder_hidden_states": (2, 8, 16)}
+    inputs = {name: torch.empty(size, device="meta") for name, size in sizes.items()}
     with recorded() as first:
         model(**inputs)  # repacks the weights
     assert {layer.backend for layer in model.modules() if isinstance(layer, PackedLinear)} == {"triton"}
@@ -86,7 +94,7 @@ def test_a_forward_asks_the_host_nothing_and_is_the_same_each_time() -> None:
         model(**inputs)
     assert facts(second) == facts(first)
     names = {one.kernel.__name__ for one in second}
-    assert names == {"quantize_tokens_kernel", "unpack_kernel", "integer_gemm_kernel", "rms_norm_rotary_kernel"}
+    assert names == KERNELS | between
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from qvgen.kernels.block_ops import add_gated, layer_norm_modulate
 from qvgen.kernels.fused_ops import Norm
 from qvgen.kernels.registry import KernelPreference
 from qvgen.kernels.triton import configurations, launch
-from qvgen.models.wan import WanFamily, tiny_transformer
+from qvgen.models import cogvideox, wan
 from qvgen.nn.layers_together import added_feed_forward, added_linear, feed_forward, normalized_linears
 from qvgen.nn.packed_linear import PackedLinear, packed_layers
 from qvgen.nn.swap import convert_, prepare_
@@ -107,29 +107,35 @@ def test_blocks_of_tokens_fit_the_cache_or_are_all() -> None:
         assert configurations.tokens_together(tokens, *sizes, cache) == tokens
 
 
-def a_model() -> Any:
-    model = tiny_transformer().eval()
-    for block in model.blocks:  # random tables would leave the gates at nearly nothing
+FAMILIES: dict[str, Any] = {"wan": (wan.WanFamily, wan), "cogvideox": (cogvideox.CogVideoXFamily, cogvideox)}
+
+
+def a_model(family: str) -> Any:
+    of_family, module = FAMILIES[family]
+    model = module.tiny_transformer().eval()
+    for block in model.blocks if family == "wan" else ():  # random tables would leave the gates at nearly nothing
         block.scale_shift_table.data.mul_(20)
-    prepare_(model, QuantScheme(timestep_groups=4), default_targets=WanFamily.default_targets)
+    prepare_(model, QuantScheme(timestep_groups=4), default_targets=of_family.default_targets)
     convert_(model)
     assert fuse_(model) == 2
     return model
 
 
-def model_inputs(device: str, seed: int = 0) -> dict[str, Any]:
-    latents, text = (rand(*shape, seed=seed).to(device) for shape in ((1, 4, 3, 4, 4), (1, 8, 16)))
+def model_inputs(family: str, device: str, seed: int = 0) -> dict[str, Any]:
+    shape = (1, 4, 3, 4, 4) if family == "wan" else (1, 3, 4, 4, 4)
+    latents, text = (rand(*shape, seed=seed).to(device) for shape in (shape, (1, 8, 16)))
     timestep = torch.tensor([100.0 + seed], device=device)
     return {"hidden_states": latents, "timestep": timestep, "encoder_hidden_states": text, "return_dict": False}
 
 
 @torch.no_grad()
-def test_a_whole_model_against_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, inputs = a_model(), model_inputs("cpu")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_whole_model_against_the_reference(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = a_model(family), model_inputs(family, "cpu")
     monkeypatch.setenv("QVGEN_KERNELS", "reference")
     (expected,) = copy.deepcopy(model)(**inputs)
     monkeypatch.delenv("QVGEN_KERNELS")
-    (y,) = model.to(DEVICE)(**model_inputs(DEVICE))
+    (y,) = model.to(DEVICE)(**model_inputs(family, DEVICE))
     assert {layer.backend for _, layer in packed_layers(model)} == {"triton"}
     # On a GPU float32 sums of what is not packed round otherwise, and move a few codes.
     assert (y.cpu() - expected).norm() < (1e-6 if DEVICE == "cpu" else 2e-2) * expected.norm()
@@ -138,8 +144,9 @@ def test_a_whole_model_against_the_reference(monkeypatch: pytest.MonkeyPatch) ->
 if DEVICE == "cuda":
 
     @torch.no_grad()
-    def test_a_cuda_graph_records_a_whole_model() -> None:
-        model, inputs, others = a_model().to(DEVICE), model_inputs(DEVICE), model_inputs(DEVICE, seed=9)
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_a_cuda_graph_records_a_whole_model(family: str) -> None:
+        model, inputs, others = a_model(family).to(DEVICE), model_inputs(family, DEVICE), model_inputs(family, DEVICE, seed=9)
         model(**inputs)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
