@@ -245,7 +245,7 @@ def test_contradicting_or_broken_results_are_refused_by_name(tmp_path: Path) -> 
     with pytest.raises(ValueError, match=f"{case.stem} and twin are the same run"):
         read_results(tmp_path)
     twin.write_text('{"scores": {"method": "kd"')
-    with pytest.raises(ValueError, match=r"twin\.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"twin\.json is not whole"):
         read_results(tmp_path)
     twin.write_text('{"scores": {"method": "kd", "seed": 1}}')
     with pytest.raises(ValueError, match="has no bits; repeat the run twin"):
