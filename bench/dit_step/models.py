@@ -48,7 +48,8 @@ def write_folders(model: str, layers: int, folder: Path) -> dict[str, Path]:
     folders = {name: folder / name for name in DTYPES}
     (folders["fp32"] / "scheduler").mkdir(parents=True)
     (folders["fp32"] / "model_index.json").write_text(json.dumps({"_class_name": family.pipelines[0]}))
-    scheduler = {"prediction_type": "v_prediction"} if family is CogVideoXFamily else {}
+    of_cogvideox = {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
+    scheduler = of_cogvideox if family is CogVideoXFamily else {}
     (folders["fp32"] / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
     transformer.save_pretrained(folders["fp32"] / "transformer")
     write_variant(folders["fp32"], folders["bf16"], DTYPES["bf16"])
