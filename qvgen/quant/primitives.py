@@ -13,7 +13,7 @@ through), the clamp keeps its own, which together give the LSQ+ gradients of sca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -26,10 +26,6 @@ from qvgen.quant.scheme import QuantArgs
 class FusedFakeQuantize(Protocol):
     """Kernels of fake quantization, which do in one pass what _FakeQuantize does in several."""
 
-    def runs(
-        self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, args: QuantArgs, dtype: torch.dtype
-    ) -> bool: ...
-
     def forward(
         self, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, args: QuantArgs, dtype: torch.dtype
     ) -> torch.Tensor: ...
@@ -39,7 +35,8 @@ class FusedFakeQuantize(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 
 
-fused: FusedFakeQuantize | None = None  # set by qvgen.kernels, which lies above this layer
+# (x, scale, zero_point, args, dtype of the output) -> kernels that run there; set by qvgen.kernels, which lies above.
+choose_fused: Callable[..., FusedFakeQuantize | None] = lambda *_: None  # noqa: E731
 
 
 class _RoundStraightThrough(torch.autograd.Function):
@@ -101,7 +98,7 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.save_for_backward(x, scale, zero_point)
         ctx.args, kind = args, x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else scale.dtype
-        ctx.fused = fused if fused is not None and fused.runs(x, scale, zero_point, args, dtype) else None
+        ctx.fused = choose_fused(x, scale, zero_point, args, dtype)
         return (quantized if ctx.fused is None else ctx.fused.forward)(x, scale, zero_point, args, dtype)
 
     @staticmethod

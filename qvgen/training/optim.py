@@ -43,12 +43,9 @@ def build_optimizer(model: nn.Module, settings: Qat) -> torch.optim.Optimizer:
         optimizer = _adamw8bit()(trainable, betas=settings.betas)
         _keep_whole_ranges(optimizer, clips)
         return optimizer
-    return torch.optim.AdamW(
-        trainable,
-        betas=settings.betas,
-        # On a GPU one kernel without temporaries; on the CPU the results of before.
-        **({"fused": True} if next(model.parameters()).is_cuda else {"foreach": True}),
-    )
+    # One pass over a parameter and its moments, without temporaries, where PyTorch has that.
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(trainable, betas=settings.betas, fused=fused)
 
 
 def _adamw8bit() -> Any:

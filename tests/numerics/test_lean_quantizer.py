@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from qvgen.kernels.registry import ENVIRONMENT
 from qvgen.models.wan import tiny_transformer
 from qvgen.nn.swap import prepare_
 from qvgen.quant.primitives import fake_quantize, range_to_grid
@@ -16,6 +17,13 @@ WEIGHTS = [
     for bits in (3, 4, 8)
     for symmetric, domain in ((False, "float"), (False, "integer"), (True, "integer"))
 ]
+
+
+@pytest.fixture(autouse=True)
+def _pytorch_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled kernels sum in another order: tests/kernels/cpu/test_training.py."""
+    monkeypatch.setenv(ENVIRONMENT, "reference")
+
 
 MOST_KEPT = 1.45  # bytes for the backward pass, over those of full precision: a limit, so that nobody doubles it again
 

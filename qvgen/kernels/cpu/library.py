@@ -131,6 +131,11 @@ def _declare(library: ctypes.CDLL) -> None:
             [c_char_p, c_void_p, c_int, c_int64, c_int64, c_float, *[c_void_p] * 3, c_int64, c_int64, c_void_p, c_int],
         ),
         "qvgen_add_gated": (c_int, [c_char_p, *[c_void_p] * 3, c_int, c_int64, c_int64, c_int64, c_void_p, c_int]),
+        "qvgen_fake_quantize": (c_int, [c_char_p, *[c_void_p] * 3, c_int64, c_int64, c_int, c_int, c_void_p, c_int]),
+        "qvgen_fake_quantize_backward": (
+            c_int,
+            [c_char_p, *[c_void_p] * 4, c_int64, c_int64, c_int, c_int, *[c_void_p] * 3, c_int],
+        ),
         "qvgen_attention_kernels": (POINTER(c_char_p), []),
         "qvgen_attention_supported": (c_int, [c_char_p, c_int64]),
         "qvgen_attention": (c_int, [c_char_p, *[c_void_p] * 3, *[c_int64] * 5, c_float, c_void_p, c_int]),

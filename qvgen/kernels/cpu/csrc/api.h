@@ -79,6 +79,17 @@ int qvgen_add_gated(
     const char* isa, const void* x, const void* y, const float* gate, int dtype, int64_t rows, int64_t features,
     int64_t group_rows, void* out, int threads);
 
+// Fake quantization in training, rows (rows, features) of float32 with a scale and a zero point (rows,) each; the zero point is
+// added before rounding (float_zero_point) or after it.
+int qvgen_fake_quantize(
+    const char* isa, const float* x, const float* scale, const float* zero_point, int64_t rows, int64_t features, int max_code,
+    int float_zero_point, float* out, int threads);
+// Gradients of x (rows, features), scale and zero point (rows,), given that of the output.
+int qvgen_fake_quantize_backward(
+    const char* isa, const float* grad, const float* x, const float* scale, const float* zero_point, int64_t rows,
+    int64_t features, int max_code, int float_zero_point, float* grad_x, float* grad_scale, float* grad_zero_point,
+    int threads);
+
 // softmax(q k^T * scale) v in bfloat16 with float32 sums: q, out (samples, queries, heads, features), k, v (samples, keys, ...).
 // Kernels by the names of their instruction sets, end with null.
 const char* const* qvgen_attention_kernels();

@@ -16,18 +16,17 @@ from qvgen.kernels.triton.training import self_check
 from qvgen.kernels.triton.training.self_check import Kernels
 from qvgen.quant.scheme import QuantArgs
 
-MOST_FEATURES = 2**15  # of a row, which a program keeps in registers
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def runs(x: Tensor, scale: Tensor, zero_point: Tensor, args: QuantArgs, dtype: torch.dtype) -> bool:
-    """Whether x is on a GPU that has the kernels, with a grid for each row, and they agree there with PyTorch's code
-    (self_check.py); QVGEN_KERNELS=reference turns them off.
+def runs(x: Tensor, args: QuantArgs, dtype: torch.dtype) -> bool:
+    """Whether x is on a GPU that has the kernels, and they agree there with PyTorch's code (self_check.py);
+    QVGEN_KERNELS=reference turns them off.
 
     Raises RuntimeError under QVGEN_KERNELS=triton on a GPU where they cannot run, or do not agree.
     """
     wanted = registry.preference()
-    if wanted is registry.KernelPreference.REFERENCE or not on_gpu(x) or not takes(x, scale, zero_point):
+    if wanted is registry.KernelPreference.REFERENCE or not on_gpu(x) or x.dtype not in _DTYPES:
         return False
     forced = wanted is registry.KernelPreference.TRITON
     reason = missing(x.device)
@@ -46,12 +45,6 @@ def on_gpu(x: Tensor) -> bool:
 def missing(device: torch.device) -> str:
     """Why the kernels cannot run on this GPU; empty if they can."""
     return refusal() or device_refusal(torch.cuda.get_device_capability(device))
-
-
-def takes(x: Tensor, scale: Tensor, zero_point: Tensor) -> bool:
-    grid = (*x.shape[:-1], 1)
-    whole = scale.shape == zero_point.shape == grid and scale.dtype == zero_point.dtype == torch.float32
-    return whole and x.dtype in _DTYPES and 0 < x.shape[-1] <= MOST_FEATURES and x.numel() > 0
 
 
 def forward(x: Tensor, scale: Tensor, zero_point: Tensor, args: QuantArgs, dtype: torch.dtype) -> Tensor:

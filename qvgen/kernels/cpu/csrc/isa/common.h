@@ -6,6 +6,7 @@
 #include "linear/floats.h"
 #include "linear/rows.h"
 #include "linear/token.h"
+#include "training/fake_quantize.h"
 
 namespace {
 
@@ -50,6 +51,7 @@ constexpr qvgen::Isa make_isa(
   isa.burst_pairs = burst_pairs;
 #endif
   isa.layer_norm = layer_norm, isa.rms_norm = rms_norm, isa.add_gated = add_gated;
+  isa.fake_quantize = fake_quantize, isa.fake_quantize_backward = fake_quantize_backward;
   return isa;
 }
 

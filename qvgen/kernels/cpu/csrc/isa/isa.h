@@ -57,6 +57,14 @@ struct RmsNorm {
   const float *weight, *cosine, *sine;  // cosine, sine: (positions, head_features)
 };
 
+// Fake quantization in training: rows of `features` numbers with a grid each.
+struct FakeQuantizer {
+  int64_t features;
+  float max_code;
+  bool float_zero_point;            // added before rounding; else after it
+  const float *scale, *zero_point;  // (rows,)
+};
+
 struct TileKernel;
 
 // Weights of a weight-only layer for its products: float32, float32 rounded to bfloat16, or pairs of bfloat16, (k / 2, PANEL).
@@ -83,6 +91,11 @@ struct Isa {
   void (*layer_norm)(int dtype, const void* x, const LayerNorm&, int64_t group, void* out);
   void (*rms_norm)(int dtype, const void* x, const RmsNorm&, int64_t position, void* out);
   void (*add_gated)(int dtype, const void* x, const void* y, const float* gate, int64_t features, void* out);
+  // One row: its values on the grid; gradients of the row, and of its scale and zero point at [row].
+  void (*fake_quantize)(const FakeQuantizer&, int64_t row, const float* x, float* out);
+  void (*fake_quantize_backward)(
+      const FakeQuantizer&, int64_t row, const float* grad, const float* x, float* grad_x, float* grad_scale,
+      float* grad_zero_point);
   // Steps of Strassen's algorithm (strassen_terms.h); null where tiles of 8 lane bits do not take any signed byte as weight.
   void (*token_terms)(
       const uint8_t* above, const uint8_t* below, int64_t half, uint8_t* out, int64_t term_stride, uint8_t shift);
@@ -103,6 +116,7 @@ struct Isa {
   const TileKernel* tiles;  // products of larger tiles, with instructions made for them (tiles/tiles.h); null: none
 };
 
+const Isa* find_isa(const char* name);  // null: unknown, or not on this machine
 const Isa* isa_amx();
 const Isa* isa_avx512bf16();
 const Isa* isa_avx512vnni();

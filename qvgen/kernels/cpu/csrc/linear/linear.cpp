@@ -15,7 +15,6 @@
 namespace qvgen {
 
 const Header* find_header(const uint8_t* weight, int64_t bytes);
-const Isa* find_isa(const char* name);
 
 namespace {
 

@@ -47,7 +47,6 @@ double peak(const Isa& isa) {
   return double(products) / seconds / cycles_per_second(1 << 14);
 }
 
-const Isa* find_isa(const char* name);
 
 }  // namespace qvgen
 
