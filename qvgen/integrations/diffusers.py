@@ -29,7 +29,7 @@ from diffusers.utils import is_peft_available
 from torch import nn
 
 from qvgen.integrations.fused import fuse_
-from qvgen.integrations.plain import count_, keep_exact_in_float32, plain_
+from qvgen.integrations.plain import cast_biases_, count_, keep_exact_in_float32, plain_
 from qvgen.integrations.projections import join_without_copies_
 from qvgen.nn.packed_linear import PackedLinear, packed_layers
 from qvgen.nn.targets import match_linears, replace_module
@@ -178,6 +178,7 @@ class QVGenQuantizer(DiffusersQuantizer):
         fuse_(model)
         join_without_copies_(model)
         count_(model)
+        cast_biases_(model)
         if is_peft_available():
             lora.refuse_merging_(model)
         model.register_state_dict_post_hook(_note_config)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from qvgen.checkpoint.pipeline import load_transformer
 from qvgen.models.registry import load_family
 from qvgen.models.tiny import tiny_pipeline
 from qvgen.nn.layers_together import is_spread
-from qvgen.nn.packed_linear import packed_layers
+from qvgen.nn.packed_linear import PackedLinear, packed_layers
 from qvgen.nn.swap import convert_, prepare_
 from qvgen.packing.layout import EXACT_NAMES
 from qvgen.quant.scheme import QuantScheme
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.integration
 SCHEME = QuantScheme(timestep_groups=4)
 # Tensors at other addresses: PyTorch's own products round by them.
 ROUNDING = 1e-3
-# Float32 sums in another order on a GPU, which move a few codes at ties.
+# What moves a few codes at ties: float32 sums in another order on a GPU, biases in 16 bits.
 OTHER_DEVICE = 2e-2
 NO_CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: `make gpu` runs this on one")
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NO_CARD)])
@@ -112,6 +113,20 @@ def test_layerwise_casting_leaves_packed_layers_alone(folder: Path) -> None:
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     assert torch.equal(predict(folder, model), expected)  # diffusers spares everything else of Wan: embedders, norms, output
     assert same(exact(model), before)
+
+
+def test_layerwise_casting_in_16_bits_stores_biases_so(folder: Path) -> None:
+    model, apart = load_packed_transformer(folder), load_packed_transformer(folder)
+    expected, before = predict(folder, model), {name: tensor.clone() for name, tensor in exact(model).items()}
+    names = [name for name, layer in packed_layers(model) if layer.bias is not None]
+    skipped = next(name for name in names if "ffn" in name)
+    model.enable_layerwise_casting(torch.float16, torch.float32, skip_modules_pattern=("^" + re.escape(skipped) + "$",))
+    found = {name: model.get_submodule(name).bias.dtype for name in names}
+    assert found == {name: torch.float32 if name == skipped else torch.float16 for name in names}
+    assert same(exact(model), before) and model.dtype == torch.float32
+    torch.testing.assert_close(predict(folder, model), expected, rtol=0, atol=OTHER_DEVICE * float(expected.abs().max()))
+    apart.enable_layerwise_casting(torch.float16, torch.float32, skip_modules_classes=(PackedLinear,))
+    assert torch.equal(predict(folder, apart), expected)
 
 
 def loaded(folder: Path, called: bool) -> tuple[Any, torch.Tensor, dict[str, torch.Tensor]]:
