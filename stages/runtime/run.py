@@ -178,7 +178,7 @@ def stage_main(name: str, run: Callable[[Stage], None], shared: bool = False) ->
         _say(f"\n{name}: interrupted; run again to continue")
         sys.exit(stop.code if isinstance(stop, _Terminated) else 130)
     except Exception as error:
-        memory = out_of_memory(error, name, _params_or_none())
+        memory = out_of_memory(error, name)
         if os.environ.get("QVGEN_DEBUG") == "1" or not (memory or _is_expected(error)):
             raise
         if memory:
@@ -209,13 +209,6 @@ def _execute(name: str, run: Callable[[Stage], None], shared: bool) -> None:
         run(stage)
         _say(summary(facts.name, params, stage.bars))
         stage.log_tags({f"dvc.out.{path}": value for path, value in output_hashes(root, facts).items()})
-
-
-def _params_or_none() -> Params | None:
-    try:
-        return load_params()
-    except ValueError:
-        return None
 
 
 @contextmanager

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from qvgen.device import peak_resident_mb, resolve_device
+from qvgen.memory import lack_of_memory
 
 if TYPE_CHECKING:
     from qvgen.params import Params
@@ -33,7 +33,6 @@ KNOBS = {
     "evaluate": "lower evaluate.batch_size, or set prepare.vae_tiling: true",
     "benchmark": "lower benchmark.batch_size",
 }
-_WANTED = re.compile(r"(?:tried to allocate|unable to allocate) (\d+(?:\.\d+)?) ?(bytes|[KMGTP]i?B)", re.IGNORECASE)
 
 
 def summary(name: str, params: Params, bars: Sequence[Bar]) -> str:
@@ -49,20 +48,13 @@ def summary(name: str, params: Params, bars: Sequence[Bar]) -> str:
     return f"{name}: {', '.join(part for part in parts if part)}"
 
 
-def out_of_memory(error: BaseException, name: str, params: Params | None) -> str | None:
+def out_of_memory(error: BaseException, name: str) -> str | None:
     """Of an error that is a lack of memory: how much was wanted, on what, and which knob to turn. None for other errors."""
-    text = str(error)
-    lacking = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if not lacking and not (isinstance(error, RuntimeError) and re.search("can't allocate memory|out of memory", text)):
+    lacking = lack_of_memory(error)
+    if lacking is None:
         return None
-    size = _WANTED.search(text)
-    wanted = f"{_bytes(*size.groups())} more were wanted" if size else "more was wanted than there is"
-    device = _device(params) if params is not None else ""
-    device = "cpu" if "CPUAllocator" in text or isinstance(error, MemoryError) else device or "its device"
     knob = KNOBS.get(name.partition("@")[0], "use a machine with more memory")
-    return (
-        f"{name}: out of memory on {device}: {wanted}, {peak_resident_mb():.0f} MB were resident at most. To need less, {knob}"
-    )
+    return f"{name}: {lacking}; {peak_resident_mb():.0f} MB were resident at most. To need less, {knob}"
 
 
 def _device(params: Params) -> str:
@@ -77,7 +69,3 @@ def _device(params: Params) -> str:
 
 def _count(number: float) -> str:
     return f"{number:.3g}" if number < 1000 else f"{number:.0f}"
-
-
-def _bytes(number: str, unit: str) -> str:
-    return f"{float(number) / 1e6:.0f} MB" if unit == "bytes" else f"{number} {unit}"

@@ -1,4 +1,4 @@
-"""A lack of memory, in words. Not in qvgen/device.py, which every stage imports: an edit would make all of them run again."""
+"""A lack of memory, in words."""
 
 from __future__ import annotations
 
