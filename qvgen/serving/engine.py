@@ -1,4 +1,4 @@
-"""A loaded model that makes one video after the other for any number of threads.
+"""A loaded model that makes one video, or image, after the other for any number of threads.
 
 On a CPU a video takes every core, a VAE keeps its own state while it decodes, and a second video at once would take as much
 memory again. So requests wait for their turn, and more than `waiting` at once are refused.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qvgen.serving.limits import Limits
+from qvgen.serving.limits import SUFFIXES, Limits
 
 WAITING = int(os.environ.get("QVGEN_WAITING", "16"))  # requests that may wait for their turn
 
@@ -54,12 +54,13 @@ class Turns:
 
 @dataclass(frozen=True)
 class Order:
-    """One video that was asked for, checked. `settings`: a SamplingSettings."""
+    """One video that was asked for, checked. `settings`: a SamplingSettings; `image`: its first frame (3, h, w) uint8."""
 
     prompt: str
     seed: int
     negative_prompt: str
     settings: Any
+    image: Any = None
 
 
 class Engine:
@@ -82,15 +83,16 @@ class Engine:
 
         self.folder, self.turns, self._on_video = Path(folder), turns or Turns(WAITING), on_video
         family = load_family(folder)
-        if family.reads_image:
-            raise ValueError(f"{folder} makes videos from a first frame, which no request has: use `qvgen generate --image`")
-        if family.task == IMAGES:
-            raise ValueError(f"{folder} makes images, and a request is answered with a video: use `qvgen generate`")
+        self.reads_image, self.makes = family.reads_image, "image" if family.task == IMAGES else "video"
         self.limits = limits or Limits.of(vars(read_settings(folder)))
         self._family, self._pipeline = family, load_pipeline(folder)
 
-    def order(self, prompt: str, seed: int, negative_prompt: str, overrides: Mapping[str, Any]) -> Order:
-        """Raises ValueError for what cannot be sampled, and LimitError."""
+    def order(
+        self, prompt: str, seed: int, negative_prompt: str, overrides: Mapping[str, Any], image: bytes | None = None
+    ) -> Order:
+        """`image`: the file of the first frame, for models that read one. Raises ValueError for what cannot be sampled, and
+        LimitError."""
+        from qvgen.sampling.first_frame import decode_first_frame
         from qvgen.sampling.settings import check_seed, read_settings
 
         if not prompt.strip():
@@ -103,10 +105,20 @@ class Engine:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} = {value!r:.100} must be a whole number, at least 1")
         self.limits.check(steps=wanted["inference_steps"], prompts=(prompt, negative_prompt), **numbers)
-        return Order(prompt, seed, negative_prompt, read_settings(self.folder, given))
+        settings = read_settings(self.folder, given)
+        if self.reads_image != (image is not None):
+            needed = (
+                "makes a video from its first frame: give it as image" if self.reads_image else "reads no image: leave it out"
+            )
+            raise ValueError(f"this model {needed}")
+        if image is None:
+            return Order(prompt, seed, negative_prompt, settings)
+        self.limits.check_image(len(image))
+        return Order(prompt, seed, negative_prompt, settings, decode_first_frame(image, settings))
 
     def make(self, orders: Sequence[Order]) -> list[bytes]:
-        """In one turn, an .mp4 for each, the one that `qvgen generate` writes for the same arguments. Raises BusyError."""
+        """In one turn, an .mp4 for each, or a .png of a model that makes images: the one that `qvgen generate` writes for the
+        same arguments. Raises BusyError."""
         with self.turns.take():
             return [self._one(order) for order in orders]
 
@@ -117,8 +129,10 @@ class Engine:
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             scheduled = own_scheduler(self._pipeline)
-            clip = sample_clip(scheduled, self._family, order.settings, order.prompt, order.seed, order.negative_prompt)
-            path = Path(folder) / "video.mp4"
+            clip = sample_clip(
+                scheduled, self._family, order.settings, order.prompt, order.seed, order.negative_prompt, order.image
+            )
+            path = Path(folder) / f"made{SUFFIXES[self.makes]}"
             write_video(path, clip, order.settings.fps)
             video = path.read_bytes()
         self._on_video(time.monotonic() - started)

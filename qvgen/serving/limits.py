@@ -1,4 +1,4 @@
-"""What a served model may be asked for. Imports nothing heavy: stage register writes the limits down."""
+"""What a served model may be asked for, and gives. Imports nothing heavy: stage register writes the limits down."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MOST_STEPS = 1000
+SUFFIXES = {"video": ".mp4", "image": ".png"}  # by what a model makes
 STEPS_OVER_DEFAULT = 5  # times the model's own number of steps
 
 
@@ -22,6 +23,7 @@ class Limits:
     pixels: int  # frames x height x width
     characters: int = 2000  # of a prompt
     videos: int = 4
+    image_bytes: int = 8 << 20  # of the file of a first frame
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Limits:
@@ -38,3 +40,8 @@ class Limits:
         for prompt in prompts:
             if len(prompt) > self.characters:
                 raise LimitError(f"limit characters = {self.characters}: a prompt of {len(prompt)}")
+
+    def check_image(self, size: int) -> None:
+        """Raises LimitError."""
+        if size > self.image_bytes:
+            raise LimitError(f"limit image_bytes = {self.image_bytes}: an image of {size}")

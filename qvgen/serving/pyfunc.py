@@ -1,4 +1,4 @@
-"""The model that `mlflow.pyfunc.load_model` gives: a table of prompts in, a table of videos out.
+"""The model that `mlflow.pyfunc.load_model` gives: a table of prompts in, a table of videos, or images, out.
 
 MLflow keeps the few lines of `CODE` as the model's code, and runs them when it loads the model; nothing is pickled.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qvgen.hub.store import faults_of
-from qvgen.serving.limits import Limits
+from qvgen.serving.limits import SUFFIXES, Limits
 
 CODE_FILE = "qvgen_model.py"
 CODE = '''"""What MLflow loads; the model itself is in `artifacts/packed`, and its code in the package qvgen."""
@@ -34,6 +34,7 @@ PARAMETERS = {
     "width": "width",
     "fps": "fps",
 }
+IMAGE = "image"  # column of first frames, of models that read one
 OUTPUTS = ("base64", "path")
 _TYPES = {"guidance_scale": "double"}  # of parameters; the others are whole numbers
 
@@ -54,7 +55,7 @@ def make_model() -> Any:
     return QvgenModel()
 
 
-def signature_of(settings: Mapping[str, Any]) -> Any:
+def signature_of(settings: Mapping[str, Any], reads_image: bool = False, makes: str = "video") -> Any:
     """MLflow's signature of a model with these settings (generation.json), its own defaults in it."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
@@ -64,10 +65,12 @@ def signature_of(settings: Mapping[str, Any]) -> Any:
         ColSpec("string", "negative_prompt", required=False),
         ColSpec("long", "seed", required=False),
     ]
+    if reads_image:
+        inputs.append(ColSpec("string", IMAGE))
     parameters = [ParamSpec(name, _TYPES.get(name, "long"), settings[field]) for name, field in PARAMETERS.items()]
     return ModelSignature(
         inputs=Schema(inputs),
-        outputs=Schema([ColSpec("string", "video"), ColSpec("string", "sha256")]),
+        outputs=Schema([ColSpec("string", makes), ColSpec("string", "sha256")]),
         params=ParamSchema([*parameters, ParamSpec("output", "string", OUTPUTS[0])]),
     )
 
@@ -89,7 +92,8 @@ class Served:
         return cls(Engine(folder, Limits(**limits) if limits else None), str(config.get("name", "")))
 
     def predict(self, table: Any, params: Mapping[str, Any]) -> Any:
-        """A pandas table with columns video (an .mp4 as base64, or its path on the server) and sha256, a row for each prompt.
+        """A pandas table, a row for each prompt: column video or image (an .mp4 or .png as base64, or its path on the
+        server), and sha256.
 
         Raises ValueError for bad input, BusyError.
         """
@@ -107,14 +111,14 @@ class Served:
         for row in table.to_dict("records"):
             seed, negative = row.get("seed"), row.get("negative_prompt")
             seed = 0 if seed is None or seed != seed else int(seed)  # a column that some rows lack holds NaN
-            orders.append(
-                self.engine.order(str(row["prompt"]), seed, negative if isinstance(negative, str) else "", overrides)
-            )
+            text = negative if isinstance(negative, str) else ""
+            orders.append(self.engine.order(str(row["prompt"]), seed, text, overrides, _image(row.get(IMAGE))))
         rows = []
-        for video in self.engine.make(orders):
-            digest = hashlib.sha256(video).hexdigest()
-            text = base64.b64encode(video).decode() if output == "base64" else str(_keep(video, digest))
-            rows.append({"video": text, "sha256": digest})
+        makes = self.engine.makes
+        for made in self.engine.make(orders):
+            digest = hashlib.sha256(made).hexdigest()
+            text = base64.b64encode(made).decode() if output == "base64" else str(_keep(made, digest + SUFFIXES[makes]))
+            rows.append({makes: text, "sha256": digest})
         return pandas.DataFrame(rows)
 
     def answer(self, table: Any, params: Mapping[str, Any]) -> Any:
@@ -132,12 +136,22 @@ class Served:
             raise MlflowException(str(error), TEMPORARILY_UNAVAILABLE) from None
 
 
-def _keep(video: bytes, digest: str) -> Path:
+def _image(cell: Any) -> bytes | None:
+    """The file in a cell of column image. Raises ValueError if it is no base64."""
+    if not isinstance(cell, str) or not cell:
+        return None
+    try:
+        return base64.b64decode(cell, validate=True)
+    except ValueError:
+        raise ValueError("image must be a file (PNG, JPEG, WEBP) as base64, without a prefix") from None
+
+
+def _keep(made: bytes, name: str) -> Path:
     """In the server's own folder, under a name that no request chooses."""
     folder = Path(os.environ.get("QVGEN_VIDEOS") or Path(tempfile.gettempdir()) / "qvgen-videos")
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{digest}.mp4"
-    draft = path.with_name(f".{digest}.{os.getpid()}")
-    draft.write_bytes(video)
+    path = folder / name
+    draft = path.with_name(f".{name}.{os.getpid()}")
+    draft.write_bytes(made)
     draft.replace(path)
     return path

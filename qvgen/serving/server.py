@@ -28,9 +28,10 @@ from qvgen.serving.follow import Follower, Serving
 from qvgen.serving.metrics import Metrics
 from qvgen.serving.pyfunc import Served, signature_of
 
-LARGEST_BODY = 1 << 20  # bytes: 4 rows of prompts at their limits are a tenth of it
+LARGEST_TEXT = 1 << 20  # bytes of a body without images: 4 rows of prompts at their limits are a tenth of it
 NAMES = ("127.0.0.1", "localhost")  # of this host, under which the server always answers
 HEADER = "Model-Version"
+BODY = "largest_body"  # of a model's metadata
 log = logging.getLogger("qvgen.serving")
 
 
@@ -59,9 +60,17 @@ def load(registered: Registered, folder: Path, turns: Turns, metrics: Metrics) -
 
     from qvgen.sampling.settings import read_settings
 
-    served = Served(Engine(folder, turns=turns, on_video=metrics.video), registered.name)
+    engine = Engine(folder, turns=turns, on_video=metrics.video)
+    signature = signature_of(vars(read_settings(folder)), engine.reads_image, engine.makes)
     flavours = {"python_function": {"loader_module": __name__}}
-    return PyFuncModel(Model(signature=signature_of(vars(read_settings(folder))), flavors=flavours), _Answers(served))
+    about = Model(signature=signature, flavors=flavours, metadata={BODY: _largest_body(engine)})
+    return PyFuncModel(about, _Answers(Served(engine, registered.name)))
+
+
+def _largest_body(engine: Engine) -> int:
+    """Bytes of a request: four of base64 are three of an image."""
+    limits = engine.limits
+    return LARGEST_TEXT + (limits.videos * limits.image_bytes * 4 // 3 if engine.reads_image else 0)
 
 
 def answer(serving: Serving, body: bytes, kind: str) -> tuple[int, dict[str, Any]]:
@@ -103,17 +112,17 @@ def make_app(follower: Follower, metrics: Metrics, hosts: Sequence[str], threads
         return Response(metrics.text(), media_type=metrics.kind)
 
     async def invocations(request: Request) -> Response:
-        started, body = time.monotonic(), b""
+        started, body, serving = time.monotonic(), bytearray(), follower.serving
+        largest = serving.model.metadata.metadata[BODY]
         async for piece in request.stream():
             body += piece
-            if len(body) > LARGEST_BODY:
+            if len(body) > largest:
                 break
-        serving = follower.serving
-        if len(body) > LARGEST_BODY:
-            status, content = 413, {"error_code": "BAD_REQUEST", "message": f"limit body = {LARGEST_BODY} bytes"}
+        if len(body) > largest:
+            status, content = 413, {"error_code": "BAD_REQUEST", "message": f"limit body = {largest} bytes"}
         else:
             kind = request.headers.get("content-type", "")
-            status, content = await asyncio.get_running_loop().run_in_executor(pool, answer, serving, body, kind)
+            status, content = await asyncio.get_running_loop().run_in_executor(pool, answer, serving, bytes(body), kind)
         seconds, outcome = time.monotonic() - started, metrics.request(status)
         log.info("request status=%d outcome=%s version=%s seconds=%.2f", status, outcome, serving, seconds)
         content |= {"model": serving.registered.name, "version": serving.registered.version}

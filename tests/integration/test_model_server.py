@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 
 from qvgen.hub.promotions import move_alias
 from qvgen.hub.rollback import rollback
-from qvgen.serving.server import LARGEST_BODY
+from qvgen.serving.server import LARGEST_TEXT
 from tests.support.fresh_venv import Installed
 from tests.support.invocations import ask, get, post
 from tests.support.packed_model import make_packed
@@ -98,7 +98,7 @@ def test_it_answers_as_mlflows_own_server_does(served: Served) -> None:
         (b'{"dataframe_records": [{"prompt": "a"}], "params": {"steps": "x"}}', "application/json", 400, "steps"),
         (b'{"dataframe_records": [{"prompt": "a"}], "params": {"steps": 99}}', "application/json", 400, "limit steps = 10"),
         (b"{}", "text/plain", 415, "content type"),
-        (b" " * (LARGEST_BODY + 1), "application/json", 413, f"limit body = {LARGEST_BODY} bytes"),
+        (b" " * (LARGEST_TEXT + 1), "application/json", 413, f"limit body = {LARGEST_TEXT} bytes"),
     ],
 )
 def test_what_is_wrong_is_refused(served: Served, body: bytes, kind: str, status: int, said: str) -> None:

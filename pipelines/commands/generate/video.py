@@ -53,9 +53,7 @@ def generate(
 def read_image(family: Any, path: Path | None, settings: SamplingSettings) -> Any:
     """The first frame (3, h, w) uint8, upright, in the size of the clip; None for a family that takes none. Raises ValueError
     for one too many or too few, and a file that is no picture."""
-    from qvgen.data.videos import read_clip
-    from qvgen.models.family import ClipSize
-    from qvgen.models.pictures import first_frames
+    from qvgen.sampling.first_frame import read_first_frame
 
     if family.reads_image and path is None:
         raise ValueError("this model makes a video from its first frame: give it with --image FILE")
@@ -65,4 +63,4 @@ def read_image(family: Any, path: Path | None, settings: SamplingSettings) -> An
         raise ValueError("this model makes videos from text alone: leave out --image, or give an image-to-video model")
     if not path.is_file():
         raise ValueError(f"--image {path} does not exist")
-    return first_frames(read_clip(path, ClipSize(1, settings.height, settings.width, 0))[None])[0]
+    return read_first_frame(path, settings)

@@ -6,6 +6,8 @@ JSON out: MLflow takes seconds to import, and the stage seals the hashes of what
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import subprocess
@@ -17,19 +19,20 @@ from typing import Any
 
 from qvgen.models.files import GENERATION, read_json
 from qvgen.serving.limits import Limits
-from qvgen.serving.pyfunc import CODE, CODE_FILE, PARAMETERS, signature_of
+from qvgen.serving.pyfunc import CODE, CODE_FILE, IMAGE, PARAMETERS, signature_of
 
 OPEN = ("torch",)  # not pinned: which build is right depends on the device
 
 
 def make_flavour(about: dict[str, Any]) -> dict[str, str]:
     """Path -> text. `about`: name, settings (of SamplingSettings), files (path -> sha256), constraints (path of pins), prompt
-    (an example), licence."""
+    (an example), task (what the hub calls it), licence."""
     import mlflow.pyfunc
     import pandas
 
     settings = about["settings"]
-    limits = vars(Limits.of(settings))
+    limits, reads_image = vars(Limits.of(settings)), about["task"] == "image-to-video"
+    example = {"prompt": about["prompt"], "negative_prompt": "", "seed": 1} | ({IMAGE: _grey()} if reads_image else {})
     with tempfile.TemporaryDirectory() as folder:
         code, packed, out = Path(folder) / CODE_FILE, Path(folder) / "packed", Path(folder) / "model"
         code.write_text(CODE)
@@ -39,14 +42,23 @@ def make_flavour(about: dict[str, Any]) -> dict[str, str]:
             str(out),
             python_model=str(code),
             artifacts={"packed": str(packed)},
-            signature=signature_of(settings),
-            input_example=pandas.DataFrame([{"prompt": about["prompt"], "negative_prompt": "", "seed": 1}]),
+            signature=signature_of(settings, reads_image, "image" if about["task"] == "text-to-image" else "video"),
+            input_example=pandas.DataFrame([example]),
             pip_requirements=requirements(Path(about["constraints"])),
             model_config={"name": about["name"], "files": about["files"], "limits": limits},
             metadata={"licence": about["licence"], "card": "artifacts/packed/README.md", "limits": limits},
         )
         files = [path for path in sorted(out.rglob("*")) if path.is_file() and "artifacts" not in path.relative_to(out).parts]
         return {path.relative_to(out).as_posix(): path.read_text().replace(folder, "") for path in files}
+
+
+def _grey() -> str:
+    """A picture as a request has it."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), "grey").save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def requirements(constraints: Path) -> list[str]:
@@ -83,9 +95,7 @@ def flavour_of(packed: Path, name: str, files: dict[str, str], root: Path, promp
     """`make_flavour` in a process of its own, of the packed pipeline `packed`. {} with a warning if it fails: a model without
     it can be pulled, and a run does not fail for it."""
     card = (packed / "README.md").read_text(encoding="utf-8") if (packed / "README.md").is_file() else ""
-    if re.search(r"^pipeline_tag: *(image-to-video|text-to-image)", card, re.MULTILINE):
-        print("the model gets no MLflow flavour: a request is a prompt, the answer a video (qvgen pull, qvgen generate)")
-        return {}
+    task = re.search(r"^pipeline_tag: *(\S+)", card, re.MULTILINE)
     licence = re.search(r"^license: *(.+)$", card, re.MULTILINE)
     about = {
         "name": name,
@@ -93,6 +103,7 @@ def flavour_of(packed: Path, name: str, files: dict[str, str], root: Path, promp
         "files": files,
         "constraints": str(root / "constraints.txt"),
         "prompt": prompt,
+        "task": task[1] if task else "text-to-video",
         "licence": licence[1].strip() if licence else "that of the base model",
     }
     command = [sys.executable, "-m", __name__]
