@@ -131,6 +131,52 @@ def shift_fold(table: torch.Tensor) -> Fold:
     return fold
 
 
+def joint_block_inputs(model: nn.Module) -> list[FoldableInput]:
+    """Of a transformer whose blocks read latents and text in one attention, each side modulated by a linear layer of its own
+    (MMDiT: Flux, HunyuanVideo), and of the single blocks behind them, which read both as one. Per block and side: the inputs
+    of q, k and v and of the feed-forward; of both sides together that of the output projections, whose values are mixed; per
+    single block what q, k, v and the feed-forward read."""
+    found = []
+    for name, block in _blocks(model, "transformer_blocks"):
+        sides = [
+            (block.norm1.linear, [f"attn.to_{x}" for x in "qkv"], "ff.net.0.proj"),
+            (block.norm1_context.linear, [f"attn.add_{x}_proj" for x in "qkv"], "ff_context.net.0.proj"),
+        ]
+        for linear, attention, feed_forward in sides:
+            shift, scale, _, ff_shift, ff_scale, _ = _rows(linear, 6)
+            found += [
+                FoldableInput(tuple(f"{name}.{layer}" for layer in attention), modulation_fold(linear, [(shift, scale)])),
+                FoldableInput((f"{name}.{feed_forward}",), modulation_fold(linear, [(ff_shift, ff_scale)])),
+            ]
+        outputs = f"{name}.attn.to_out.0", f"{name}.attn.to_add_out"
+        found.append(FoldableInput(outputs, both_folds(linear_fold(block.attn.to_v), linear_fold(block.attn.add_v_proj))))
+    for name, block in _blocks(model, "single_transformer_blocks"):
+        shift, scale, _ = _rows(block.norm.linear, 3)
+        layers = tuple(f"{name}.{layer}" for layer in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
+        found.append(FoldableInput(layers, modulation_fold(block.norm.linear, [(shift, scale)])))
+    return found
+
+
+def both_folds(first: Fold, second: Fold) -> Fold:
+    """For x that two steps make parts of."""
+
+    def fold(shift: torch.Tensor, scale: torch.Tensor) -> None:
+        first(shift, scale)
+        second(shift, scale)
+
+    return fold
+
+
+def _blocks(model: nn.Module, name: str) -> list[tuple[str, Any]]:
+    return [(f"{name}.{i}", block) for i, block in model.get_submodule(name).named_children()]
+
+
+def _rows(linear: nn.Linear, parts: int) -> list[slice]:
+    """Where a modulation has its parts: shift, scale and gate, once or twice."""
+    width = linear.out_features // parts
+    return [slice(i * width, (i + 1) * width) for i in range(parts)]
+
+
 def ada_norm_single_inputs(model: nn.Module, modulation: nn.Linear) -> list[FoldableInput]:
     """Of a transformer whose blocks `modulation`, one projection of the timestep, modulates with tables of their own, and
     which reads text after a projection (PixArt, LTX-Video). Scaled for all blocks together: the inputs of self-attention's q,

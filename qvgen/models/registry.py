@@ -11,6 +11,7 @@ from typing import Any
 from qvgen.models.cogvideox import CogVideoXFamily
 from qvgen.models.family import Family
 from qvgen.models.files import EXPERT, GENERATION, GUIDANCE, SourceError, read_json, trained_component
+from qvgen.models.flux import FluxFamily
 from qvgen.models.ltx import LTXFamily
 from qvgen.models.pixart import PixArtFamily
 from qvgen.models.wan.image import WanImageFamily
@@ -38,6 +39,7 @@ register(WanVACEFamily)
 register(CogVideoXFamily)
 register(LTXFamily)
 register(PixArtFamily)
+register(FluxFamily)
 
 
 def families() -> dict[str, type[Family]]:

@@ -19,7 +19,7 @@ from qvgen.models.family import ClipSize
 TINY_CLIP = ClipSize(frames=9, height=32, width=32, max_sequence_length=8)  # latents: 3 frames of 4 x 4
 TINY_IMAGE = replace(TINY_CLIP, frames=1)
 TINY_PROMPT = "a red digit three moving up"
-LATENT_CHANNELS, TEXT_DIM = 4, 16
+LATENT_CHANNELS, TEXT_DIM, POOLED_DIM = 4, 16, 8
 _WORDS = [
     "a",
     "blue",
@@ -80,6 +80,31 @@ def t5_sizes(tokenizer: Any) -> dict[str, Any]:
         "num_heads": 2,
         "dropout_rate": 0.0,
     }
+
+
+def clip_encoder(tokenizer: Any, positions: int = TINY_CLIP.max_sequence_length) -> Any:
+    """CLIP's text encoder, pooled embeddings (n, POOLED_DIM), for that many tokens."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=POOLED_DIM,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=positions,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return CLIPTextModel(config).eval()
+
+
+def image_vae(**options: Any) -> Any:
+    """A VAE of images whose latents have an eighth of the rows and columns."""
+    from diffusers import AutoencoderKL
+
+    sizes: dict[str, Any] = {"block_out_channels": (8,) * 4, "layers_per_block": 1, "norm_num_groups": 2}
+    sizes |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    return AutoencoderKL(latent_channels=LATENT_CHANNELS, **sizes, **options).eval()
 
 
 @contextmanager

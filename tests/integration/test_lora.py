@@ -22,7 +22,7 @@ SCHEME = QuantScheme(
     weights=QuantArgs(num_bits=8), input_activations=QuantArgs(num_bits=8, strategy="token"), timestep_groups=2
 )
 TARGETS = r".*blocks\..*(to_q|to_k|to_v|add_k_proj|add_v_proj|to_out\.0|ffn?\.net\.0\.proj|ffn?\.net\.2)"
-FAMILIES = ("wan", "wan_image", "cogvideox", "ltx")
+FAMILIES = ("wan", "wan_image", "cogvideox", "ltx", "flux")
 
 
 def adapter(transformer: Any, seed: int) -> dict[str, torch.Tensor]:

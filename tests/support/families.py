@@ -46,6 +46,8 @@ KINDS = {
     "cogvideox": Kind("cogvideox", (3, 4, 4, 4)),
     "ltx": Kind("ltx", _VIDEO),
     "pixart": Kind("pixart", (4, 4, 4), clip=TINY_IMAGE),
+    "flux": Kind("flux", (4, 4, 4), text=9, clip=TINY_IMAGE),  # and a row of pooled embeddings
+    "flux_schnell": Kind("flux", (4, 4, 4), text=9, clip=TINY_IMAGE, options={"schnell": True}),
 }
 
 

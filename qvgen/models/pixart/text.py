@@ -22,7 +22,7 @@ from qvgen.models.family import (
 )
 from qvgen.models.folding import FoldableInput, ada_norm_single_inputs
 from qvgen.models.noise import DiscreteNoise
-from qvgen.models.tiny import LATENT_CHANNELS, TEXT_DIM, TINY_CLIP, seeded, t5_sizes, word_tokenizer
+from qvgen.models.tiny import LATENT_CHANNELS, TEXT_DIM, TINY_CLIP, image_vae, seeded, t5_sizes, word_tokenizer
 from qvgen.quant.primitives import NUM_TRAIN_TIMESTEPS
 
 # transformer/config.json of PixArt-Sigma XL-2 1024 in diffusers format.
@@ -90,20 +90,18 @@ class PixArtFamily(ImageFamily, DiscreteNoise):
 
     @staticmethod
     def tiny_pipeline(seed: int = 0) -> Any:
-        from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline
+        from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline
         from transformers import T5Config, T5EncoderModel
 
         tokenizer: Any = word_tokenizer()
         scheduler: Any = DPMSolverMultistepScheduler()  # with the published models' settings
-        sizes: dict[str, Any] = {"block_out_channels": (8,) * 4, "layers_per_block": 1, "norm_num_groups": 2}
-        sizes |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
         with seeded(seed):
-            vae = AutoencoderKL(latent_channels=LATENT_CHANNELS, scaling_factor=0.13025, **sizes)
+            vae = image_vae(scaling_factor=0.13025)
             text_encoder = T5EncoderModel(T5Config(**t5_sizes(tokenizer))).eval()
         return PixArtSigmaPipeline(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
-            vae=vae.eval(),
+            vae=vae,
             scheduler=scheduler,
             transformer=tiny_transformer(seed),
         )

@@ -5,19 +5,21 @@ import json
 import math
 import re
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from qvgen.checkpoint.pipeline import load_pipeline
+from qvgen.checkpoint.pipeline import ENCODERS, load_pipeline
 from qvgen.models.family import ClipSize, ClipStep, Family
 from qvgen.models.pictures import as_clips
 from qvgen.models.registry import families, family_adapter, family_of
 from qvgen.models.size import check_size
 from qvgen.models.tiny import TINY_CLIP, TINY_IMAGE, TINY_PROMPT, tiny_pipeline
 from qvgen.models.wan.vace import MASK_CHANNELS
+from qvgen.nn.timestep import timestep_of
 from qvgen.sampling import one_batch
 from qvgen.sampling.sample import generate, sample
 from tests.support.families import KINDS, make_kind
@@ -83,7 +85,8 @@ def test_decoding_is_the_pipelines_own(pipeline: Any, monkeypatch: pytest.Monkey
     _, clips = sample(pipeline, family, [TINY_PROMPT], [3], size, batch_size=1, **arguments, **images(family))
     given: dict[str, Any] = family.image_arguments(IMAGES[0, ..., :32].to(torch.uint8), size) if family.reads_image else {}
     length = 512 if getattr(pipeline, "image_encoder", None) is not None else 8  # that diffusers' transformer needs there
-    given |= {"num_frames": size.frames} if size.frames > 1 else {"use_resolution_binning": False}
+    given |= {"num_frames": size.frames} if size.frames > 1 else {}
+    given |= {"use_resolution_binning": False} if "use_resolution_binning" in signature(pipeline.__call__).parameters else {}
     own = pipeline(
         **given,
         prompt=TINY_PROMPT,
@@ -103,7 +106,8 @@ def test_decoding_is_the_pipelines_own(pipeline: Any, monkeypatch: pytest.Monkey
 def test_a_pipeline_denoises_with_the_familys_velocity(pipeline: Any) -> None:
     """The first step of the pipeline is the scheduler's step along `predict`."""
     family, seen, size = family_adapter(pipeline), {}, oblong(pipeline)
-    options: dict[str, Any] = {"inference_steps": 1, "guidance_scale": 1.0, **images(family, size)}
+    told = getattr(family, "guidance_scale", 1.0)  # what `predict` tells
+    options: dict[str, Any] = {"inference_steps": 1, "guidance_scale": told, **images(family, size)}
     first = generate(pipeline, family, [TINY_PROMPT], [0], size, **options)
     names = ("hidden_states",)  # which PixArt's pipeline does not say
     hook = pipeline.transformer.register_forward_pre_hook(
@@ -111,8 +115,7 @@ def test_a_pipeline_denoises_with_the_familys_velocity(pipeline: Any) -> None:
     )
     generate(pipeline, family, [TINY_PROMPT], [0], size, **options)
     hook.remove()
-    noise, timestep = family.unpacked(read(seen), size), seen["timestep"]
-    timestep = timestep.amax(-1) if timestep.ndim == 2 else timestep  # 0 for the tokens of a first frame
+    noise, timestep = family.unpacked(read(seen), size), timestep_of(pipeline.transformer, seen["timestep"])
     with torch.no_grad():
         text = family.encode_text(pipeline, [TINY_PROMPT], 8)
         image = family.encode_image(pipeline, as_clips(IMAGES[..., : size.width].to(torch.uint8)))
@@ -124,7 +127,7 @@ def test_a_pipeline_denoises_with_the_familys_velocity(pipeline: Any) -> None:
     assert torch.allclose(first, expected, atol=STEP_TOLERANCE)
 
 
-@pytest.mark.parametrize("pipeline", ["wan", "cogvideox", "ltx", "pixart"], indirect=True)
+@pytest.mark.parametrize("pipeline", ["wan", "cogvideox", "ltx", "pixart", "flux"], indirect=True)
 def test_noise_and_targets_are_the_schedulers(pipeline: Any) -> None:
     """A step along the target leads from what `add_noise` gives at a level to what it gives at the next."""
     family, scheduler = family_adapter(pipeline), pipeline.scheduler
@@ -180,15 +183,17 @@ def test_an_expert_trains_on_its_own_noise_levels(component: str) -> None:
     assert ends.tolist() == pytest.approx([low, (low + high) / 2, high])
 
 
-@pytest.mark.parametrize("family_name", ["wan", "cogvideox", "ltx", "pixart"])
+@pytest.mark.parametrize("family_name", ["wan", "cogvideox", "ltx", "pixart", "flux"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_text_encoder_stored_in_16_bits_samples(family_name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     family = families()[family_name]
     whole = family.tiny_pipeline()
-    whole.text_encoder.to(dtype)
+    encoders = [name for name in ENCODERS if hasattr(whole, name)]
+    for name in encoders:
+        getattr(whole, name).to(dtype)
     whole.save_pretrained(tmp_path / "model")
     loaded = load_pipeline(tmp_path / "model")
-    assert loaded.text_encoder.dtype == dtype and loaded.transformer.dtype == torch.float32
+    assert {getattr(loaded, name).dtype for name in encoders} == {dtype} and loaded.transformer.dtype == torch.float32
     arguments: dict[str, Any] = {"inference_steps": 1, "guidance_scale": 2.0, "batch_size": 1}
     latents, _ = sample(loaded, family_adapter(loaded), [TINY_PROMPT], [0], tiny(loaded), **arguments)
     assert latents.isfinite().all() and latents.dtype == torch.float32
