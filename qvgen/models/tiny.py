@@ -93,6 +93,7 @@ def clip_encoder(tokenizer: Any, positions: int = TINY_CLIP.max_sequence_length)
         num_hidden_layers=1,
         num_attention_heads=2,
         max_position_embeddings=positions,
+        bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
     return CLIPTextModel(config).eval()

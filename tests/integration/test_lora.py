@@ -21,7 +21,7 @@ from tests.support.families import KINDS, make_kind
 SCHEME = QuantScheme(
     weights=QuantArgs(num_bits=8), input_activations=QuantArgs(num_bits=8, strategy="token"), timestep_groups=2
 )
-TARGETS = r".*blocks\..*(to_q|to_k|to_v|add_k_proj|add_v_proj|to_out\.0|ffn?\.net\.0\.proj|ffn?\.net\.2)"
+TARGETS = r".*blocks\..*(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out|ff(n|_context)?\.net\.(0\.proj|2))"
 FAMILIES = ("wan", "wan_image", "cogvideox", "ltx", "flux")
 
 

@@ -332,7 +332,7 @@ def test_a_trained_method_goes_through_the_same_stages(method: str, family: str,
     assert stop == (0.8 if method == "dsa" else None)  # CogVideoX's pipeline cannot stop guidance, which qvgen+ would
 
 
-@pytest.mark.parametrize("family", ["cogvideox", "wan_image", "ltx", "pixart"])
+@pytest.mark.parametrize("family", ["cogvideox", "wan_image", "ltx", "pixart", "flux"])
 def test_other_families_go_through_the_same_stages(family: str, tmp_path: Path) -> None:
     folder = make_project(tmp_path / family, family)
     short(folder)
@@ -344,7 +344,7 @@ def test_other_families_go_through_the_same_stages(family: str, tmp_path: Path) 
     again = check_canary(folder / "artifacts/packed", folder / "artifacts/evaluation/canary", tmp_path)
     assert again.ok and again.equal == again.videos == 2
     moves = json.loads((folder / "artifacts/evaluation/details.json").read_text())["packed"]
-    assert moves.keys() == ({"motion", "flicker"} if family != "pixart" else set())
+    assert moves.keys() == (set() if family in ("pixart", "flux") else {"motion", "flicker"})
 
 
 def short(folder: Path, **fetch: str) -> None:

@@ -71,7 +71,17 @@ def test_a_git_lfs_pointer_is_refused(model: Path) -> None:
     assert str(path) in message and "git-lfs pointer" in message and "git lfs pull" in message
 
 
-@pytest.mark.parametrize("name", ["WanVideoToVideoPipeline", "WanAnimatePipeline", "CogVideoXImageToVideoPipeline"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "WanVideoToVideoPipeline",
+        "WanAnimatePipeline",
+        "CogVideoXImageToVideoPipeline",
+        "FluxFillPipeline",
+        "FluxKontextPipeline",
+        "HunyuanVideoImageToVideoPipeline",
+    ],
+)
 def test_pipelines_that_need_more_than_text_are_refused(model: Path, name: str) -> None:
     edit(model / "model_index.json", _class_name=name)
     message = refusal(model)

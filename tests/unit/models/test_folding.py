@@ -8,6 +8,8 @@ from qvgen.methods.registry import METHODS
 from qvgen.models.cogvideox import CogVideoXFamily
 from qvgen.models.cogvideox import tiny_transformer as tiny_cogvideox_transformer
 from qvgen.models.family import Family
+from qvgen.models.flux import FluxFamily
+from qvgen.models.flux import tiny_transformer as tiny_flux_transformer
 from qvgen.models.folding import ChannelGrid, FoldableInput, fold_, shift_fold
 from qvgen.models.ltx import LTXFamily
 from qvgen.models.ltx import tiny_transformer as tiny_ltx_transformer
@@ -37,13 +39,14 @@ def subject(name: str) -> tuple[nn.Module, Family, tuple[torch.Tensor, ...]]:
         "wan_vace": lambda: (tiny_wan_vace_transformer(), WanVACEFamily()),
         "ltx": lambda: (tiny_ltx_transformer(), LTXFamily()),
         "pixart": lambda: (tiny_pixart_transformer(), PixArtFamily({})),
+        "flux": lambda: (tiny_flux_transformer(), FluxFamily.from_scheduler({})),
     }[name]()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     config = model.config
-    if name in ("wan_image", "wan_vace", "ltx", "pixart"):
+    if name not in ("wan", "cogvideox"):
         return model, family, (*KINDS[name].inputs(2)[:1], torch.tensor([100.0, 900.0]), *KINDS[name].inputs(2)[1:])
     if name == "wan":
         latents = torch.randn(2, config.in_channels, 3, 4, 4, generator=generator)
@@ -65,14 +68,14 @@ def read_inputs(model: nn.Module, family: Family, inputs: tuple[torch.Tensor, ..
     return kept[0].flatten(0, -2)
 
 
-@pytest.mark.parametrize("name", ["wan", "wan_image", "wan_vace", "cogvideox", "ltx", "pixart"])
+@pytest.mark.parametrize("name", ["wan", "wan_image", "wan_vace", "cogvideox", "ltx", "pixart", "flux"])
 def test_folding_changes_the_inputs_and_not_the_model(name: str) -> None:
     model, family, inputs = subject(name)
     with torch.no_grad():
         before = family.predict(model, *inputs)
     sources = family.foldable_inputs(model)
     # Of wan_image not that of the image's and the text's attention together: both have values of their own.
-    assert len(sources) == {"wan": 3 + 2 * 5, "wan_vace": 3 + 4 * 5, "cogvideox": 2 * 3}.get(name, 3 + 2 * 4)
+    assert len(sources) == {"wan": 3 + 2 * 5, "wan_vace": 3 + 4 * 5, "cogvideox": 2 * 3, "flux": 5 + 1}.get(name, 3 + 2 * 4)
     assert len({source.name for source in sources}) == len(sources)
     assert {layer for source in sources for layer in source.layers} <= {n for n, _ in model.named_modules()}
     generator = torch.Generator().manual_seed(2)

@@ -83,9 +83,9 @@ def test_both_families_are_accepted(pipeline: Path) -> None:
 
 
 def test_another_pipeline_is_refused(pipeline: Path) -> None:
-    write_json(pipeline / "model_index.json", INDEX | {"_class_name": "FluxPipeline"})
+    write_json(pipeline / "model_index.json", INDEX | {"_class_name": "SanaPipeline"})
     message = refusal(pipeline)
-    assert "'FluxPipeline' is not supported; supported: WanPipeline, WanImageToVideoPipeline, WanVACEPipeline, Cog" in message
+    assert "'SanaPipeline' is not supported; supported: WanPipeline, WanImageToVideoPipeline, WanVACEPipeline, Cog" in message
     assert "round this one without training: `qvgen pack`" in message
 
 
