@@ -12,6 +12,7 @@ from qvgen.models.cogvideox import CogVideoXFamily
 from qvgen.models.family import Family
 from qvgen.models.files import EXPERT, GENERATION, GUIDANCE, SourceError, read_json, trained_component
 from qvgen.models.flux import FluxFamily
+from qvgen.models.hunyuan import HunyuanVideoFamily
 from qvgen.models.ltx import LTXFamily
 from qvgen.models.pixart import PixArtFamily
 from qvgen.models.wan.image import WanImageFamily
@@ -40,6 +41,7 @@ register(CogVideoXFamily)
 register(LTXFamily)
 register(PixArtFamily)
 register(FluxFamily)
+register(HunyuanVideoFamily)
 
 
 def families() -> dict[str, type[Family]]:

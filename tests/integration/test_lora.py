@@ -22,7 +22,7 @@ SCHEME = QuantScheme(
     weights=QuantArgs(num_bits=8), input_activations=QuantArgs(num_bits=8, strategy="token"), timestep_groups=2
 )
 TARGETS = r".*blocks\..*(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out|ff(n|_context)?\.net\.(0\.proj|2))"
-FAMILIES = ("wan", "wan_image", "cogvideox", "ltx", "flux")
+FAMILIES = ("wan", "wan_image", "cogvideox", "ltx", "flux", "hunyuan_video")
 
 
 def adapter(transformer: Any, seed: int) -> dict[str, torch.Tensor]:

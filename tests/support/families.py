@@ -47,6 +47,7 @@ KINDS = {
     "ltx": Kind("ltx", _VIDEO),
     "pixart": Kind("pixart", (4, 4, 4), clip=TINY_IMAGE),
     "flux": Kind("flux", (4, 4, 4), text=9, clip=TINY_IMAGE),  # and a row of pooled embeddings
+    "hunyuan_video": Kind("hunyuan_video", _VIDEO, text=9),
     "flux_schnell": Kind("flux", (4, 4, 4), text=9, clip=TINY_IMAGE, options={"schnell": True}),
 }
 

@@ -127,7 +127,7 @@ def test_a_pipeline_denoises_with_the_familys_velocity(pipeline: Any) -> None:
     assert torch.allclose(first, expected, atol=STEP_TOLERANCE)
 
 
-@pytest.mark.parametrize("pipeline", ["wan", "cogvideox", "ltx", "pixart", "flux"], indirect=True)
+@pytest.mark.parametrize("pipeline", ["wan", "cogvideox", "ltx", "pixart", "flux", "hunyuan_video"], indirect=True)
 def test_noise_and_targets_are_the_schedulers(pipeline: Any) -> None:
     """A step along the target leads from what `add_noise` gives at a level to what it gives at the next."""
     family, scheduler = family_adapter(pipeline), pipeline.scheduler
@@ -183,7 +183,7 @@ def test_an_expert_trains_on_its_own_noise_levels(component: str) -> None:
     assert ends.tolist() == pytest.approx([low, (low + high) / 2, high])
 
 
-@pytest.mark.parametrize("family_name", ["wan", "cogvideox", "ltx", "pixart", "flux"])
+@pytest.mark.parametrize("family_name", ["wan", "cogvideox", "ltx", "pixart", "flux", "hunyuan_video"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_text_encoder_stored_in_16_bits_samples(family_name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     family = families()[family_name]

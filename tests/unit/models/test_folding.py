@@ -11,6 +11,8 @@ from qvgen.models.family import Family
 from qvgen.models.flux import FluxFamily
 from qvgen.models.flux import tiny_transformer as tiny_flux_transformer
 from qvgen.models.folding import ChannelGrid, FoldableInput, fold_, shift_fold
+from qvgen.models.hunyuan import HunyuanVideoFamily
+from qvgen.models.hunyuan import tiny_transformer as tiny_hunyuan_transformer
 from qvgen.models.ltx import LTXFamily
 from qvgen.models.ltx import tiny_transformer as tiny_ltx_transformer
 from qvgen.models.pixart import PixArtFamily
@@ -40,6 +42,7 @@ def subject(name: str) -> tuple[nn.Module, Family, tuple[torch.Tensor, ...]]:
         "ltx": lambda: (tiny_ltx_transformer(), LTXFamily()),
         "pixart": lambda: (tiny_pixart_transformer(), PixArtFamily({})),
         "flux": lambda: (tiny_flux_transformer(), FluxFamily.from_scheduler({})),
+        "hunyuan_video": lambda: (tiny_hunyuan_transformer(), HunyuanVideoFamily.from_scheduler({})),
     }[name]()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -68,14 +71,21 @@ def read_inputs(model: nn.Module, family: Family, inputs: tuple[torch.Tensor, ..
     return kept[0].flatten(0, -2)
 
 
-@pytest.mark.parametrize("name", ["wan", "wan_image", "wan_vace", "cogvideox", "ltx", "pixart", "flux"])
+@pytest.mark.parametrize("name", ["wan", "wan_image", "wan_vace", "cogvideox", "ltx", "pixart", "flux", "hunyuan_video"])
 def test_folding_changes_the_inputs_and_not_the_model(name: str) -> None:
     model, family, inputs = subject(name)
     with torch.no_grad():
         before = family.predict(model, *inputs)
     sources = family.foldable_inputs(model)
     # Of wan_image not that of the image's and the text's attention together: both have values of their own.
-    assert len(sources) == {"wan": 3 + 2 * 5, "wan_vace": 3 + 4 * 5, "cogvideox": 2 * 3, "flux": 5 + 1}.get(name, 3 + 2 * 4)
+    counts = {"wan": 3 + 2 * 5, "wan_vace": 3 + 4 * 5, "cogvideox": 2 * 3, "flux": 5 + 1, "hunyuan_video": 5 + 1}
+    assert len(sources) == counts.get(name, 3 + 2 * 4)
+        "wan": 3 + 2 * 5,
+        "wan_vace": 3 + 4 * 5,
+        "cogvideox": 2 * 3,
+        "flux": 5 + 1,
+        "hunyuan_video": 5 + 1,
+    }.get(name, 3 + 2 * 4)
     assert len({source.name for source in sources}) == len(sources)
     assert {layer for source in sources for layer in source.layers} <= {n for n, _ in model.named_modules()}
     generator = torch.Generator().manual_seed(2)
