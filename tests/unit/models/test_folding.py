@@ -80,12 +80,6 @@ def test_folding_changes_the_inputs_and_not_the_model(name: str) -> None:
     # Of wan_image not that of the image's and the text's attention together: both have values of their own.
     counts = {"wan": 3 + 2 * 5, "wan_vace": 3 + 4 * 5, "cogvideox": 2 * 3, "flux": 5 + 1, "hunyuan_video": 5 + 1}
     assert len(sources) == counts.get(name, 3 + 2 * 4)
-        "wan": 3 + 2 * 5,
-        "wan_vace": 3 + 4 * 5,
-        "cogvideox": 2 * 3,
-        "flux": 5 + 1,
-        "hunyuan_video": 5 + 1,
-    }.get(name, 3 + 2 * 4)
     assert len({source.name for source in sources}) == len(sources)
     assert {layer for source in sources for layer in source.layers} <= {n for n, _ in model.named_modules()}
     generator = torch.Generator().manual_seed(2)
