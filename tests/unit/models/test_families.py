@@ -15,7 +15,7 @@ import torch
 from qvgen.checkpoint.pipeline import ENCODERS, load_pipeline
 from qvgen.models.family import ClipSize, ClipStep, Family
 from qvgen.models.pictures import as_clips
-from qvgen.models.registry import families, family_adapter, family_of
+from qvgen.models.registry import families, family_adapter, family_of, load_family
 from qvgen.models.size import check_size
 from qvgen.models.tiny import TINY_CLIP, TINY_IMAGE, TINY_PROMPT, tiny_pipeline
 from qvgen.models.wan.vace import MASK_CHANNELS
@@ -167,6 +167,32 @@ def test_training_reads_of_the_first_frame_what_the_pipeline_reads(pipeline: Any
     assert image.shape[1] == 0 if given is None else torch.allclose(image, given, atol=STEP_TOLERANCE)
 
 
+def test_a_transformer_that_is_told_its_guidance(tmp_path: Path) -> None:
+    """As generation.json says, or else as the family is sampled; it reads no negative prompt."""
+    folder = make_kind("flux", tmp_path / "model")
+    assert getattr(load_family(folder), "guidance_scale", None) == 3.5
+    for value, accepted in ((2, True), (0.5, False), ("3", False), (True, False), (float("nan"), False)):
+        (folder / "generation.json").write_text(json.dumps({"guidance_scale": value}))
+        if accepted:
+            assert getattr(load_family(folder), "guidance_scale", None) == value
+            continue
+        with pytest.raises(ValueError, match=r"generation.json: guidance_scale = .* must be a number, at least 1"):
+            load_family(folder)
+    options: dict[str, Any] = {"inference_steps": 1, "guidance_scale": 3.0, "negative_prompt": "blue"}
+    with pytest.raises(ValueError, match="family flux is told the guidance scale and reads no negative prompt"):
+        generate(load_pipeline(folder), families()["flux"].from_scheduler({}), [TINY_PROMPT], [0], TINY_IMAGE, **options)
+
+
+def test_schnell_is_sampled_as_its_card_says() -> None:
+    family = families()["flux"]
+    assert family.sampling_of(family.published[1]) == family.sampling
+    assert vars(family.sampling_of({})) == vars(family.sampling) | {
+        "inference_steps": 4,
+        "guidance_scale": 1.0,
+        "max_sequence_length": 256,
+    }
+
+
 @pytest.mark.parametrize("component", ["transformer", "transformer_2"])
 def test_an_expert_trains_on_its_own_noise_levels(component: str) -> None:
     index = {"boundary_ratio": 0.875, "expert": component}
@@ -201,6 +227,9 @@ def test_a_text_encoder_stored_in_16_bits_samples(family_name: str, dtype: torch
 
 def test_clip_steps_are_vae_factor_times_patch() -> None:
     wan, cogvideox, ltx, pixart = (families()[name] for name in ("wan", "cogvideox", "ltx", "pixart"))
+    flux, hunyuan = families()["flux"], families()["hunyuan_video"]
+    assert flux.clip_step({}, {"block_out_channels": (128, 256, 512, 512)}) == ClipStep(None, 16, 16)
+    assert hunyuan.clip_step({}, {}) == ClipStep(4, 16, 16)
     assert wan.clip_step({}, {}) == ClipStep(4, 16, 16)
     assert wan.clip_step(*WAN_2_2_5B) == ClipStep(4, 32, 32)
     assert cogvideox.clip_step({}, {}) == ClipStep(8, 16, 16)
@@ -216,6 +245,9 @@ def test_clip_steps_are_vae_factor_times_patch() -> None:
     assert families()["wan_vace"].refusal({}, {"vace_layers": [0], "in_channels": 16}) is None
     assert "told the size of the image" in (pixart.refusal({}, {"sample_size": 128}) or "")  # PixArt-alpha
     assert pixart.refusal({}, {"sample_size": 128, "use_additional_conditions": False}) is None
+    assert "384 input channels for 64" in (flux.refusal({}, {"in_channels": 384, "out_channels": 64}) or "")  # Fill
+    assert flux.refusal({}, flux.published[1]) is hunyuan.refusal({}, hunyuan.published[1]) is None
+    assert "image_condition_type = 'token_replace'" in (hunyuan.refusal({}, {"image_condition_type": "token_replace"}) or "")
     assert "patches of [2, 1]" in (ltx.refusal({}, {"patch_size": 2}) or "") and ltx.refusal({}, {}) is None
 
 
@@ -246,6 +278,8 @@ def test_what_a_family_refuses(index: dict[str, Any], config: dict[str, Any], sa
         ("wan", (2, 33, 33), "1 or 5; height = 33 must be a multiple of 16: 32 or 48; width = 33"),
         ("ltx", (5, 32, 32), "frames = 5 must be a multiple of 8 and one more: 1 or 9"),
         ("pixart", (9, 32, 32), "frames = 9 must be 1: it makes images"),
+        ("flux", (1, 40, 32), "height = 40 must be a multiple of 16: 32 or 48"),
+        ("hunyuan_video", (8, 32, 32), "frames = 8 must be a multiple of 4 and one more: 5 or 9"),
         ("cogvideox", (5, 32, 32), "frames = 5 must be a multiple of 8 and one more: 1 or 9"),
     ],
 )
@@ -287,16 +321,18 @@ DDIM = {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_predictio
         ("WanPipeline", UNIPC | FLOW | {"flow_shift": 3.0, "solver_order": 2}),
         ("PixArtSigmaPipeline", {"_class_name": "DPMSolverMultistepScheduler", "beta_schedule": "linear"}),
         ("LTXPipeline", EULER | {"shift": 1.0, "use_dynamic_shifting": True, "max_shift": 2.05, "shift_terminal": 0.1}),
+        ("FluxPipeline", EULER | {"shift": 3.0, "use_dynamic_shifting": True, "max_shift": 2.05}),
+        ("HunyuanVideoPipeline", EULER | {"shift": 7.0}),
         ("CogVideoXPipeline", DDIM | {"snr_shift_scale": 1.0}),
         ("CogVideoXPipeline", {"_class_name": "CogVideoXDPMScheduler", "prediction_type": "v_prediction"}),
     ],
 )
 def test_schedulers_that_training_follows(pipeline_class: str, config: dict[str, Any]) -> None:
     family = family_of(pipeline_class, config)
-    if "LTX" in pipeline_class:
+    if config.get("use_dynamic_shifting"):
         # As the sampler shifts for 4,096 tokens.
         assert float(family.timesteps_at(torch.tensor([0.5]))) == pytest.approx(1000 / (1 + math.exp(-2.05)))
-    if "Wan" in pipeline_class:
+    elif hasattr(family, "shift"):
         assert family.shift == config.get("shift", config.get("flow_shift", 1.0))
 
 
@@ -313,6 +349,8 @@ def test_schedulers_that_training_follows(pipeline_class: str, config: dict[str,
         ("PixArtSigmaPipeline", EULER, "'FlowMatchEulerDiscreteScheduler' has no beta_schedule"),
         ("PixArtSigmaPipeline", DDIM, "prediction_type = 'v_prediction'"),
         ("LTXPipeline", EULER | {"time_shift_type": "linear"}, "time_shift_type = 'linear'"),
+        ("FluxPipeline", EULER | {"shift_terminal": 0.1}, "shift_terminal = 0.1"),
+        ("HunyuanVideoPipeline", EULER | {"use_dynamic_shifting": True}, "use_dynamic_shifting = True"),
         ("WanPipeline", UNIPC | {"prediction_type": "flow_prediction"}, "use_flow_sigmas = False"),
         ("WanPipeline", UNIPC | {"use_flow_sigmas": True}, "prediction_type = 'epsilon'"),
         ("CogVideoXPipeline", DDIM | {"prediction_type": "epsilon"}, "prediction_type = 'epsilon'"),
@@ -331,7 +369,7 @@ def test_no_family_is_named_outside_its_own_file() -> None:
     folders = {family.__module__.split(".")[2] for family in families().values()}
     own |= {f"qvgen/models/{folder}/{name}.py" for folder in folders for name in ("__init__", "text")}
     own.add("qvgen/integrations/fused/wan.py")
-    words = ("WanTransformer3DModel", "LTXVideoTransformer3DModel", "PixArtTransformer2DModel")
+    words = ("WanTransformer3DModel", "LTXVideoTransformer3DModel", "PixArtTransformer2DModel", "FluxTransformer2DModel")
     words += tuple(name for family in families().values() for name in (family.__name__, *family.pipelines))
     named = {
         f"{path.relative_to(ROOT)}:{node.lineno}"
