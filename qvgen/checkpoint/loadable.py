@@ -61,7 +61,7 @@ def _check_model(folder: Path, library: str, class_name: str) -> None:
     optional = {*(getattr(model, "_tied_weights_keys", None) or ())}
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     if library == "transformers":  # its older releases put the name of the one part of a model before its tensors
-        prefixed = re.compile("^vision_model\\.")
+        prefixed = re.compile(r"^(vision|text)_model\.")
         found = {name if name in expected else prefixed.sub("", name): shape for name, shape in found.items()}
     missing = sorted(name for name in expected if name not in found and name not in optional)
     if missing:

@@ -48,7 +48,8 @@ def tiny_pipeline(family_name: str, folder: str | Path, *, seed: int = 0, **opti
     known = families()
     if family_name not in known:
         raise ValueError(f"family {family_name!r} is not one of {', '.join(known)}")
-    known[family_name].tiny_pipeline(seed, **options).save_pretrained(folder)
+    wanted = {name: True for name, asked in options.items() if asked}
+    known[family_name].tiny_pipeline(seed, **wanted).save_pretrained(folder)
     return Path(folder)
 
 

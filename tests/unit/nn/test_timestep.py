@@ -68,7 +68,7 @@ def test_the_timestep_matters() -> None:
 
 
 def test_a_model_that_is_called_with_fractions() -> None:
-    """Every whole timestep is in the group that training put it into."""
+    """Every whole timestep is in the group that training put it into (but for 500 and 1,000 groups, LOG.md)."""
     whole, fractions = model(), model()
     track_timestep(fractions, GROUPS, largest=1.0)
     t = torch.arange(1001.0)
