@@ -89,6 +89,11 @@ def test_another_pipeline_is_refused(pipeline: Path) -> None:
     assert "round this one without training: `qvgen pack`" in message
 
 
+def test_a_second_text_encoder_that_is_missing_is_named(pipeline: Path) -> None:
+    write_json(pipeline / "model_index.json", INDEX | {"_class_name": "FluxPipeline"})
+    assert "names no text_encoder_2 and no tokenizer_2: the pipeline is incomplete" in refusal(pipeline)
+
+
 def test_a_folder_that_is_no_pipeline_is_refused(pipeline: Path) -> None:
     message = refusal(pipeline / "transformer")
     assert "model_index.json does not exist" in message
