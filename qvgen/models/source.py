@@ -14,6 +14,8 @@ from typing import Any
 from qvgen.models.files import (
     BESIDE,
     DENOISERS,
+    MANIFEST,
+    RECORD,
     SUFFIXES,
     SourceError,
     check_not_pointer,
@@ -27,6 +29,8 @@ COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")  #
 OTHERS = ("image_encoder", "image_processor", "transformer_2")
 OTHERS += ("text_encoder_2", "text_encoder_3", "tokenizer_2", "tokenizer_3")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# Weights beside the folders of components are those of the model's own code, as of FLUX.1 [dev], 24 GB: they are left.
+DOWNLOADED = [*BESIDE, MANIFEST, RECORD, *(f"*/*{suffix}" for suffix in SUFFIXES)]
 _LIBRARIES = ("diffusers", "transformers")
 _CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
 
@@ -108,9 +112,8 @@ def _download(source: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = [*BESIDE, *(f"*{suffix}" for suffix in SUFFIXES)]
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=DOWNLOADED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise SourceError(f"{source} at {revision[:8]} could not be downloaded: {error}") from None
 

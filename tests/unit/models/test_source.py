@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import save_file
 
 from qvgen.models.files import SourceError, check_safetensors
 from qvgen.models.hashes import check_hashes, hash_files, recorded_hashes
-from qvgen.models.source import read_pipeline, resolve_source
+from qvgen.models.source import DOWNLOADED, read_pipeline, resolve_source
 
 ROOT = Path(__file__).parents[3]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -237,6 +238,12 @@ def test_a_hub_commit_is_found_in_the_hub_cache(tmp_path: Path) -> None:
     snapshot = make_pipeline(tmp_path / "models--org--name" / "snapshots" / COMMIT)
     done = resolve_offline(tmp_path, "org/name", COMMIT)
     assert done.stdout.strip() == str(snapshot), done.stderr
+
+
+def test_of_a_hub_repository_components_are_downloaded_and_no_weights_beside_them(pipeline: Path) -> None:
+    files = [*read_pipeline(pipeline).files, "sha256.json", "tokenizer/spiece.model"]
+    others = ["flux1-dev.safetensors", "dev_grid.jpg", "vae/model.bin"]
+    assert [*filter_repo_objects(files + others, allow_patterns=DOWNLOADED)] == files
 
 
 def test_a_hub_commit_that_cannot_be_had_is_an_error(tmp_path: Path) -> None:
