@@ -82,13 +82,14 @@ def affine_fold(weight: torch.Tensor, bias: torch.Tensor) -> Fold:
     return fold
 
 
-def linear_fold(linear: nn.Linear) -> Fold:
-    """For x that `linear` makes. Also for the output projection of an attention, with the value projection: its input is a
-    mean of values with weights that sum to 1, so what is done to every value is done to it."""
+def linear_fold(*linears: nn.Linear) -> Fold:
+    """For x that `linears` make, each for tokens of its own. Also for the output projection of an attention, with the value
+    projections: its input is a mean of values with weights that sum to 1, so what is done to every value is done to it."""
 
     def fold(shift: torch.Tensor, scale: torch.Tensor) -> None:
-        linear.weight.div_(scale[:, None])
-        linear.bias.sub_(shift).div_(scale)
+        for linear in linears:
+            linear.weight.div_(scale[:, None])
+            linear.bias.sub_(shift).div_(scale)
 
     return fold
 
@@ -149,22 +150,12 @@ def joint_block_inputs(model: nn.Module) -> list[FoldableInput]:
                 FoldableInput((f"{name}.{feed_forward}",), modulation_fold(linear, [(ff_shift, ff_scale)])),
             ]
         outputs = f"{name}.attn.to_out.0", f"{name}.attn.to_add_out"
-        found.append(FoldableInput(outputs, both_folds(linear_fold(block.attn.to_v), linear_fold(block.attn.add_v_proj))))
+        found.append(FoldableInput(outputs, linear_fold(block.attn.to_v, block.attn.add_v_proj)))
     for name, block in _blocks(model, "single_transformer_blocks"):
         shift, scale, _ = _rows(block.norm.linear, 3)
         layers = tuple(f"{name}.{layer}" for layer in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
         found.append(FoldableInput(layers, modulation_fold(block.norm.linear, [(shift, scale)])))
     return found
-
-
-def both_folds(first: Fold, second: Fold) -> Fold:
-    """For x that two steps make parts of."""
-
-    def fold(shift: torch.Tensor, scale: torch.Tensor) -> None:
-        first(shift, scale)
-        second(shift, scale)
-
-    return fold
 
 
 def _blocks(model: nn.Module, name: str) -> list[tuple[str, Any]]:

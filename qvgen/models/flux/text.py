@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from qvgen.models.family import (
@@ -113,21 +113,13 @@ class FluxFamily(ImageFamily, ToldGuidance):
             transformer=tiny_transformer(seed, schnell),
         )
 
-    def predict(
-        self,
-        model: nn.Module,
-        latents: torch.Tensor,
-        timestep: torch.Tensor,
-        text: torch.Tensor,
-        image: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        parts: Any = model
+    def predict(self, model: Any, latents: Tensor, timestep: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
         pooled, text = pooled_apart(model, text)
         packed = pixel_unshuffle(latents, PATCH)
         tokens = model(
             hidden_states=as_tokens(packed),
             timestep=timestep / 1000,
-            guidance=torch.full_like(timestep, self.guidance_scale) if parts.config.guidance_embeds else None,
+            guidance=torch.full_like(timestep, self.guidance_scale) if model.config.guidance_embeds else None,
             pooled_projections=pooled,
             encoder_hidden_states=text,
             txt_ids=torch.zeros_like(text[0, :, :3]),
@@ -136,17 +128,17 @@ class FluxFamily(ImageFamily, ToldGuidance):
         )[0]
         return pixel_shuffle(from_tokens(tokens, packed.shape[2:]), PATCH)
 
-    def arguments(self, pipeline: Any, text: torch.Tensor, negative: torch.Tensor | None, size: ClipSize) -> dict[str, Any]:
+    def arguments(self, pipeline: Any, text: Tensor, negative: Tensor | None, size: ClipSize) -> dict[str, Any]:
         return super().arguments(pipeline, text, negative, size) | prompts(text, negative, model=pipeline.transformer)
 
-    def unpacked(self, latents: torch.Tensor, size: ClipSize) -> torch.Tensor:
+    def unpacked(self, latents: Tensor, size: ClipSize) -> Tensor:
         rows = round((latents.shape[1] * size.height / size.width) ** 0.5)  # whatever the factor of the VAE
         return pixel_shuffle(from_tokens(latents, (rows, latents.shape[1] // rows)), PATCH)
 
     def foldable_inputs(self, model: nn.Module) -> list[FoldableInput]:
         return joint_block_inputs(model)
 
-    def encode_text(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> torch.Tensor:
+    def encode_text(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> Tensor:
         text, pooled, _ = pipeline.encode_prompt(
             list(prompts), max_sequence_length=max_sequence_length, device=pipeline.text_encoder.device
         )
@@ -159,7 +151,7 @@ def tiny_transformer(seed: int = 0, schnell: bool = False) -> Any:
         return FluxFamily.transformer({**TINY, "guidance_embeds": not schnell}).eval()
 
 
-def _positions(packed: torch.Tensor) -> torch.Tensor:
+def _positions(packed: Tensor) -> Tensor:
     """(h w, 3) for the tokens of latents (n, c, h, w): 0, row, column."""
     rows, columns = (torch.arange(length, device=packed.device, dtype=packed.dtype) for length in packed.shape[2:])
     return torch.cartesian_prod(torch.zeros_like(rows[:1]), rows, columns)

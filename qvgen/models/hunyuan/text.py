@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qvgen.models.family import ClipSize, ClipStep, SamplingSettings, pooled_apart, prompts, text_mask, with_pooled
 from qvgen.models.folding import FoldableInput, joint_block_inputs
@@ -101,14 +100,7 @@ class HunyuanVideoFamily(ToldGuidance):
             transformer=tiny_transformer(seed),
         )
 
-    def predict(
-        self,
-        model: nn.Module,
-        latents: torch.Tensor,
-        timestep: torch.Tensor,
-        text: torch.Tensor,
-        image: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def predict(self, model: Any, latents: Tensor, timestep: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
         pooled, text = pooled_apart(model, text)
         return model(
             hidden_states=latents,
@@ -120,24 +112,24 @@ class HunyuanVideoFamily(ToldGuidance):
             return_dict=False,
         )[0]
 
-    def arguments(self, pipeline: Any, text: torch.Tensor, negative: torch.Tensor | None, size: ClipSize) -> dict[str, Any]:
+    def arguments(self, pipeline: Any, text: Tensor, negative: Tensor | None, size: ClipSize) -> dict[str, Any]:
         with_mask = prompts(text, negative, mask=True, model=pipeline.transformer)
         return super().arguments(pipeline, text, negative, size) | with_mask
 
     def foldable_inputs(self, model: nn.Module) -> list[FoldableInput]:
         return joint_block_inputs(model)
 
-    def encode_text(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> torch.Tensor:
+    def encode_text(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> Tensor:
         text, pooled, mask = pipeline.encode_prompt(
             list(prompts), max_sequence_length=max_sequence_length, device=pipeline.text_encoder.device
         )
         return with_pooled(pooled, text * mask[..., None])
 
-    def encode_clips(self, pipeline: Any, clips: torch.Tensor) -> torch.Tensor:
+    def encode_clips(self, pipeline: Any, clips: Tensor) -> Tensor:
         vae = pipeline.vae
         return vae.encode(clips.to(vae.device, vae.dtype)).latent_dist.mean * vae.config.scaling_factor
 
-    def decode_latents(self, pipeline: Any, latents: torch.Tensor, frames: int) -> torch.Tensor:
+    def decode_latents(self, pipeline: Any, latents: Tensor, frames: int) -> Tensor:
         vae = pipeline.vae
         return vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample.float().clamp(-1, 1)
 
