@@ -77,6 +77,7 @@ class Family(Protocol):
     needed: ClassVar[tuple[str, ...]] = ()  # components that its pipelines have besides those of source.py
     optional: ClassVar[tuple[str, ...]] = ()  # and those that they may have
     reads_image: ClassVar[bool] = False  # whether its pipelines are also given the first frame
+    guidance_argument: ClassVar[str] = "guidance_scale"  # what the pipeline's call names the scale
     guidance_is_told: ClassVar[bool] = False  # whether the transformer reads the guidance scale: no prompt is led away from
     fraction_models: ClassVar[tuple[str, ...]] = ()  # classes of its transformers that are called with t / 1000
 
@@ -158,6 +159,10 @@ class Family(Protocol):
         first (`with_pooled`)."""
         ...
 
+    def encode_negative(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> torch.Tensor:
+        """The same for prompts that guidance leads away from, which some pipelines encode otherwise."""
+        return self.encode_text(pipeline, prompts, max_sequence_length)
+
     def encode_clips(self, pipeline: Any, clips: torch.Tensor) -> torch.Tensor:
         """Normalised latents of clips (n, 3, t, h, w) in [-1, 1], of an image model with t = 1; with `reads_image`, and behind
         them in the layout that the transformer takes, what it reads of the first frame."""
@@ -186,7 +191,7 @@ class Family(Protocol):
 
 
 class ImageFamily(Family, Protocol):
-    """Images, as clips of one frame, by a VAE of images (AutoencoderKL): latents (n, c, h, w)."""
+    """Images, as clips of one frame, by a VAE of images (AutoencoderKL, AutoencoderDC): latents (n, c, h, w)."""
 
     task: ClassVar[str] = IMAGES
 
@@ -196,12 +201,13 @@ class ImageFamily(Family, Protocol):
 
     def encode_clips(self, pipeline: Any, clips: torch.Tensor) -> torch.Tensor:
         vae = pipeline.vae
-        latents = vae.encode(clips[:, :, 0].to(vae.device, vae.dtype)).latent_dist.mean
-        return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+        encoded = vae.encode(clips[:, :, 0].to(vae.device, vae.dtype))
+        latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mean
+        return (latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
 
     def decode_latents(self, pipeline: Any, latents: torch.Tensor, frames: int) -> torch.Tensor:
         vae = pipeline.vae
-        latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+        latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
         return vae.decode(latents).sample.float().clamp(-1, 1).unsqueeze(2)
 
 
@@ -231,6 +237,18 @@ def with_pooled(pooled: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
 def pooled_apart(model: Any, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Inverse of `with_pooled`, for a transformer whose config has the width of pooled embeddings."""
     return text[:, 0, : model.config.pooled_projection_dim], text[:, 1:]
+
+
+def encode_masked(pipeline: Any, prompts: Sequence[str], max_sequence_length: int, **options: Any) -> torch.Tensor:
+    """Embeddings (n, max_sequence_length, d) with zeros for padding, of a pipeline that gives them with their mask."""
+    text, mask, _, _ = pipeline.encode_prompt(
+        list(prompts),
+        do_classifier_free_guidance=False,
+        max_sequence_length=max_sequence_length,
+        device=pipeline.text_encoder.device,
+        **options,
+    )
+    return text * mask[..., None]
 
 
 def text_mask(text: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,7 @@ class FlowMatching(Family, Protocol):
         `max_image_seq_len` says, 4,096 of images of 1024 x 1024 in Flux and of 121 frames of 512 x 512 in LTX-Video."""
         if config.get("use_dynamic_shifting"):
             return cls(math.exp(config.get("max_shift", 1.15)))
-        return cls(float(config.get("shift", 1.0)))
+        return cls(float(config.get("shift", config.get("flow_shift", 1.0))))
 
     def sample_timesteps(self, n: int, generator: torch.Generator) -> torch.Tensor:
         """Uniform noise levels, shifted as the sampler shifts its own."""

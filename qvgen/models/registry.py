@@ -15,6 +15,8 @@ from qvgen.models.flux import FluxFamily
 from qvgen.models.hunyuan import HunyuanVideoFamily
 from qvgen.models.ltx import LTXFamily
 from qvgen.models.pixart import PixArtFamily
+from qvgen.models.qwen_image import QwenImageFamily
+from qvgen.models.sana import SanaFamily
 from qvgen.models.wan.image import WanImageFamily
 from qvgen.models.wan.text import WanFamily
 from qvgen.models.wan.vace import WanVACEFamily
@@ -42,6 +44,8 @@ register(LTXFamily)
 register(PixArtFamily)
 register(FluxFamily)
 register(HunyuanVideoFamily)
+register(SanaFamily)
+register(QwenImageFamily)
 
 
 def families() -> dict[str, type[Family]]:
@@ -61,7 +65,7 @@ def family_class(pipeline_class: Any) -> type[Family]:
 
 _MORE_THAN_TEXT = (
     *("ImageTo", "VideoTo", "Control", "Condition", "Animate", "S2V", "Inpaint"),
-    *("Fill", "Img2Img", "Kontext", "Redux", "Framepack"),
+    *("Fill", "Img2Img", "Kontext", "Redux", "Framepack", "Edit", "Layered"),
 )
 
 

@@ -39,7 +39,7 @@ def encode(
     text = family.encode_text(pipeline, prompts, size.max_sequence_length)
     if guidance_scale <= 1 or family.guidance_is_told:
         return text, None
-    return text, family.encode_text(pipeline, [negative_prompt] * len(prompts), size.max_sequence_length)
+    return text, family.encode_negative(pipeline, [negative_prompt] * len(prompts), size.max_sequence_length)
 
 
 @torch.no_grad()
@@ -86,10 +86,10 @@ def denoise(
         given = text[call], None if negative is None else negative[call]
         latents = both_at_once(pipeline, *given)(
             num_inference_steps=inference_steps,
-            guidance_scale=guidance_scale,
             generator=generators,
             output_type="latent",
             return_dict=False,
+            **{family.guidance_argument: guidance_scale},
             **family.arguments(pipeline, *given, size),
             **arguments,
         )[0]

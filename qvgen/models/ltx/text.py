@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from qvgen.models.family import ClipSize, ClipStep, SamplingSettings, as_tokens, from_tokens, prompts, text_mask
+from qvgen.models.family import ClipSize, ClipStep, SamplingSettings, as_tokens, encode_masked, from_tokens, prompts, text_mask
 from qvgen.models.folding import FoldableInput, ada_norm_single_inputs
 from qvgen.models.noise import DYNAMIC_SHIFT, FlowMatching
 from qvgen.models.tiny import LATENT_CHANNELS, TEXT_DIM, seeded, t5_sizes, word_tokenizer
@@ -140,13 +140,7 @@ class LTXFamily(FlowMatching):
         return ada_norm_single_inputs(model, parts.time_embed.linear)
 
     def encode_text(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> torch.Tensor:
-        text, mask, _, _ = pipeline.encode_prompt(
-            list(prompts),
-            do_classifier_free_guidance=False,
-            max_sequence_length=max_sequence_length,
-            device=pipeline.text_encoder.device,
-        )
-        return text * mask[..., None]
+        return encode_masked(pipeline, prompts, max_sequence_length)
 
     def encode_clips(self, pipeline: Any, clips: torch.Tensor) -> torch.Tensor:
         vae = pipeline.vae

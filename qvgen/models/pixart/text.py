@@ -16,6 +16,7 @@ from qvgen.models.family import (
     ClipStep,
     ImageFamily,
     SamplingSettings,
+    encode_masked,
     image_step,
     prompts,
     text_mask,
@@ -51,6 +52,9 @@ TINY: Mapping[str, Any] = {
     "interpolation_scale": 1,
     "caption_channels": TEXT_DIM,
 }
+
+# Arguments of a call for which the pipeline does not change a size to one that it knows.
+EXACT_SIZE: dict[str, Any] = {"use_resolution_binning": False, "clean_caption": False, "negative_prompt": None}
 
 
 class PixArtFamily(ImageFamily, DiscreteNoise):
@@ -129,10 +133,7 @@ class PixArtFamily(ImageFamily, DiscreteNoise):
         return predicted[:, : latents.shape[1]]
 
     def arguments(self, pipeline: Any, text: torch.Tensor, negative: torch.Tensor | None, size: ClipSize) -> dict[str, Any]:
-        """In exactly that size, which the pipeline would change to one that it knows."""
-        known = super().arguments(pipeline, text, negative, size)
-        exactly = {"use_resolution_binning": False, "clean_caption": False, "negative_prompt": None}
-        return known | exactly | prompts(text, negative, mask=True)
+        return super().arguments(pipeline, text, negative, size) | prompts(text, negative, mask=True) | EXACT_SIZE
 
     def foldable_inputs(self, model: nn.Module) -> list[FoldableInput]:
         parts: Any = model
@@ -140,13 +141,7 @@ class PixArtFamily(ImageFamily, DiscreteNoise):
 
     def encode_text(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> torch.Tensor:
         """Lower case, and no more cleaned: how the pipeline cleans depends on what else is installed."""
-        text, mask, _, _ = pipeline.encode_prompt(
-            list(prompts),
-            do_classifier_free_guidance=False,
-            max_sequence_length=max_sequence_length,
-            device=pipeline.text_encoder.device,
-        )
-        return text * mask[..., None]
+        return encode_masked(pipeline, prompts, max_sequence_length)
 
 
 def tiny_transformer(seed: int = 0) -> Any:

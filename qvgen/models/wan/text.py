@@ -172,12 +172,12 @@ class WanFamily(FlowMatching):
         return text
 
     def encode_clips(self, pipeline: Any, clips: torch.Tensor) -> torch.Tensor:
-        mean, std = _latent_statistics(pipeline.vae)
+        mean, std = latent_statistics(pipeline.vae)
         clips = clips.to(pipeline.vae.device, pipeline.vae.dtype)
         return (pipeline.vae.encode(clips).latent_dist.mean - mean) / std
 
     def decode_latents(self, pipeline: Any, latents: torch.Tensor, frames: int) -> torch.Tensor:
-        mean, std = _latent_statistics(pipeline.vae)
+        mean, std = latent_statistics(pipeline.vae)
         latents = latents.to(pipeline.vae.device).float() * std + mean
         return pipeline.vae.decode(latents.to(pipeline.vae.dtype)).sample.float()
 
@@ -208,7 +208,8 @@ def _modulated(time_proj: nn.Linear, blocks: Sequence[Any], first: int) -> Fold:
     return shared_modulation_fold(time_proj, (offset, factor), [b.scale_shift_table[0, first : first + 2] for b in blocks])
 
 
-def _latent_statistics(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def latent_statistics(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (1, c, 1, 1, 1) of its latents, of a VAE whose config has both."""
     both = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=vae.device)
     mean, std = both.view(2, 1, -1, 1, 1, 1).unbind()
     return mean, std

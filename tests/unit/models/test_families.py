@@ -29,6 +29,7 @@ WAN_2_2_5B = {"patch_size": [1, 2, 2]}, {"scale_factor_temporal": 4, "scale_fact
 VARIANTS = (*KINDS, "rotary", "temporal_patch")
 IMAGES = torch.cat([*torch.randint(256, (2, 1, 3, 32, 32), generator=torch.Generator().manual_seed(0))], dim=-1)
 STEP_TOLERANCE = 1e-5
+PADDED = 24  # text tokens, more than the prompt has
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -63,7 +64,8 @@ def oblong(pipeline: Any) -> ClipSize:
     """A small clip whose latents have several frames, rows and columns, not as many of each."""
     step = step_of(pipeline)
     columns = 2 if "sample_width" in pipeline.transformer.config else 4  # CogVideoX 1.5 has no positions beyond
-    return ClipSize(1 + 2 * (step.frames or 0), 2 * step.height, columns * step.width, 8)
+    tokens = family_adapter(pipeline).text_tokens(pipeline.transformer.config) or PADDED
+    return ClipSize(1 + 2 * (step.frames or 0), 2 * step.height, columns * step.width, tokens)
 
 
 def test_a_clip_has_as_many_frames_as_were_asked_for(pipeline: Any) -> None:
@@ -81,21 +83,21 @@ def test_a_clip_has_as_many_frames_as_were_asked_for(pipeline: Any) -> None:
 def test_decoding_is_the_pipelines_own(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(one_batch, "MOST_TOKENS", 0)  # steps are the pipeline's own too
     family, size = family_adapter(pipeline), tiny(pipeline)
-    arguments: dict[str, Any] = {"inference_steps": 2, "guidance_scale": 2.0}
+    negative = "" if family.guidance_is_told else "a digit"
+    arguments: dict[str, Any] = {"inference_steps": 2, "guidance_scale": 2.0, "negative_prompt": negative}
     _, clips = sample(pipeline, family, [TINY_PROMPT], [3], size, batch_size=1, **arguments, **images(family))
     given: dict[str, Any] = family.image_arguments(IMAGES[0, ..., :32].to(torch.uint8), size) if family.reads_image else {}
     length = 512 if getattr(pipeline, "image_encoder", None) is not None else 8  # that diffusers' transformer needs there
     given |= {"num_frames": size.frames} if size.frames > 1 else {}
     given |= {"use_resolution_binning": False} if "use_resolution_binning" in signature(pipeline.__call__).parameters else {}
     own = pipeline(
-        **given,
+        **given | {family.guidance_argument: 2.0},
         prompt=TINY_PROMPT,
-        negative_prompt="",
+        negative_prompt=negative,
         height=32,
         width=32,
         max_sequence_length=length,
         num_inference_steps=2,
-        guidance_scale=2.0,
         generator=torch.Generator().manual_seed(3),
         output_type="pt",
         return_dict=False,
@@ -117,7 +119,7 @@ def test_a_pipeline_denoises_with_the_familys_velocity(pipeline: Any) -> None:
     hook.remove()
     noise, timestep = family.unpacked(read(seen), size), timestep_of(pipeline.transformer, seen["timestep"])
     with torch.no_grad():
-        text = family.encode_text(pipeline, [TINY_PROMPT], 8)
+        text = family.encode_text(pipeline, [TINY_PROMPT], size.max_sequence_length)
         image = family.encode_image(pipeline, as_clips(IMAGES[..., : size.width].to(torch.uint8)))
         velocity = family.predict(pipeline.transformer, noise, timestep, text, image)
     moving = {"mu": 0.0} if pipeline.scheduler.config.get("use_dynamic_shifting") else {}  # of one step: none
@@ -127,7 +129,9 @@ def test_a_pipeline_denoises_with_the_familys_velocity(pipeline: Any) -> None:
     assert torch.allclose(first, expected, atol=STEP_TOLERANCE)
 
 
-@pytest.mark.parametrize("pipeline", ["wan", "cogvideox", "ltx", "pixart", "flux", "hunyuan_video"], indirect=True)
+@pytest.mark.parametrize(
+    "pipeline", ["wan", "cogvideox", "ltx", "pixart", "flux", "hunyuan_video", "sana", "qwen_image"], indirect=True
+)
 def test_noise_and_targets_are_the_schedulers(pipeline: Any) -> None:
     """A step along the target leads from what `add_noise` gives at a level to what it gives at the next."""
     family, scheduler = family_adapter(pipeline), pipeline.scheduler
@@ -206,7 +210,7 @@ def test_an_expert_trains_on_its_own_noise_levels(component: str) -> None:
     assert ends.tolist() == pytest.approx([low, (low + high) / 2, high])
 
 
-@pytest.mark.parametrize("family_name", ["wan", "cogvideox", "ltx", "pixart", "flux", "hunyuan_video"])
+@pytest.mark.parametrize("family_name", ["wan", "cogvideox", "ltx", "pixart", "flux", "hunyuan_video", "sana", "qwen_image"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_text_encoder_stored_in_16_bits_samples(family_name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     family = families()[family_name]
@@ -245,6 +249,13 @@ def test_clip_steps_are_vae_factor_times_patch() -> None:
     assert "384 input channels for 64" in (flux.refusal({}, {"in_channels": 384, "out_channels": 64}) or "")  # Fill
     assert flux.refusal({}, flux.published[1]) is hunyuan.refusal({}, hunyuan.published[1]) is None
     assert "image_condition_type = 'token_replace'" in (hunyuan.refusal({}, {"image_condition_type": "token_replace"}) or "")
+    sana, qwen = families()["sana"], families()["qwen_image"]
+    assert sana.clip_step({}, {}) == ClipStep(None, 32, 32) and sana.refusal({}, {"patch_size": 1}) is None
+    assert "distilled to a few steps" in (sana.refusal({}, {"guidance_embeds": True}) or "")  # Sana Sprint
+    assert qwen.clip_step({}, {}) == ClipStep(None, 16, 16) and qwen.refusal({}, {"guidance_embeds": False}) is None
+    assert "reads more than an image's latents" in (qwen.refusal({}, {"use_layer3d_rope": True}) or "")  # Qwen-Image-Layered
+    with pytest.raises(ValueError, match="joins 16 pixels, that of Qwen-Image 8"):
+        qwen.clip_step({}, {"temperal_downsample": [True] * 4})
     assert "patches of [2, 1]" in (ltx.refusal({}, {"patch_size": 2}) or "") and ltx.refusal({}, {}) is None
 
 
@@ -320,6 +331,8 @@ DDIM = {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_predictio
         ("LTXPipeline", EULER | {"shift": 1.0, "use_dynamic_shifting": True, "max_shift": 2.05, "shift_terminal": 0.1}),
         ("FluxPipeline", EULER | {"shift": 3.0, "use_dynamic_shifting": True, "max_shift": 2.05}),
         ("HunyuanVideoPipeline", EULER | {"shift": 7.0}),
+        ("SanaPipeline", {"_class_name": "DPMSolverMultistepScheduler", "flow_shift": 3.0} | FLOW),
+        ("QwenImagePipeline", EULER | {"use_dynamic_shifting": True, "max_shift": 0.9, "shift_terminal": 0.02}),
         ("CogVideoXPipeline", DDIM | {"snr_shift_scale": 1.0}),
         ("CogVideoXPipeline", {"_class_name": "CogVideoXDPMScheduler", "prediction_type": "v_prediction"}),
     ],
@@ -327,8 +340,8 @@ DDIM = {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_predictio
 def test_schedulers_that_training_follows(pipeline_class: str, config: dict[str, Any]) -> None:
     family = family_of(pipeline_class, config)
     if config.get("use_dynamic_shifting"):
-        # As the sampler shifts for 4,096 tokens.
-        assert float(family.timesteps_at(torch.tensor([0.5]))) == pytest.approx(1000 / (1 + math.exp(-2.05)))
+        # As the sampler shifts for the most tokens.
+        assert float(family.timesteps_at(torch.tensor([0.5]))) == pytest.approx(1000 / (1 + math.exp(-config["max_shift"])))
     elif hasattr(family, "shift"):
         assert family.shift == config.get("shift", config.get("flow_shift", 1.0))
 
@@ -367,6 +380,7 @@ def test_no_family_is_named_outside_its_own_file() -> None:
     own |= {f"qvgen/models/{folder}/{name}.py" for folder in folders for name in ("__init__", "text")}
     own.add("qvgen/integrations/fused/wan.py")
     words = ("WanTransformer3DModel", "LTXVideoTransformer3DModel", "PixArtTransformer2DModel", "FluxTransformer2DModel")
+    words += ("SanaTransformer2DModel",)
     words += tuple(name for family in families().values() for name in (family.__name__, *family.pipelines))
     named = {
         f"{path.relative_to(ROOT)}:{node.lineno}"

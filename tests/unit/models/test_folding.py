@@ -17,6 +17,8 @@ from qvgen.models.ltx import LTXFamily
 from qvgen.models.ltx import tiny_transformer as tiny_ltx_transformer
 from qvgen.models.pixart import PixArtFamily
 from qvgen.models.pixart import tiny_transformer as tiny_pixart_transformer
+from qvgen.models.qwen_image import QwenImageFamily
+from qvgen.models.qwen_image import tiny_transformer as tiny_qwen_image_transformer
 from qvgen.models.wan import WanFamily
 from qvgen.models.wan import tiny_transformer as tiny_wan_transformer
 from qvgen.models.wan.image import WanImageFamily
@@ -43,6 +45,7 @@ def subject(name: str) -> tuple[nn.Module, Family, tuple[torch.Tensor, ...]]:
         "pixart": lambda: (tiny_pixart_transformer(), PixArtFamily({})),
         "flux": lambda: (tiny_flux_transformer(), FluxFamily.from_scheduler({})),
         "hunyuan_video": lambda: (tiny_hunyuan_transformer(), HunyuanVideoFamily.from_scheduler({})),
+        "qwen_image": lambda: (tiny_qwen_image_transformer(), QwenImageFamily()),
     }[name]()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -71,14 +74,17 @@ def read_inputs(model: nn.Module, family: Family, inputs: tuple[torch.Tensor, ..
     return kept[0].flatten(0, -2)
 
 
-@pytest.mark.parametrize("name", ["wan", "wan_image", "wan_vace", "cogvideox", "ltx", "pixart", "flux", "hunyuan_video"])
+@pytest.mark.parametrize(
+    "name", ["wan", "wan_image", "wan_vace", "cogvideox", "ltx", "pixart", "flux", "hunyuan_video", "qwen_image"]
+)
 def test_folding_changes_the_inputs_and_not_the_model(name: str) -> None:
     model, family, inputs = subject(name)
     with torch.no_grad():
         before = family.predict(model, *inputs)
     sources = family.foldable_inputs(model)
     # Of wan_image not that of the image's and the text's attention together: both have values of their own.
-    counts = {"wan": 3 + 2 * 5, "wan_vace": 3 + 4 * 5, "cogvideox": 2 * 3, "flux": 5 + 1, "hunyuan_video": 5 + 1}
+    counts = {"wan": 3 + 2 * 5, "wan_vace": 3 + 4 * 5, "cogvideox": 2 * 3}
+    counts |= {"flux": 5 + 1, "hunyuan_video": 5 + 1, "qwen_image": 2 * 5}
     assert len(sources) == counts.get(name, 3 + 2 * 4)
     assert len({source.name for source in sources}) == len(sources)
     assert {layer for source in sources for layer in source.layers} <= {n for n, _ in model.named_modules()}

@@ -84,9 +84,12 @@ def test_both_families_are_accepted(pipeline: Path) -> None:
 
 
 def test_another_pipeline_is_refused(pipeline: Path) -> None:
-    write_json(pipeline / "model_index.json", INDEX | {"_class_name": "SanaPipeline"})
+    write_json(pipeline / "model_index.json", INDEX | {"_class_name": "LuminaPipeline"})
     message = refusal(pipeline)
-    assert "'SanaPipeline' is not supported; supported: WanPipeline, WanImageToVideoPipeline, WanVACEPipeline, Cog" in message
+    assert (
+        "'LuminaPipeline' is not supported; supported: WanPipeline, WanImageToVideoPipeline, WanVACEPipeline, Cog"
+        in message
+    )
     assert "round this one without training: `qvgen pack`" in message
 
 
