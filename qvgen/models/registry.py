@@ -17,6 +17,7 @@ from qvgen.models.ltx import LTXFamily
 from qvgen.models.pixart import PixArtFamily
 from qvgen.models.qwen_image import QwenImageFamily
 from qvgen.models.sana import SanaFamily
+from qvgen.models.stable_diffusion_3 import StableDiffusion3Family
 from qvgen.models.wan.image import WanImageFamily
 from qvgen.models.wan.text import WanFamily
 from qvgen.models.wan.vace import WanVACEFamily
@@ -46,6 +47,7 @@ register(FluxFamily)
 register(HunyuanVideoFamily)
 register(SanaFamily)
 register(QwenImageFamily)
+register(StableDiffusion3Family)
 
 
 def families() -> dict[str, type[Family]]:

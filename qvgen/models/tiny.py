@@ -83,13 +83,15 @@ def t5_sizes(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def clip_encoder(tokenizer: Any, positions: int = TINY_CLIP.max_sequence_length) -> Any:
-    """CLIP's text encoder, pooled embeddings (n, POOLED_DIM), for that many tokens."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+def clip_encoder(tokenizer: Any, positions: int = TINY_CLIP.max_sequence_length, projected: bool = False) -> Any:
+    """CLIP's text encoder, pooled embeddings (n, POOLED_DIM), for that many tokens; `projected`: as the encoders of
+    Stable Diffusion give them."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=POOLED_DIM,
+        projection_dim=POOLED_DIM,
         intermediate_size=8,
         num_hidden_layers=1,
         num_attention_heads=2,
@@ -97,7 +99,7 @@ def clip_encoder(tokenizer: Any, positions: int = TINY_CLIP.max_sequence_length)
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return CLIPTextModel(config).eval()
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
 
 
 def image_vae(**options: Any) -> Any:

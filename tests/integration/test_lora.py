@@ -22,9 +22,10 @@ SCHEME = QuantScheme(
     weights=QuantArgs(num_bits=8), input_activations=QuantArgs(num_bits=8, strategy="token"), timestep_groups=2
 )
 TARGETS = r".*blocks\..*(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out|ff(n|_context)?\.net\.(0\.proj|2))"
-FAMILIES = ("wan", "wan_image", "cogvideox", "ltx", "flux", "hunyuan_video", "sana", "qwen_image")
+FAMILIES = ("wan", "wan_image", "cogvideox", "ltx")
+FAMILIES += ("flux", "hunyuan_video", "sana", "qwen_image", "stable_diffusion_3")
 # What the last block makes of the text is read by nothing.
-UNREAD = {"qwen_image": r"transformer_blocks\.1\.attn\.(add_q_proj|to_add_out)"}
+UNREAD = dict.fromkeys(("qwen_image", "stable_diffusion_3"), r"transformer_blocks\.1\.attn\.(add_q_proj|to_add_out)")
 
 
 def adapter(transformer: Any, seed: int) -> dict[str, torch.Tensor]:

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 FAMILIES = ("wan", "wan_image", "cogvideox", "ltx")
 # They differ in what noise is added to, and in layout: one method shows it.
 OTHERS = ("wan_experts", "wan_image_experts", "wan_image_expand", "wan_vace", "pixart")
-OTHERS += ("flux", "flux_schnell", "hunyuan_video", "sana", "qwen_image")
+OTHERS += ("flux", "flux_schnell", "hunyuan_video", "sana", "qwen_image", "stable_diffusion_3")
 FROM_DATA = ("finetune", "lsq")  # learn what the data say, away from a random teacher
 UNTRAINED = ("rtn", "mse", "svdquant", "viditq")
 PACKED_TOLERANCE = 5e-3  # mean difference over mean output: the integer path rounds in another order, a code may flip

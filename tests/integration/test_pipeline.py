@@ -332,7 +332,9 @@ def test_a_trained_method_goes_through_the_same_stages(method: str, family: str,
     assert stop == (0.8 if method == "dsa" else None)  # CogVideoX's pipeline cannot stop guidance, which qvgen+ would
 
 
-@pytest.mark.parametrize("family", ["cogvideox", "wan_image", "ltx", "pixart", "flux", "hunyuan_video", "sana", "qwen_image"])
+@pytest.mark.parametrize(
+    "family", ["cogvideox", "wan_image", "ltx", "pixart", "flux", "hunyuan_video", "sana", "qwen_image", "stable_diffusion_3"]
+)
 def test_other_families_go_through_the_same_stages(family: str, tmp_path: Path) -> None:
     folder = make_project(tmp_path / family, family)
     short(folder)

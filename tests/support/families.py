@@ -51,6 +51,7 @@ KINDS = {
     "flux_schnell": Kind("flux", (4, 4, 4), text=9, clip=TINY_IMAGE, options={"schnell": True}),
     "sana": Kind("sana", (4, 4, 4), clip=TINY_IMAGE),
     "qwen_image": Kind("qwen_image", (4, 4, 4), clip=TINY_IMAGE),
+    "stable_diffusion_3": Kind("stable_diffusion_3", (4, 4, 4), text=17, clip=TINY_IMAGE),  # CLIP's tokens too
 }
 
 

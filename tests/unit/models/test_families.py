@@ -27,6 +27,7 @@ from tests.support.families import KINDS, make_kind
 ROOT = Path(__file__).parents[3]
 WAN_2_2_5B = {"patch_size": [1, 2, 2]}, {"scale_factor_temporal": 4, "scale_factor_spatial": 16}
 VARIANTS = (*KINDS, "rotary", "temporal_patch")
+ONE_EACH = [name for name, kind in KINDS.items() if name == kind.family and not name.startswith("wan_")]
 IMAGES = torch.cat([*torch.randint(256, (2, 1, 3, 32, 32), generator=torch.Generator().manual_seed(0))], dim=-1)
 STEP_TOLERANCE = 1e-5
 PADDED = 24  # text tokens, more than the prompt has
@@ -129,9 +130,7 @@ def test_a_pipeline_denoises_with_the_familys_velocity(pipeline: Any) -> None:
     assert torch.allclose(first, expected, atol=STEP_TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    "pipeline", ["wan", "cogvideox", "ltx", "pixart", "flux", "hunyuan_video", "sana", "qwen_image"], indirect=True
-)
+@pytest.mark.parametrize("pipeline", ONE_EACH, indirect=True)
 def test_noise_and_targets_are_the_schedulers(pipeline: Any) -> None:
     """A step along the target leads from what `add_noise` gives at a level to what it gives at the next."""
     family, scheduler = family_adapter(pipeline), pipeline.scheduler
@@ -210,7 +209,7 @@ def test_an_expert_trains_on_its_own_noise_levels(component: str) -> None:
     assert ends.tolist() == pytest.approx([low, (low + high) / 2, high])
 
 
-@pytest.mark.parametrize("family_name", ["wan", "cogvideox", "ltx", "pixart", "flux", "hunyuan_video", "sana", "qwen_image"])
+@pytest.mark.parametrize("family_name", ONE_EACH)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_text_encoder_stored_in_16_bits_samples(family_name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     family = families()[family_name]
@@ -254,6 +253,11 @@ def test_clip_steps_are_vae_factor_times_patch() -> None:
     assert "distilled to a few steps" in (sana.refusal({}, {"guidance_embeds": True}) or "")  # Sana Sprint
     assert qwen.clip_step({}, {}) == ClipStep(None, 16, 16) and qwen.refusal({}, {"guidance_embeds": False}) is None
     assert "reads more than an image's latents" in (qwen.refusal({}, {"use_layer3d_rope": True}) or "")  # Qwen-Image-Layered
+    sd3 = families()["stable_diffusion_3"]
+    assert "an image beside the noise (33 input channels for 16)" in (sd3.refusal({}, {"in_channels": 33}) or "")
+    assert sd3.refusal({}, {}) is None
+    scales = [sd3.sampling_of(config).guidance_scale for config in ({}, {"qk_norm": "rms_norm"}, sd3.published[1])]
+    assert scales == [7.0, 3.5, 4.5]  # 3 Medium, 3.5 Large, 3.5 Medium
     with pytest.raises(ValueError, match="joins 16 pixels, that of Qwen-Image 8"):
         qwen.clip_step({}, {"temperal_downsample": [True] * 4})
     assert "patches of [2, 1]" in (ltx.refusal({}, {"patch_size": 2}) or "") and ltx.refusal({}, {}) is None

@@ -87,8 +87,7 @@ def test_another_pipeline_is_refused(pipeline: Path) -> None:
     write_json(pipeline / "model_index.json", INDEX | {"_class_name": "LuminaPipeline"})
     message = refusal(pipeline)
     assert (
-        "'LuminaPipeline' is not supported; supported: WanPipeline, WanImageToVideoPipeline, WanVACEPipeline, Cog"
-        in message
+        "'LuminaPipeline' is not supported; supported: WanPipeline, WanImageToVideoPipeline, WanVACEPipeline, Cog" in message
     )
     assert "round this one without training: `qvgen pack`" in message
 
