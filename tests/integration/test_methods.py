@@ -144,7 +144,8 @@ def test_the_other_layouts_of_a_family(name: str, tmp_path: Path) -> None:
     test_a_method_gives_a_packed_model_that_loads(prepared, "qvgen+", tmp_path)
     config = json.loads((tmp_path / "packed" / load_family(prepared.model).component / "config.json").read_text())
     group = config["quantization_config"]["config_groups"]["group_0"]
-    assert group.get("max_timestep") == (1.0 if KINDS[name].family == "flux" else None)  # called with fractions
+    fractions = KINDS[name].family in ("flux", "qwen_image")  # as timesteps
+    assert group.get("max_timestep") == (1.0 if fractions else None)
     other = prepared.model / "transformer"
     if KINDS[name].options.get("experts"):  # the one that was not trained stays as it was
         files = {path.name: path.read_bytes() for path in other.iterdir()}
