@@ -6,6 +6,7 @@ Stage fetch asks before it copies gigabytes; what it accepts, every later stage 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from qvgen.checkpoint.declared import check_packed, check_sizes, empty_model, first_line, shapes
@@ -15,6 +16,8 @@ from qvgen.models.source import Pipeline
 from qvgen.packing.config import METHOD
 
 _NAMED = 3  # tensors that a message names
+# Beginnings of names as older releases of transformers saved them, and what it makes of them: of CLIP, and of Qwen2.5-VL.
+_RENAMED = (("vision_model.", ""), ("text_model.", ""), ("visual.", "model.visual."), ("model.", "model.language_model."))
 
 
 def check_loadable(pipeline: Pipeline, expert: str | None = None) -> None:
@@ -60,9 +63,8 @@ def _check_model(folder: Path, library: str, class_name: str) -> None:
         raise SourceError(f"{folder / 'config.json'} does not describe a {class_name!s:.100} ({first_line(error)})") from None
     optional = {*(getattr(model, "_tied_weights_keys", None) or ())}
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    if library == "transformers":  # its older releases put the name of the one part of a model before its tensors
-        prefixed = re.compile("^vision_model\\.")
-        found = {name if name in expected else prefixed.sub("", name): shape for name, shape in found.items()}
+    if library == "transformers":
+        found = {_renamed(name, expected): shape for name, shape in found.items()}
     missing = sorted(name for name in expected if name not in found and name not in optional)
     if missing:
         raise SourceError(
@@ -79,3 +81,9 @@ def _check_model(folder: Path, library: str, class_name: str) -> None:
     for name, shape in expected.items():
         if name in found and found[name] != shape:
             raise SourceError(f"{folder}: {name} has shape {found[name]}, its config.json makes {shape} of it; get both again")
+
+
+def _renamed(name: str, expected: Collection[str]) -> str:
+    """The name in `expected` of a tensor in a file, or its own."""
+    others = (new + name.removeprefix(old) for old, new in _RENAMED if name.startswith(old))
+    return next((known for known in (name, *others) if known in expected), name)

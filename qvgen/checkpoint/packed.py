@@ -22,6 +22,7 @@ from qvgen.models.files import DENOISERS, GENERATION, MANIFEST, SourceError, che
 from qvgen.models.generic import denoisers
 from qvgen.models.registry import families
 from qvgen.nn.packed_linear import PackedLinear, packed_layers
+from qvgen.nn.timestep import largest_timestep
 from qvgen.packing.config import to_config
 from qvgen.packing.layout import EXACT_NAMES
 from qvgen.packing.record import record
@@ -139,7 +140,7 @@ def write_transformer(transformer: Any, scheme: QuantScheme, names: list[str], f
     config = json.loads(transformer.to_json_string())
     config.pop("_name_or_path", None)  # where it was loaded from on this machine
     resolved = scheme.model_copy(update={"targets": tuple(names), "ignore": ()})
-    config["quantization_config"] = to_config(resolved, len(names))
+    config["quantization_config"] = to_config(resolved, len(names), largest_timestep(transformer))
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     modules = dict(transformer.named_modules(remove_duplicate=False))  # a layer in two places is stored under both names

@@ -23,6 +23,7 @@ from qvgen.models.files import DENOISERS, read_json, trained_component
 from qvgen.models.registry import families
 
 PARTS = ("text_encoder", "vae", "transformer")  # what a pipeline has of models: the rest is small
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # read and released together, as the part "text_encoder"
 EXPERT = "transformer_2"  # read with the transformer: Wan 2.2 A14B has one for each half of the noise levels
 IMAGE_ENCODER = "image_encoder"  # read where it is asked for, and with the transformer of a pipeline that is given an image
 
@@ -36,8 +37,8 @@ def load_pipeline(
     """The diffusers pipeline of a folder in evaluation mode, on `device` (None: the CPU), but for the components in `shared`,
     which are taken instead of those of the folder.
 
-    `dtype`: of the parameters, packed layers excepted, or one per component ("default": of the rest); None: float32, a text
-    encoder as it is stored. Raises ValueError if config.json of a packed transformer does not describe what is beside it.
+    `dtype`: of the parameters, packed layers excepted, or one per component ("default": of the rest); None: float32, text
+    encoders as they are stored. Raises ValueError if config.json of a packed transformer does not describe what is beside it.
     """
     from diffusers import DiffusionPipeline
 
@@ -61,15 +62,17 @@ def _without_bars() -> None:
 
 
 def load_parts(folder: str | Path, parts: Collection[str], device: torch.device | str) -> Any:
-    """The pipeline of a folder with some of its models, `parts` of PARTS or IMAGE_ENCODER, on `device`, a text encoder as it
-    is stored, the others in float32. Of those that are not read the encoders and the VAE are None, and the transformer is
-    there without its weights (on the meta device), because pipelines read its config. A pipeline that is given an image
+    """The pipeline of a folder with some of its models, `parts` of PARTS or IMAGE_ENCODER, on `device`, text encoders as
+    they are stored, the others in float32. Of those that are not read the encoders and the VAE are None, and the transformer
+    is there without its weights (on the meta device), because pipelines read its config. A pipeline that is given an image
     encodes it when it denoises, so the transformer comes with VAE and image encoder there."""
     import diffusers
 
     _without_bars()
     index, components = read_json(Path(folder) / "model_index.json"), {}
     read = set(parts)
+    if "text_encoder" in parts:
+        read |= {*ENCODERS}
     if "transformer" in parts:
         read |= {EXPERT, "vae", IMAGE_ENCODER} if _reads_image(index) else {EXPERT}
     for name, value in index.items():
@@ -77,7 +80,7 @@ def load_parts(folder: str | Path, parts: Collection[str], device: torch.device 
             continue
         if not isinstance(value, list):  # a setting of the pipeline
             components[name] = value
-        elif value[0] is None or (name in ("text_encoder", EXPERT, IMAGE_ENCODER) and name not in read):
+        elif value[0] is None or (name in (*ENCODERS, EXPERT, IMAGE_ENCODER) and name not in read):
             components[name] = None
         elif name in read and name in ("transformer", EXPERT):
             components[name] = load_transformer(folder, device=device, component=name)
@@ -140,7 +143,8 @@ def holding(model: Any, part: str) -> Iterator[Any]:
     finally:
         held = weakref.ref(getattr(pipeline, part))
         setattr(pipeline, part, None)
-        for other in ("vae", EXPERT, IMAGE_ENCODER) if part == "transformer" else ():
+        beside = {"transformer": ("vae", EXPERT, IMAGE_ENCODER), "text_encoder": ENCODERS}
+        for other in beside.get(part, ()):
             if getattr(pipeline, other, None) is not None:
                 setattr(pipeline, other, None)
         release_memory(torch.device(model.device), held() is not None)

@@ -25,8 +25,8 @@ from qvgen.checkpoint.loadable import first_line
 from qvgen.models.files import SourceError, check_safetensors
 from qvgen.nn.packed_linear import PackedLinear
 from qvgen.nn.targets import replace_module
-from qvgen.nn.timestep import NUM_TRAIN_TIMESTEPS, track_timestep
-from qvgen.quant.primitives import codes
+from qvgen.nn.timestep import track_timestep
+from qvgen.quant.primitives import NUM_TRAIN_TIMESTEPS, codes
 from qvgen.quant.scheme import QuantArgs, QuantScheme
 
 Clips = Literal["as-trained", "mean", "inference-script"]

@@ -34,7 +34,7 @@ from qvgen.integrations.projections import join_without_copies_
 from qvgen.nn.packed_linear import PackedLinear, packed_layers
 from qvgen.nn.targets import match_linears, replace_module
 from qvgen.nn.timestep import track_timestep
-from qvgen.packing.config import METHOD, from_config
+from qvgen.packing.config import METHOD, from_config, largest_timestep
 from qvgen.packing.layout import EXACT_NAMES
 from qvgen.packing.record import is_asked_for, record, verify
 from qvgen.tensors import own_memory
@@ -61,6 +61,7 @@ class QVGenConfig(QuantizationConfigMixin):
         self.quant_method = QVGenMethod.QVGEN  # type: ignore[assignment]
         self._config = copy.deepcopy(config) | {"quant_method": METHOD}
         self.scheme, self.num_targets = from_config(self._config)
+        self.largest_timestep = largest_timestep(self._config)
 
     def to_dict(self) -> dict[str, Any]:
         """The dict it was made from, so that saving writes what was loaded."""
@@ -118,7 +119,7 @@ class QVGenQuantizer(DiffusersQuantizer):
                 f"config.json says {expected} packed layers (num_targets), its targets select {len(names)} in "
                 f"{type(model).__name__}; the config was edited or belongs to another model"
             )
-        track_timestep(model, scheme.timestep_groups)
+        track_timestep(model, scheme.timestep_groups, self.quantization_config.largest_timestep)
         keep_exact_in_float32(type(model))
         for name in names:
             linear = model.get_submodule(name)

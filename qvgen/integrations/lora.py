@@ -15,7 +15,7 @@ from typing import Any
 import peft
 from peft.tuners import lora
 
-from qvgen.nn.packed_linear import PackedLinear
+from qvgen.nn.packed_linear import PackedLinear, packed_layers
 
 _NO_MERGING = (
     "LoRA weights cannot be merged into packed ones (fuse_lora, merge): leave them loaded as adapters, or fuse them into the "
@@ -51,7 +51,8 @@ def _fuse(model: Any, *args: Any, **options: Any) -> None:
 
 
 def register() -> None:
-    """Let every LoraConfig made from now on know packed layers. Idempotent."""
+    """Let every LoraConfig made from now on know packed layers, and diffusers' loader of Flux. Idempotent."""
+    _let_flux_load()
     original = peft.LoraConfig.__post_init__
     if getattr(original, "knows_packed_layers", False):
         return
@@ -62,3 +63,23 @@ def register() -> None:
 
     with_packed_layers.knows_packed_layers = True  # type: ignore[attr-defined]
     peft.LoraConfig.__post_init__ = with_packed_layers  # type: ignore[method-assign]
+
+
+def _let_flux_load() -> None:
+    """diffusers pads adapters of Flux whose layers read fewer features than the model's (control models), and looks for the
+    weight of every layer to compare: packed ones have none, and none of them is padded."""
+    from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
+
+    name = "_maybe_expand_lora_state_dict"
+    original = getattr(FluxLoraLoaderMixin, name).__func__
+    if getattr(original, "knows_packed_layers", False):
+        return
+
+    def expand(cls: Any, transformer: Any, lora_state_dict: dict[str, Any]) -> dict[str, Any]:
+        names = [f"{cls.transformer_name}.{layer.removesuffix('.base_layer')}." for layer, _ in packed_layers(transformer)]
+        packed = {key: value for key, value in lora_state_dict.items() if key.startswith(tuple(names))}
+        others = {key: value for key, value in lora_state_dict.items() if key not in packed}
+        return original(cls, transformer, others) | packed
+
+    expand.knows_packed_layers = True  # type: ignore[attr-defined]
+    setattr(FluxLoraLoaderMixin, name, classmethod(expand))

@@ -1,4 +1,4 @@
-"""Model families (Wan, CogVideoX, LTX-Video, PixArt-Sigma): what the library must know about a diffusers pipeline to train and
+"""Model families (Wan, CogVideoX, LTX-Video, Flux, ...): what the library must know about a diffusers pipeline to train and
 sample it.
 
     family = load_family("artifacts/model")        # by model_index.json and the scheduler's config

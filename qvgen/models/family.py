@@ -1,7 +1,7 @@
 """The protocol of a family of diffusion transformers: every question that the library asks about one.
 
-A family is one file (wan/text.py, wan/image.py, wan/vace.py, cogvideox.py, ltx/text.py, pixart/text.py): everything that is
-true of it and of no other stands there. registry.py knows the families by the diffusers pipelines they belong to;
+A family is one file (wan/text.py, wan/image.py, cogvideox/text.py, ...): everything that is true of it and of no other stands
+there, and in noise.py what several share. registry.py knows the families by the diffusers pipelines they belong to;
 docs/add-a-family.md adds one step by step.
 """
 
@@ -20,7 +20,6 @@ from qvgen.models.pictures import as_image
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 IMAGES = "text-to-image"
-NUM_TRAIN_TIMESTEPS = 1000  # the library numbers noise levels 0 (clean) to 1000 (noise); a family with others is refused
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,12 @@ class Family(Protocol):
     scheduler_options: ClassVar[Mapping[str, tuple[Any, ...]]]  # option -> values for which the equations below hold
     published: ClassVar[tuple[str, Mapping[str, Any]]]  # a published model: its name in metrics, its transformer's config
     task: ClassVar[str] = "text-to-video"  # what the hub calls it; of image models IMAGES
-    optional: ClassVar[tuple[str, ...]] = ()  # components that its pipelines may have besides those of source.py
+    needed: ClassVar[tuple[str, ...]] = ()  # components that its pipelines have besides those of source.py
+    optional: ClassVar[tuple[str, ...]] = ()  # and those that they may have
     reads_image: ClassVar[bool] = False  # whether its pipelines are also given the first frame
+    guidance_argument: ClassVar[str] = "guidance_scale"  # what the pipeline's call names the scale
+    guidance_is_told: ClassVar[bool] = False  # whether the transformer reads the guidance scale: no prompt is led away from
+    fraction_models: ClassVar[tuple[str, ...]] = ()  # classes of its transformers that are called with t / 1000
 
     component: str = "transformer"  # the transformer that is trained and measured, of a pipeline with two
     noise_range: tuple[float, float] = (0.0, 1.0)  # the noise levels (t / 1000) that this transformer denoises
@@ -103,9 +106,9 @@ class Family(Protocol):
         return None
 
     @classmethod
-    def frame_rate(cls, transformer_config: Mapping[str, Any]) -> float:
-        """Frames a second of the videos that such a transformer was trained with."""
-        return float(cls.sampling.fps)
+    def sampling_of(cls, transformer_config: Mapping[str, Any]) -> SamplingSettings:
+        """`sampling`, or what differs for such a transformer, as the frame rate that it was trained with."""
+        return cls.sampling
 
     @staticmethod
     def transformer(config: Mapping[str, Any]) -> nn.Module:
@@ -113,8 +116,9 @@ class Family(Protocol):
         ...
 
     @staticmethod
-    def tiny_pipeline(seed: int = 0, **options: bool) -> Any:
-        """A whole diffusers pipeline with a two-layer transformer and random weights, for clips of TINY_CLIP (tiny.py)."""
+    def tiny_pipeline(seed: int = 0, *_: Any, **options: Any) -> Any:
+        """A whole diffusers pipeline with a two-layer transformer and random weights, for clips of TINY_CLIP (tiny.py).
+        `options`: true or false, the family's own."""
         ...
 
     def sample_timesteps(self, n: int, generator: torch.Generator) -> torch.Tensor:
@@ -151,8 +155,13 @@ class Family(Protocol):
 
     def encode_text(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> torch.Tensor:
         """Text embeddings (n, max_sequence_length, d) as the pipeline feeds them to the transformer. Of a pipeline that masks
-        padding, its rows are zeros: they are not stored, and `text_mask` finds them."""
+        padding, its rows are zeros: they are not stored, and `text_mask` finds them. Pooled embeddings are one row more, the
+        first (`with_pooled`)."""
         ...
+
+    def encode_negative(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> torch.Tensor:
+        """The same for prompts that guidance leads away from, which some pipelines encode otherwise."""
+        return self.encode_text(pipeline, prompts, max_sequence_length)
 
     def encode_clips(self, pipeline: Any, clips: torch.Tensor) -> torch.Tensor:
         """Normalised latents of clips (n, 3, t, h, w) in [-1, 1], of an image model with t = 1; with `reads_image`, and behind
@@ -167,7 +176,7 @@ class Family(Protocol):
         """Clips (n, 3, frames, h, w) in [-1, 1] of normalised latents, of `encode_clips` or sampled."""
         ...
 
-    def arguments(self, text: torch.Tensor, negative: torch.Tensor | None, size: ClipSize) -> dict[str, Any]:
+    def arguments(self, pipeline: Any, text: torch.Tensor, negative: torch.Tensor | None, size: ClipSize) -> dict[str, Any]:
         """What the pipeline's call is told of embeddings (n, l, d), those that guidance leads away from, and the clips."""
         clip = {"height": size.height, "width": size.width, "num_frames": size.frames}
         return clip | prompts(text, negative) | {"max_sequence_length": size.max_sequence_length}
@@ -181,80 +190,83 @@ class Family(Protocol):
         return latents
 
 
-class FlowMatching(Family, Protocol):
-    """Noise and targets of flow matching: a straight path from data to noise, its levels shifted by one number."""
+class ImageFamily(Family, Protocol):
+    """Images, as clips of one frame, by a VAE of images (AutoencoderKL, AutoencoderDC): latents (n, c, h, w)."""
 
-    scheduler_options: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "num_train_timesteps": (NUM_TRAIN_TIMESTEPS,),
-        "prediction_type": ("flow_prediction",),
-        "use_flow_sigmas": (True,),
-        "use_dynamic_shifting": (False,),
-        "use_karras_sigmas": (False, None),
-        "use_exponential_sigmas": (False, None),
-        "use_beta_sigmas": (False, None),
-        "use_lu_lambdas": (False, None),
-        "shift_terminal": (None,),
-        "invert_sigmas": (False,),
-        "sigma_min": (None,),
-        "sigma_max": (None,),
-    }
-    shift: float
+    task: ClassVar[str] = IMAGES
 
-    def sample_timesteps(self, n: int, generator: torch.Generator) -> torch.Tensor:
-        """Uniform noise levels, shifted as the sampler shifts its own."""
-        return self.timesteps_at(torch.rand(n, generator=generator))
+    def arguments(self, pipeline: Any, text: torch.Tensor, negative: torch.Tensor | None, size: ClipSize) -> dict[str, Any]:
+        given = super().arguments(pipeline, text, negative, size)
+        return {name: value for name, value in given.items() if name != "num_frames"}
 
-    def timesteps_at(self, u: torch.Tensor, *, uniform: bool = False) -> torch.Tensor:
-        low, high = self.noise_range
-        if not uniform:  # the quantiles of the two ends
-            low, high = (x if x in (0, 1) else x / (self.shift - (self.shift - 1) * x) for x in (low, high))
-        u = low + (high - low) * u
-        return NUM_TRAIN_TIMESTEPS * (u if uniform else self.shift * u / (1 + (self.shift - 1) * u))
+    def encode_clips(self, pipeline: Any, clips: torch.Tensor) -> torch.Tensor:
+        vae = pipeline.vae
+        encoded = vae.encode(clips[:, :, 0].to(vae.device, vae.dtype))
+        latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mean
+        return (latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
 
-    def add_noise(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        sigma = (timestep / NUM_TRAIN_TIMESTEPS).to(clean.dtype).view(-1, *[1] * (clean.ndim - 1))
-        return (1 - sigma) * clean + sigma * noise
-
-    def target(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """The velocity of the straight path from data to noise."""
-        return noise - clean
+    def decode_latents(self, pipeline: Any, latents: torch.Tensor, frames: int) -> torch.Tensor:
+        vae = pipeline.vae
+        latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0)
+        return vae.decode(latents).sample.float().clamp(-1, 1).unsqueeze(2)
 
 
-class DiscreteNoise(Family, Protocol):
-    """Noise of a diffusion process with 1,000 levels, all equally likely in training."""
-
-    noising: Any  # a scheduler of diffusers with these levels
-
-    def __init__(self, scheduler_config: Mapping[str, Any]) -> None: ...
-
-    @classmethod
-    def from_scheduler(cls, config: Mapping[str, Any], index: Mapping[str, Any] = _NOTHING) -> Self:
-        """Raises ValueError for a scheduler of another kind of noise."""
-        if config and "beta_schedule" not in config:
-            raise ValueError(
-                f"scheduler {config.get('_class_name')!r:.100} has no beta_schedule: it changes noise levels or the target in "
-                f"a way that training and evaluation of {cls.name} do not follow"
-            )
-        return cls(config)
-
-    def sample_timesteps(self, n: int, generator: torch.Generator) -> torch.Tensor:
-        """Uniform over the 1,000 discrete levels."""
-        return torch.randint(NUM_TRAIN_TIMESTEPS, (n,), generator=generator).float()
-
-    def timesteps_at(self, u: torch.Tensor, *, uniform: bool = False) -> torch.Tensor:
-        return torch.floor(NUM_TRAIN_TIMESTEPS * u)
-
-    def add_noise(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return self.noising.add_noise(clean, noise, timestep.long())
+def prompts(
+    text: torch.Tensor, negative: torch.Tensor | None, mask: bool = False, model: Any = None
+) -> dict[str, torch.Tensor]:
+    """Embeddings as arguments of a pipeline's call; with their masks for a pipeline that needs them, and the pooled ones apart
+    for a `model` that reads them (`with_pooled`)."""
+    found = {}
+    for sign, value in (("", text), ("negative_", negative)):
+        if value is None:
+            continue
+        if model is not None:
+            found[f"{sign}pooled_prompt_embeds"], value = pooled_apart(model, value)
+        found[f"{sign}prompt_embeds"] = value
+        if mask:
+            found[f"{sign}prompt_attention_mask"] = text_mask(value)
+    return found
 
 
-def prompts(text: torch.Tensor, negative: torch.Tensor | None, mask: bool = False) -> dict[str, torch.Tensor]:
-    """Embeddings as arguments of a pipeline's call; with their masks for a pipeline that needs them."""
-    given = {"prompt_embeds": text} | ({} if negative is None else {"negative_prompt_embeds": negative})
-    masks = {name.replace("embeds", "attention_mask"): text_mask(value) for name, value in given.items()} if mask else {}
-    return given | masks
+def with_pooled(pooled: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """Embeddings (n, 1 + l, d) of pooled ones (n, p), p at most d, and those of tokens (n, l, d): both are stored alike."""
+    row = torch.nn.functional.pad(pooled, (0, text.shape[-1] - pooled.shape[-1]))
+    return torch.cat([row[:, None].to(text), text], dim=1)
+
+
+def pooled_apart(model: Any, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse of `with_pooled`, for a transformer whose config has the width of pooled embeddings."""
+    return text[:, 0, : model.config.pooled_projection_dim], text[:, 1:]
+
+
+def encode_masked(pipeline: Any, prompts: Sequence[str], max_sequence_length: int, **options: Any) -> torch.Tensor:
+    """Embeddings (n, max_sequence_length, d) with zeros for padding, of a pipeline that gives them with their mask."""
+    text, mask, _, _ = pipeline.encode_prompt(
+        list(prompts),
+        do_classifier_free_guidance=False,
+        max_sequence_length=max_sequence_length,
+        device=pipeline.text_encoder.device,
+        **options,
+    )
+    return text * mask[..., None]
 
 
 def text_mask(text: torch.Tensor) -> torch.Tensor:
     """(n, l) bool: False for padding, the rows of zeros among embeddings (n, l, d)."""
     return text.ne(0).any(-1)
+
+
+def as_tokens(latents: torch.Tensor) -> torch.Tensor:
+    """Latents (n, c, ...) as tokens (n, l, c)."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+def from_tokens(tokens: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Inverse of `as_tokens` for latents (n, c, *shape)."""
+    return tokens.transpose(1, 2).unflatten(2, shape)
+
+
+def image_step(vae_config: Mapping[str, Any], patch: int) -> ClipStep:
+    """`clip_step` of a VAE of images (AutoencoderKL) and a transformer that joins `patch` rows and columns of latents."""
+    pixels = 2 ** (len(vae_config.get("block_out_channels", (64,))) - 1) * patch
+    return ClipStep(None, pixels, pixels)

@@ -11,6 +11,7 @@ RECORD = "sha256.json"  # what anybody may put beside a model: {"path": "sha256"
 DENOISERS = ("transformer", "transformer_2")  # component names in diffusers' pipelines; Wan 2.2 A14B has two
 EXPERT = "expert"  # in it: of a pipeline with two transformers the one that is trained
 GENERATION = "generation.json"  # how this model is meant to be sampled
+GUIDANCE = "guidance_scale"  # in it
 BESIDE = ("model_index.json", GENERATION, "README.md", "LICENSE")
 SUFFIXES = (".safetensors", ".json", ".txt", ".model")  # .model: sentencepiece vocabulary, a plain protobuf
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors format

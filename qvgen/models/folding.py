@@ -82,13 +82,14 @@ def affine_fold(weight: torch.Tensor, bias: torch.Tensor) -> Fold:
     return fold
 
 
-def linear_fold(linear: nn.Linear) -> Fold:
-    """For x that `linear` makes. Also for the output projection of an attention, with the value projection: its input is a
-    mean of values with weights that sum to 1, so what is done to every value is done to it."""
+def linear_fold(*linears: nn.Linear) -> Fold:
+    """For x that `linears` make, each for tokens of its own. Also for the output projection of an attention, with the value
+    projections: its input is a mean of values with weights that sum to 1, so what is done to every value is done to it."""
 
     def fold(shift: torch.Tensor, scale: torch.Tensor) -> None:
-        linear.weight.div_(scale[:, None])
-        linear.bias.sub_(shift).div_(scale)
+        for linear in linears:
+            linear.weight.div_(scale[:, None])
+            linear.bias.sub_(shift).div_(scale)
 
     return fold
 
@@ -129,6 +130,52 @@ def shift_fold(table: torch.Tensor) -> Fold:
         table.sub_(shift)
 
     return fold
+
+
+Side = tuple[str, str]  # the names of its modulation and of its feed-forward
+
+
+def joint_block_inputs(
+    model: nn.Module, sides: tuple[Side, Side] = (("norm1.linear", "ff"), ("norm1_context.linear", "ff_context"))
+) -> list[FoldableInput]:
+    """Of a transformer whose blocks read latents and text in one attention, each side modulated by a linear layer of its own
+    (MMDiT: Flux, HunyuanVideo, Qwen-Image, Stable Diffusion 3), and of the single blocks behind them, which read both as one.
+    Per block and side: the inputs of q, k and v and of the feed-forward; of both sides together that of the output
+    projections, whose values are mixed; those of a second attention, of latents alone; per single block what q, k, v and the
+    feed-forward read."""
+    found = []
+    for name, block in _blocks(model, "transformer_blocks"):
+        for (modulation, feed_forward), projection in zip(sides, ("to_{}", "add_{}_proj"), strict=True):
+            if getattr(block, feed_forward) is None:
+                continue  # the last block of Stable Diffusion 3 makes no text
+            linear = block.get_submodule(modulation)
+            shift, scale, _, ff_shift, ff_scale, _, *second = _rows(linear)
+            attention = tuple(f"{name}.attn.{projection.format(x)}" for x in "qkv")
+            found += [
+                FoldableInput(attention, modulation_fold(linear, [(shift, scale)])),
+                FoldableInput((f"{name}.{feed_forward}.net.0.proj",), modulation_fold(linear, [(ff_shift, ff_scale)])),
+            ]
+            if second:
+                attention = tuple(f"{name}.attn2.to_{x}" for x in "qkv")
+                found.append(FoldableInput(attention, modulation_fold(linear, [(second[0], second[1])])))
+                found.append(FoldableInput((f"{name}.attn2.to_out.0",), linear_fold(block.attn2.to_v)))
+        outputs = [f"{name}.attn.to_out.0"] + ([] if block.attn.to_add_out is None else [f"{name}.attn.to_add_out"])
+        found.append(FoldableInput(tuple(outputs), linear_fold(block.attn.to_v, block.attn.add_v_proj)))
+    for name, block in _blocks(model, "single_transformer_blocks"):
+        shift, scale, _ = _rows(block.norm.linear)
+        layers = tuple(f"{name}.{layer}" for layer in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
+        found.append(FoldableInput(layers, modulation_fold(block.norm.linear, [(shift, scale)])))
+    return found
+
+
+def _blocks(model: nn.Module, name: str) -> list[tuple[str, Any]]:
+    return [(f"{name}.{i}", block) for i, block in getattr(model, name, nn.Module()).named_children()]
+
+
+def _rows(linear: nn.Linear) -> list[slice]:
+    """Where a modulation has its parts, as wide as what it reads: shift, scale and gate, once to three times."""
+    width = linear.in_features
+    return [slice(i, i + width) for i in range(0, linear.out_features, width)]
 
 
 def ada_norm_single_inputs(model: nn.Module, modulation: nn.Linear) -> list[FoldableInput]:

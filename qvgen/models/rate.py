@@ -17,7 +17,7 @@ def frame_rate(folder: str | Path) -> float:
     given = read_json(folder / GENERATION).get("fps") if (folder / GENERATION).is_file() else None
     if given is None:
         family = family_class(read_json(folder / "model_index.json").get("_class_name"))
-        return family.frame_rate(read_json(folder / "transformer" / "config.json"))
+        return float(family.sampling_of(read_json(folder / "transformer" / "config.json")).fps)
     if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given <= FASTEST:
         raise ValueError(f"{folder / GENERATION}: fps = {given!r:.100} must be a number above 0, at most {FASTEST}")
     return float(given)

@@ -10,12 +10,18 @@ from typing import Any
 
 from qvgen.models.cogvideox import CogVideoXFamily
 from qvgen.models.family import Family
-from qvgen.models.files import EXPERT, SourceError, read_json, trained_component
+from qvgen.models.files import EXPERT, GENERATION, GUIDANCE, SourceError, read_json, trained_component
+from qvgen.models.flux import FluxFamily
+from qvgen.models.hunyuan import HunyuanVideoFamily
 from qvgen.models.ltx import LTXFamily
 from qvgen.models.pixart import PixArtFamily
+from qvgen.models.qwen_image import QwenImageFamily
+from qvgen.models.sana import SanaFamily
+from qvgen.models.stable_diffusion_3 import StableDiffusion3Family
 from qvgen.models.wan.image import WanImageFamily
 from qvgen.models.wan.text import WanFamily
 from qvgen.models.wan.vace import WanVACEFamily
+from qvgen.quant.primitives import NUM_TRAIN_TIMESTEPS
 
 _FAMILIES: dict[str, type[Family]] = {}
 
@@ -37,6 +43,11 @@ register(WanVACEFamily)
 register(CogVideoXFamily)
 register(LTXFamily)
 register(PixArtFamily)
+register(FluxFamily)
+register(HunyuanVideoFamily)
+register(SanaFamily)
+register(QwenImageFamily)
+register(StableDiffusion3Family)
 
 
 def families() -> dict[str, type[Family]]:
@@ -50,11 +61,20 @@ def family_class(pipeline_class: Any) -> type[Family]:
         return _FAMILIES[pipeline_class]
     message = f"pipeline {pipeline_class!r:.100} is not supported; supported: {', '.join(_FAMILIES)}. "
     if isinstance(pipeline_class, str) and any(word in pipeline_class for word in _MORE_THAN_TEXT):
-        message += "It makes videos from more than text (an image, a video, a mask), which no stage encodes as it does. "
+        message += "It reads more than text (an image, a video, a mask), which no stage encodes as it does. "
     raise SourceError(message + "Give a supported one, or round this one without training: `qvgen pack`")
 
 
-_MORE_THAN_TEXT = ("ImageTo", "VideoTo", "Control", "Condition", "Animate", "S2V", "Inpaint")
+_MORE_THAN_TEXT = (
+    *("ImageTo", "VideoTo", "Control", "Condition", "Animate", "S2V", "Inpaint"),
+    *("Fill", "Img2Img", "Kontext", "Redux", "Framepack", "Edit", "Layered"),
+)
+
+
+def max_timestep(transformer_class: str) -> float:
+    """The largest timestep that transformers of a diffusers class are called with."""
+    fractions = any(transformer_class in family.fraction_models for family in _FAMILIES.values())
+    return 1.0 if fractions else float(NUM_TRAIN_TIMESTEPS)
 
 
 def family_of(
@@ -81,6 +101,8 @@ def load_family(folder: str | Path) -> Family:
     """Adapter for a diffusers pipeline folder, by its model_index.json. Raises ValueError as `family_of` does."""
     folder = Path(folder)
     index = read_json(folder / "model_index.json") | {EXPERT: trained_component(folder)}
+    if (folder / GENERATION).is_file() and (scale := read_json(folder / GENERATION).get(GUIDANCE)) is not None:
+        index[GUIDANCE] = scale
     return family_of(index.get("_class_name"), read_json(folder / "scheduler" / "scheduler_config.json"), index)
 
 

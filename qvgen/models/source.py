@@ -14,6 +14,8 @@ from typing import Any
 from qvgen.models.files import (
     BESIDE,
     DENOISERS,
+    MANIFEST,
+    RECORD,
     SUFFIXES,
     SourceError,
     check_not_pointer,
@@ -23,8 +25,12 @@ from qvgen.models.files import (
 )
 
 COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")  # that the stages read; all are needed
-OPTIONAL = ("image_encoder", "image_processor", "transformer_2")  # that a family may have besides (`Family.optional`)
+# That a family needs or may have besides (`Family.needed`, `Family.optional`).
+OTHERS = ("image_encoder", "image_processor", "transformer_2")
+OTHERS += ("text_encoder_2", "text_encoder_3", "tokenizer_2", "tokenizer_3")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# Weights beside the folders of components are those of the model's own code, as of FLUX.1 [dev], 24 GB: they are left.
+DOWNLOADED = [*BESIDE, MANIFEST, RECORD, *(f"*/*{suffix}" for suffix in SUFFIXES)]
 _LIBRARIES = ("diffusers", "transformers")
 _CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
 
@@ -79,7 +85,7 @@ def read_pipeline(folder: str | Path) -> Pipeline:
     except SourceError as error:
         raise SourceError(f"{folder}: {error}") from None
     components = tuple(sorted(name for name, kind in index.items() if _is_component(folder, name, kind)))
-    _check_components(folder, pipeline_class, components, family.optional)
+    _check_components(folder, pipeline_class, components, COMPONENTS + family.needed, family.optional)
     files = [name for name in BESIDE if (folder / name).is_file()]
     for component in components:
         files += _component_files(folder, component)
@@ -106,9 +112,8 @@ def _download(source: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = [*BESIDE, *(f"*{suffix}" for suffix in SUFFIXES)]
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=DOWNLOADED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise SourceError(f"{source} at {revision[:8]} could not be downloaded: {error}") from None
 
@@ -127,14 +132,16 @@ def _is_component(folder: Path, name: str, kind: Any) -> bool:
     return True
 
 
-def _check_components(folder: Path, pipeline_class: str, components: tuple[str, ...], optional: tuple[str, ...]) -> None:
+def _check_components(
+    folder: Path, pipeline_class: str, components: tuple[str, ...], needed: tuple[str, ...], optional: tuple[str, ...]
+) -> None:
     """A component that is ignored would stay in full precision, unmeasured, and yet make part of every video."""
-    if ignored := [name for name in components if name not in COMPONENTS + optional]:
+    if ignored := [name for name in components if name not in needed + optional]:
         raise SourceError(
             f"{folder} has component {', '.join(ignored)}, which the stages would ignore; {pipeline_class} is supported with "
-            f"{', '.join(COMPONENTS + optional)} alone"
+            f"{', '.join(needed + optional)} alone"
         )
-    if missing := [name for name in COMPONENTS if name not in components]:
+    if missing := [name for name in needed if name not in components]:
         raise SourceError(f"{folder / 'model_index.json'} names no {' and no '.join(missing)}: the pipeline is incomplete")
 
 

@@ -19,7 +19,7 @@ from qvgen.models.family import ClipSize
 TINY_CLIP = ClipSize(frames=9, height=32, width=32, max_sequence_length=8)  # latents: 3 frames of 4 x 4
 TINY_IMAGE = replace(TINY_CLIP, frames=1)
 TINY_PROMPT = "a red digit three moving up"
-LATENT_CHANNELS, TEXT_DIM = 4, 16
+LATENT_CHANNELS, TEXT_DIM, POOLED_DIM = 4, 16, 8
 _WORDS = [
     "a",
     "blue",
@@ -48,7 +48,8 @@ def tiny_pipeline(family_name: str, folder: str | Path, *, seed: int = 0, **opti
     known = families()
     if family_name not in known:
         raise ValueError(f"family {family_name!r} is not one of {', '.join(known)}")
-    known[family_name].tiny_pipeline(seed, **options).save_pretrained(folder)
+    wanted = {name: True for name, asked in options.items() if asked}
+    known[family_name].tiny_pipeline(seed, **wanted).save_pretrained(folder)
     return Path(folder)
 
 
@@ -80,6 +81,34 @@ def t5_sizes(tokenizer: Any) -> dict[str, Any]:
         "num_heads": 2,
         "dropout_rate": 0.0,
     }
+
+
+def clip_encoder(tokenizer: Any, positions: int = TINY_CLIP.max_sequence_length, projected: bool = False) -> Any:
+    """CLIP's text encoder, pooled embeddings (n, POOLED_DIM), for that many tokens; `projected`: as the encoders of
+    Stable Diffusion give them."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=POOLED_DIM,
+        projection_dim=POOLED_DIM,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=positions,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
+
+
+def image_vae(**options: Any) -> Any:
+    """A VAE of images whose latents have an eighth of the rows and columns."""
+    from diffusers import AutoencoderKL
+
+    sizes: dict[str, Any] = {"block_out_channels": (8,) * 4, "layers_per_block": 1, "norm_num_groups": 2}
+    sizes |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    return AutoencoderKL(latent_channels=LATENT_CHANNELS, **sizes, **options).eval()
 
 
 @contextmanager

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from qvgen.quant.primitives import timestep_group
+from qvgen.models.registry import max_timestep
+from qvgen.quant.primitives import NUM_TRAIN_TIMESTEPS, timestep_group
 
-NUM_TRAIN_TIMESTEPS = 1000
-_GROUPS = "qvgen_timestep_groups"
+_GROUPS, _LARGEST = "qvgen_timestep_groups", "qvgen_max_timestep"
 # Where diffusers' models and torch's CheckpointWrapper keep the function that checkpoints: checkpoint(function, *arguments).
 _CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")
 
@@ -74,11 +74,12 @@ def carry_timestep(function: Callable[..., Any]) -> Callable[..., Any]:
     return _Carried(function, _thread.running.call)
 
 
-def track_timestep(model: nn.Module, groups: int) -> None:
-    """Let each forward of `model` tell its layers the timestep, from its argument `timestep`; with one group there is nothing
-    to tell."""
+def track_timestep(model: nn.Module, groups: int, largest: float | None = None) -> None:
+    """Let each forward of `model` tell its layers the timestep, from its argument `timestep`, which is between 0 and `largest`
+    (None: as the family of its class says); with one group there is nothing to tell."""
     tracked = getattr(model, _GROUPS, 1) > 1
     setattr(model, _GROUPS, groups)
+    setattr(model, _LARGEST, largest_timestep(model) if largest is None else largest)
     if groups > 1 and not tracked:
         model.register_forward_pre_hook(_enter, with_kwargs=True)
         model.register_forward_hook(_leave, always_call=True)
@@ -90,7 +91,7 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     timestep, outer = kwargs.get("timestep"), _thread.running.call
     if timestep is None and outer is None:
         raise TypeError("call a quantized transformer with timestep=... as a keyword: its quantizers need it")
-    timestep = outer.timestep if timestep is None and outer is not None else _per_sample(timestep)
+    timestep = outer.timestep if timestep is None and outer is not None else timestep_of(model, timestep)
     _thread.running.call = _Call(timestep, getattr(model, _GROUPS), outer)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         _carry_through_checkpoints(model)
@@ -100,6 +101,18 @@ def _leave(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     call = _thread.running.call
     if call is not None:  # None: _enter itself raised
         _thread.running.call = call.outer
+
+
+def largest_timestep(model: nn.Module) -> float:
+    """That a transformer is called with, for pure noise: 1000, of some (Flux) 1."""
+    return getattr(model, _LARGEST, None) or max_timestep(type(model).__name__)
+
+
+def timestep_of(model: nn.Module, timestep: Any) -> torch.Tensor:
+    """Timesteps (n,) or (1,) between 0 and 1000 of what `model` is called with."""
+    timestep, largest = _per_sample(timestep), largest_timestep(model)
+    # In the dtype that it is given in: 0.7 in float32, a little less than 0.7, becomes 700 again.
+    return timestep if largest == NUM_TRAIN_TIMESTEPS else timestep * (NUM_TRAIN_TIMESTEPS / largest)
 
 
 def _per_sample(timestep: Any) -> torch.Tensor:

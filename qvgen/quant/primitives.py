@@ -179,6 +179,9 @@ def token_grid(
     return range_to_grid(clip_lower * lower.clamp(max=0), clip_upper * upper.clamp(min=0), args)
 
 
+NUM_TRAIN_TIMESTEPS = 1000  # the library numbers noise levels 0 (clean) to 1000 (noise); a family with others is refused
+
+
 def timestep_group(timestep: torch.Tensor, groups: int, num_train_timesteps: int) -> torch.Tensor:
     """Group index floor(G t / T) of each timestep, int64, the last group closed at t = T.
 

@@ -11,7 +11,8 @@ import torch
 
 from qvgen.checkpoint.pipeline import holding
 from qvgen.data.stored import Latents
-from qvgen.models.family import NUM_TRAIN_TIMESTEPS, ClipSize, Family
+from qvgen.models.family import ClipSize, Family
+from qvgen.quant.primitives import NUM_TRAIN_TIMESTEPS
 from qvgen.sampling.one_batch import both_at_once
 from qvgen.sampling.pieces import Pieces
 from qvgen.sampling.rows import Rows
@@ -31,11 +32,14 @@ Texts = tuple[torch.Tensor, torch.Tensor | None]  # embeddings of a batch, and t
 def encode(
     pipeline: Any, family: Family, prompts: Sequence[str], size: ClipSize, guidance_scale: float, negative_prompt: str = ""
 ) -> Texts:
-    """Embeddings (n, l, d) of a batch of prompts, and with guidance as many of the negative prompt."""
+    """Embeddings (n, l, d) of a batch of prompts, and with guidance as many of the negative prompt. Raises ValueError for a
+    negative prompt that the family does not read."""
+    if negative_prompt and family.guidance_is_told:
+        raise ValueError(f"family {family.name} is told the guidance scale and reads no negative prompt: give none")
     text = family.encode_text(pipeline, prompts, size.max_sequence_length)
-    if guidance_scale <= 1:
+    if guidance_scale <= 1 or family.guidance_is_told:
         return text, None
-    return text, family.encode_text(pipeline, [negative_prompt] * len(prompts), size.max_sequence_length)
+    return text, family.encode_negative(pipeline, [negative_prompt] * len(prompts), size.max_sequence_length)
 
 
 @torch.no_grad()
@@ -82,11 +86,11 @@ def denoise(
         given = text[call], None if negative is None else negative[call]
         latents = both_at_once(pipeline, *given)(
             num_inference_steps=inference_steps,
-            guidance_scale=guidance_scale,
             generator=generators,
             output_type="latent",
             return_dict=False,
-            **family.arguments(*given, size),
+            **{family.guidance_argument: guidance_scale},
+            **family.arguments(pipeline, *given, size),
             **arguments,
         )[0]
         found.append(family.unpacked(latents, size))

@@ -31,11 +31,10 @@ def read_settings(model: str | Path, overrides: Mapping[str, Any] = MappingProxy
         raise ValueError(f"model folder {str(model)!r} does not exist")
     family = family_class(read_pipeline(model).pipeline_class)
     config = read_json(model / "transformer" / "config.json")
-    # Wan 2.2 5B and CogVideoX 1.5 were trained at other rates than the rest of their families.
-    of_model: dict[str, Any] = {"fps": round(family.frame_rate(config))}
+    of_model: dict[str, Any] = {}
     if (tokens := family.text_tokens(config)) is not None:
         of_model["max_sequence_length"] = tokens
-    values = vars(family.sampling) | of_model | _own(model)
+    values = vars(family.sampling_of(config)) | of_model | _own(model)
     values |= {name: value for name, value in overrides.items() if value is not None}
     for name, kind in _TYPES.items():
         value = values[name]

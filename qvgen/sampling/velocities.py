@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from qvgen.data.stored import Latents, Text
-from qvgen.models.family import NUM_TRAIN_TIMESTEPS, Family
+from qvgen.models.family import Family
+from qvgen.quant.primitives import NUM_TRAIN_TIMESTEPS
 from qvgen.sampling.pieces import Pieces
 from qvgen.sampling.sample import OnBatch, batches, lengths, silent
 

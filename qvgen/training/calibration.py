@@ -16,12 +16,12 @@ from tqdm import tqdm
 from qvgen.data.latents import LatentDataset
 from qvgen.methods.method import Method
 from qvgen.methods.registry import METHODS
-from qvgen.models.family import NUM_TRAIN_TIMESTEPS, Family
+from qvgen.models.family import Family
 from qvgen.models.folding import ChannelGrid, fold_
 from qvgen.nn.targets import match_linears
 from qvgen.params import Params
 from qvgen.quant.grid import LayerGrid
-from qvgen.quant.primitives import timestep_group
+from qvgen.quant.primitives import NUM_TRAIN_TIMESTEPS, timestep_group
 from qvgen.training.recorder import InputRecorder
 
 Inputs = dict[str, list[torch.Tensor]]  # layer -> recorded rows (m, K) per timestep group

@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from qvgen.data.latents import LatentDataset
-from qvgen.models.family import NUM_TRAIN_TIMESTEPS, Family
+from qvgen.models.family import Family
 from qvgen.nn.swap import set_phi_
 from qvgen.params import Params
 from qvgen.phi.auxiliary import replace_parameters
+from qvgen.quant.primitives import NUM_TRAIN_TIMESTEPS
 from qvgen.training.batches import Batch, Batches
 from qvgen.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from qvgen.training.ranks import Ranks

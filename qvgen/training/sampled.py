@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from qvgen.models.family import NUM_TRAIN_TIMESTEPS
 from qvgen.nn.targets import match_linears
+from qvgen.nn.timestep import timestep_of
 from qvgen.quant.grid import LayerGrid
-from qvgen.quant.primitives import timestep_group
+from qvgen.quant.primitives import NUM_TRAIN_TIMESTEPS, timestep_group
 from qvgen.quant.scheme import QuantScheme
 from qvgen.quant.search.mse import search_grid
 from qvgen.quant.search.settings import SearchSettings
@@ -75,6 +75,6 @@ def _group(
         if recorder.groups > 1:
             raise ValueError(f"{type(model).__name__} is called without timestep=...: set timestep_groups to 1")
         timestep = torch.zeros(1)
-    timestep = (timestep.amax(dim=1) if timestep.ndim == 2 else timestep).reshape(-1).cpu()
+    timestep = timestep_of(model, timestep).cpu()
     recorder.group = timestep_group(timestep, recorder.groups, NUM_TRAIN_TIMESTEPS).expand(len(hidden))
     reached.update(recorder.group.tolist())

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qvgen.models.files import BESIDE, RECORD, SUFFIXES
-from qvgen.models.source import COMPONENTS, OPTIONAL
+from qvgen.models.source import COMPONENTS, OTHERS
 from qvgen.safe_yaml import read_yaml
 
 SEEN = Path(".qvgen/inputs.json")
@@ -78,7 +78,7 @@ def _itself(file: Path) -> Iterator[Path]:
 def _of_a_model(folder: Path) -> Iterator[Path]:
     """The files that stage fetch copies, and the record of hashes that it holds them against."""
     yield from (path for name in (*BESIDE, RECORD) if (path := folder / name).is_file())
-    for component in (*COMPONENTS, *OPTIONAL):
+    for component in (*COMPONENTS, *OTHERS):
         yield from (path for path in _visible(folder / component) if path.suffix in SUFFIXES)
 
 

@@ -161,9 +161,9 @@ def test_folders_that_are_no_pipeline(monkeypatch, capsys, model: Path, tmp_path
     assert "model_index.json does not exist" in capsys.readouterr().err
     other = tmp_path / "other"
     other.mkdir()
-    (other / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (other / "model_index.json").write_text('{"_class_name": "HunyuanVideo15Pipeline"}')
     assert run(monkeypatch, other, out) == 1
-    assert "'FluxPipeline' is not supported" in capsys.readouterr().err
+    assert "'HunyuanVideo15Pipeline' is not supported" in capsys.readouterr().err
     assert not out.exists()
 
 

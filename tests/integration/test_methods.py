@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[2]
 FAMILIES = ("wan", "wan_image", "cogvideox", "ltx")
 # They differ in what noise is added to, and in layout: one method shows it.
 OTHERS = ("wan_experts", "wan_image_experts", "wan_image_expand", "wan_vace", "pixart")
+OTHERS += ("flux", "flux_schnell", "hunyuan_video", "sana", "qwen_image", "stable_diffusion_3")
 FROM_DATA = ("finetune", "lsq")  # learn what the data say, away from a random teacher
 UNTRAINED = ("rtn", "mse", "svdquant", "viditq")
 PACKED_TOLERANCE = 5e-3  # mean difference over mean output: the integer path rounds in another order, a code may flip
@@ -141,6 +142,10 @@ def test_a_method_gives_a_packed_model_that_loads(prepared: SimpleNamespace, met
 def test_the_other_layouts_of_a_family(name: str, tmp_path: Path) -> None:
     prepared = prepare(name, tmp_path)
     test_a_method_gives_a_packed_model_that_loads(prepared, "qvgen+", tmp_path)
+    config = json.loads((tmp_path / "packed" / load_family(prepared.model).component / "config.json").read_text())
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    fractions = KINDS[name].family in ("flux", "qwen_image")  # as timesteps
+    assert group.get("max_timestep") == (1.0 if fractions else None)
     other = prepared.model / "transformer"
     if KINDS[name].options.get("experts"):  # the one that was not trained stays as it was
         files = {path.name: path.read_bytes() for path in other.iterdir()}

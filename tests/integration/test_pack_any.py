@@ -86,42 +86,42 @@ def test_it_comes_back_out(case: SimpleNamespace, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def flux(tmp_path: Path) -> Path:
-    make("flux")[0].save_pretrained(tmp_path / "full")
+def unknown(tmp_path: Path) -> Path:
+    make("qwen_image")[0].save_pretrained(tmp_path / "full")
     return tmp_path / "full"
 
 
-def test_the_command(flux: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    out = flux.parent / "packed"
+def test_the_command(unknown: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    out = unknown.parent / "packed"
 
     def run(*more: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["qvgen", "pack", str(flux), "--out", str(out), *more])
+        monkeypatch.setattr(sys, "argv", ["qvgen", "pack", str(unknown), "--out", str(out), *more])
         with pytest.raises(SystemExit) as done:
             main()
         return int(done.value.code or 0)
 
     assert run("--activation-bits", "12") == 1 and "must be 2 to 8, or 16" in capsys.readouterr().err
-    assert run("--group-size", "8") == 0 and "40 packed layers in transformer" in capsys.readouterr().out
+    assert run("--group-size", "8") == 0 and "28 packed layers in transformer" in capsys.readouterr().out
     group = json.loads((out / "transformer/config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
     assert (group["weights"]["num_bits"], group["weights"]["group_size"], group["input_activations"]["num_bits"]) == (4, 8, 8)
     assert "pipeline_tag" not in (out / "README.md").read_text().split("---")[1]
     assert run() == 1 and "is there already" in capsys.readouterr().err
 
 
-def test_what_cannot_be_packed_is_refused(flux: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_packed_is_refused(unknown: Path, tmp_path: Path) -> None:
     def refused(said: str) -> None:
         with pytest.raises(ValueError, match=said):
-            pack_pipeline(flux, tmp_path / "out", SCHEME, torch.float32)
+            pack_pipeline(unknown, tmp_path / "out", SCHEME, torch.float32)
         assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
-    index = flux / "model_index.json"
+    index = unknown / "model_index.json"
     given = json.loads(index.read_text())
-    index.write_text(json.dumps(given | {"transformer": ["somebody", "FluxTransformer2DModel"]}))
+    index.write_text(json.dumps(given | {"transformer": ["somebody", "QwenImageTransformer2DModel"]}))
     refused("component transformer is code of 'somebody'")
     index.write_text(json.dumps({name: value for name, value in given.items() if name != "transformer"}))
     refused("has no component transformer or transformer_2")
     index.write_text(json.dumps(given))
-    config = flux / "transformer/config.json"
+    config = unknown / "transformer/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}}))
     refused("is quantized already")
     with pytest.raises(ValueError, match="Linear has no linear layers in blocks"):

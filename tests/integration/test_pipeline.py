@@ -23,7 +23,7 @@ from qvgen.checkpoint.unpack import unpack_folder
 from qvgen.evaluation.quality.canary import check_canary
 from qvgen.models.hashes import hash_files
 from qvgen.models.source import read_pipeline
-from qvgen.models.tiny import TINY_CLIP, tiny_pipeline
+from qvgen.models.tiny import TINY_CLIP, TINY_IMAGE, tiny_pipeline
 from qvgen.sampling.video import write_video
 from tests.support.families import KINDS
 from tests.support.stages_in_process import TO_PACK, run_stages
@@ -332,7 +332,9 @@ def test_a_trained_method_goes_through_the_same_stages(method: str, family: str,
     assert stop == (0.8 if method == "dsa" else None)  # CogVideoX's pipeline cannot stop guidance, which qvgen+ would
 
 
-@pytest.mark.parametrize("family", ["cogvideox", "wan_image", "ltx", "pixart"])
+@pytest.mark.parametrize(
+    "family", ["cogvideox", "wan_image", "ltx", "pixart", "flux", "hunyuan_video", "sana", "qwen_image", "stable_diffusion_3"]
+)
 def test_other_families_go_through_the_same_stages(family: str, tmp_path: Path) -> None:
     folder = make_project(tmp_path / family, family)
     short(folder)
@@ -344,7 +346,7 @@ def test_other_families_go_through_the_same_stages(family: str, tmp_path: Path) 
     again = check_canary(folder / "artifacts/packed", folder / "artifacts/evaluation/canary", tmp_path)
     assert again.ok and again.equal == again.videos == 2
     moves = json.loads((folder / "artifacts/evaluation/details.json").read_text())["packed"]
-    assert moves.keys() == ({"motion", "flicker"} if family != "pixart" else set())
+    assert moves.keys() == (set() if KINDS[family].clip == TINY_IMAGE else {"motion", "flicker"})
 
 
 def short(folder: Path, **fetch: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qvgen.checkpoint import pipeline as loading
-from qvgen.checkpoint.pipeline import PipelineFolder, load_pipeline
+from qvgen.checkpoint.pipeline import ENCODERS, PipelineFolder, load_pipeline
 from qvgen.data.digits import ALL_ATTRIBUTES
 from qvgen.data.latents import LatentDataset
 from qvgen.evaluation.quality.similarity import MAX_PSNR_DB
@@ -36,7 +36,7 @@ from qvgen.sampling.velocities import spread_timesteps
 from qvgen.share import Share
 from tests.support.families import KINDS
 
-FAMILIES = ("wan", "wan_image", "cogvideox", "ltx")
+FAMILIES = ("wan", "wan_image", "cogvideox", "ltx", "hunyuan_video", "sana")
 PROMPTS = (TINY_PROMPT, "a blue digit one moving left", "a green digit zero moving down")
 PIECES = {"latents": 2, "velocities-0": 4}  # three videos, and three clips at two timesteps, in batches of two
 BATCH_TOLERANCE = 2e-4  # reductions of another batch size
@@ -54,7 +54,7 @@ def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     trial = Trial(
         prompts=PROMPTS,
         seeds=(0, 1, 2),
-        size=TINY_CLIP,
+        size=KINDS[request.param].clip,
         latents=latents,
         text=text,
         timesteps=(100.0, 900.0),
@@ -85,7 +85,7 @@ def test_a_model_equals_itself(setup: SimpleNamespace) -> None:
     done: list[int] = []
     reference = observe(setup.pipeline, setup.family, setup.trial, on_batch=done.append)
     assert sum(done) == setup.trial.predictions == 3 * (2 * 2) + 2 * 3  # with guidance two a step
-    assert reference.clips.shape == (3, 3, 9, 32, 32) and reference.clips.abs().max() <= 1
+    assert reference.clips.shape == (3, 3, setup.trial.size.frames, 32, 32) and reference.clips.abs().max() <= 1
     held_out = setup.trial.latents
     assert reference.velocities.shape == (2, *setup.family.target(held_out, held_out, torch.ones(3)).shape)
     scores = compare(reference, observe(setup.pipeline, setup.family, setup.trial), setup.trial)
@@ -96,10 +96,10 @@ def test_a_model_equals_itself(setup: SimpleNamespace) -> None:
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the models that are loaded, in order. While one is loaded none of those before it may be in memory, but for
-    those with which a pipeline encodes the image that it is given."""
+    those with which a pipeline encodes the image that it is given, and a second text encoder."""
     names: list[str] = []
     alive: list[weakref.ref[Any]] = []
-    together = ("WanTransformer3DModel", "AutoencoderKLWan", "CLIPVisionModel")
+    with_image, encoders = {"WanTransformer3DModel", "AutoencoderKLWan", "CLIPVisionModel"}, {"LlamaModel", "CLIPTextModel"}
 
     def watched(name: str) -> None:
         original = getattr(loading, name)
@@ -108,7 +108,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             found = original(folder, *arguments, **options)
             if isinstance(found, torch.nn.Module):
                 others = {type(ref()).__name__ for ref in alive if ref() is not None}
-                assert not others or ("CLIPVisionModel" in names and {type(found).__name__, *others} <= {*together}), names
+                both = {type(found).__name__, *others}
+                assert not others or both <= encoders or ("CLIPVisionModel" in names and both <= with_image), names
                 names.append(type(found).__name__)
                 alive.append(weakref.ref(found))
             return found
@@ -128,12 +129,12 @@ def test_one_model_in_memory_at_a_time_gives_the_same(setup: SimpleNamespace, tm
         assert same(observe(model, setup.family, setup.trial, store=store), expected)
     kept = {path: path.stat().st_mtime_ns for path in sorted(tmp_path.iterdir())}
     assert [path.name for path in kept] == [f"{name}-0000{i}.safetensors" for name, n in PIECES.items() for i in range(n)]
-    kinds = {"wan": "Wan", "wan_image": "Wan", "cogvideox": "CogVideoX", "ltx": "LTXVideo"}[setup.name]
-    times = len(loaded) // 2
-    encoder, *denoising, vae = loaded[:times]
-    assert encoder.endswith("EncoderModel") and vae.startswith("AutoencoderKL") and loaded == loaded[:times] * 2
+    own = {name: type(part).__name__ for name, part in setup.pipeline.components.items() if part is not None}
+    encoders, vae, once = [own[name] for name in ENCODERS if name in own], own["vae"], loaded[: len(loaded) // 2]
+    denoising = once[len(encoders) : -1]
+    assert once == [*encoders, *denoising, vae] and loaded == once * 2
     with_image = ["AutoencoderKLWan", "CLIPVisionModel"] if setup.family.reads_image else []
-    assert sorted(denoising) == sorted([f"{kinds}Transformer3DModel", *with_image])
+    assert sorted(denoising) == sorted([own["transformer"], *with_image])
 
     # What is there is not made again, and what a machine that lost its power left is.
     lost, cut = tmp_path / "velocities-0-00001.safetensors", tmp_path / "latents-00000.safetensors"
@@ -195,7 +196,7 @@ def test_samples_depend_on_their_own_prompt_and_seed_only(setup: SimpleNamespace
             setup.family,
             prompts,
             seeds,
-            TINY_CLIP,
+            setup.trial.size,
             inference_steps=2,
             guidance_scale=2.0,
             batch_size=batch_size,

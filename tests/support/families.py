@@ -46,6 +46,12 @@ KINDS = {
     "cogvideox": Kind("cogvideox", (3, 4, 4, 4)),
     "ltx": Kind("ltx", _VIDEO),
     "pixart": Kind("pixart", (4, 4, 4), clip=TINY_IMAGE),
+    "flux": Kind("flux", (4, 4, 4), text=9, clip=TINY_IMAGE),  # and a row of pooled embeddings
+    "hunyuan_video": Kind("hunyuan_video", _VIDEO, text=9),
+    "flux_schnell": Kind("flux", (4, 4, 4), text=9, clip=TINY_IMAGE, options={"schnell": True}),
+    "sana": Kind("sana", (4, 4, 4), clip=TINY_IMAGE),
+    "qwen_image": Kind("qwen_image", (4, 4, 4), clip=TINY_IMAGE),
+    "stable_diffusion_3": Kind("stable_diffusion_3", (4, 4, 4), text=17, clip=TINY_IMAGE),  # CLIP's tokens too
 }
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from qvgen.checkpoint.pipeline import load_pipeline
+from qvgen.checkpoint.pipeline import ENCODERS, load_pipeline
 from qvgen.models.files import DENOISERS
 
 _WARM_UP = 2  # calls of each variant that are not counted
@@ -149,13 +149,13 @@ def peak_memory_mb(
 
 
 def load_variant(folder: str | Path, dtype: str, device: torch.device | str | None = None, beside: Any = None) -> Any:
-    """A pipeline whose transformers and text encoder are in `dtype` ("bfloat16", ...), packed layers excepted; the VAE
-    stays float32. With a pipeline of another variant of the same model `beside`, VAE and a text encoder of the same dtype are
+    """A pipeline whose transformers and text encoders are in `dtype` ("bfloat16", ...), packed layers excepted; the VAE
+    stays float32. With a pipeline of another variant of the same model `beside`, VAE and text encoders of the same dtype are
     shared with it."""
     reduced, shared = getattr(torch, dtype), {}
     if beside is not None:
         shared["vae"] = beside.vae
-        if beside.text_encoder.dtype == reduced:
-            shared["text_encoder"] = beside.text_encoder
-    dtypes = {**dict.fromkeys((*DENOISERS, "text_encoder"), reduced), "default": torch.float32}
+        encoders = {name: getattr(beside, name, None) for name in ENCODERS}
+        shared |= {name: model for name, model in encoders.items() if model is not None and model.dtype == reduced}
+    dtypes = {**dict.fromkeys((*DENOISERS, *ENCODERS), reduced), "default": torch.float32}
     return load_pipeline(folder, dtypes, device, shared)

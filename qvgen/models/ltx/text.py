@@ -6,16 +6,15 @@ Attention to text is masked where a prompt is padded. Positions are in seconds a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from qvgen.models.family import ClipSize, ClipStep, FlowMatching, SamplingSettings, prompts, text_mask
+from qvgen.models.family import ClipSize, ClipStep, SamplingSettings, as_tokens, encode_masked, from_tokens, prompts, text_mask
 from qvgen.models.folding import FoldableInput, ada_norm_single_inputs
+from qvgen.models.noise import DYNAMIC_SHIFT, FlowMatching
 from qvgen.models.tiny import LATENT_CHANNELS, TEXT_DIM, seeded, t5_sizes, word_tokenizer
 
 FRAMES, PIXELS = 8, 32  # of a clip that a latent frame and a latent pixel stand for, in the VAE of every release
@@ -53,21 +52,9 @@ class LTXFamily(FlowMatching):
     # The sampler shifts by the number of tokens and ends its steps at `shift_terminal`: other levels of the same path.
     scheduler_options: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **{name: values for name, values in FlowMatching.scheduler_options.items() if name != "shift_terminal"},
-        "use_dynamic_shifting": (True, False),
-        "time_shift_type": ("exponential",),
+        **DYNAMIC_SHIFT,
     }
     published: ClassVar[tuple[str, Mapping[str, Any]]] = ("ltx_video_2b", LTX_VIDEO_2B)
-
-    def __init__(self, shift: float = 1.0) -> None:
-        self.shift = shift
-
-    @classmethod
-    def from_scheduler(cls, config: Mapping[str, Any], index: Mapping[str, Any] = MappingProxyType({})) -> Self:
-        """Training has one shift for clips of any size: where the sampler shifts by size, that of 4,096 tokens
-        (`max_image_seq_len`), which 121 frames of 512 x 512 have."""
-        if config.get("use_dynamic_shifting"):
-            return cls(math.exp(config.get("max_shift", 1.15)))
-        return cls(float(config.get("shift", 1.0)))
 
     @staticmethod
     def refusal(index: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> str | None:
@@ -93,12 +80,10 @@ class LTXFamily(FlowMatching):
         return LTXVideoTransformer3DModel(**config)
 
     @staticmethod
-    def tiny_pipeline(seed: int = 0, **options: bool) -> Any:
+    def tiny_pipeline(seed: int = 0) -> Any:
         from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXPipeline
         from transformers import T5Config, T5EncoderModel
 
-        if any(options.values()):
-            raise ValueError(f"a tiny LTX pipeline has no options, got {', '.join(options)}")
         tokenizer: Any = word_tokenizer()
         sizes: dict[str, Any] = {"block_out_channels": (8,) * 4, "layers_per_block": (1,) * 5}
         sizes |= {f"decoder_{name}": value for name, value in sizes.items()}
@@ -130,7 +115,7 @@ class LTXFamily(FlowMatching):
     ) -> torch.Tensor:
         frames, height, width = latents.shape[2:]
         tokens = model(
-            hidden_states=latents.flatten(2).transpose(1, 2),
+            hidden_states=as_tokens(latents),
             timestep=timestep,
             encoder_hidden_states=text,
             encoder_attention_mask=text_mask(text),
@@ -140,28 +125,22 @@ class LTXFamily(FlowMatching):
             rope_interpolation_scale=(FRAMES / self.sampling.fps, PIXELS, PIXELS),
             return_dict=False,
         )[0]
-        return tokens.transpose(1, 2).unflatten(2, (frames, height, width))
+        return from_tokens(tokens, (frames, height, width))
 
-    def arguments(self, text: torch.Tensor, negative: torch.Tensor | None, size: ClipSize) -> dict[str, Any]:
+    def arguments(self, pipeline: Any, text: torch.Tensor, negative: torch.Tensor | None, size: ClipSize) -> dict[str, Any]:
         masked = prompts(text, negative, mask=True)
-        return super().arguments(text, negative, size) | masked | {"frame_rate": self.sampling.fps}
+        return super().arguments(pipeline, text, negative, size) | masked | {"frame_rate": self.sampling.fps}
 
     def unpacked(self, latents: torch.Tensor, size: ClipSize) -> torch.Tensor:
         shape = (size.frames - 1) // FRAMES + 1, size.height // PIXELS, size.width // PIXELS
-        return latents.transpose(1, 2).unflatten(2, shape)
+        return from_tokens(latents, shape)
 
     def foldable_inputs(self, model: nn.Module) -> list[FoldableInput]:
         parts: Any = model
         return ada_norm_single_inputs(model, parts.time_embed.linear)
 
     def encode_text(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> torch.Tensor:
-        text, mask, _, _ = pipeline.encode_prompt(
-            list(prompts),
-            do_classifier_free_guidance=False,
-            max_sequence_length=max_sequence_length,
-            device=pipeline.text_encoder.device,
-        )
-        return text * mask[..., None]
+        return encode_masked(pipeline, prompts, max_sequence_length)
 
     def encode_clips(self, pipeline: Any, clips: torch.Tensor) -> torch.Tensor:
         vae = pipeline.vae

@@ -12,17 +12,19 @@ import torch
 from torch import nn
 
 from qvgen.models.family import (
-    IMAGES,
-    NUM_TRAIN_TIMESTEPS,
     ClipSize,
     ClipStep,
-    DiscreteNoise,
+    ImageFamily,
     SamplingSettings,
+    encode_masked,
+    image_step,
     prompts,
     text_mask,
 )
 from qvgen.models.folding import FoldableInput, ada_norm_single_inputs
-from qvgen.models.tiny import LATENT_CHANNELS, TEXT_DIM, TINY_CLIP, seeded, t5_sizes, word_tokenizer
+from qvgen.models.noise import DiscreteNoise
+from qvgen.models.tiny import LATENT_CHANNELS, TEXT_DIM, TINY_CLIP, image_vae, seeded, t5_sizes, word_tokenizer
+from qvgen.quant.primitives import NUM_TRAIN_TIMESTEPS
 
 # transformer/config.json of PixArt-Sigma XL-2 1024 in diffusers format.
 PIXART_SIGMA_XL_2: Mapping[str, Any] = {
@@ -51,8 +53,11 @@ TINY: Mapping[str, Any] = {
     "caption_channels": TEXT_DIM,
 }
 
+# Arguments of a call for which the pipeline does not change a size to one that it knows.
+EXACT_SIZE: dict[str, Any] = {"use_resolution_binning": False, "clean_caption": False, "negative_prompt": None}
 
-class PixArtFamily(DiscreteNoise):
+
+class PixArtFamily(ImageFamily, DiscreteNoise):
     name: ClassVar[str] = "pixart"
     pipelines: ClassVar[tuple[str, ...]] = ("PixArtSigmaPipeline",)
     default_targets: ClassVar[tuple[str, ...]] = (r"re:transformer_blocks\..*",)
@@ -64,7 +69,6 @@ class PixArtFamily(DiscreteNoise):
         "use_flow_sigmas": (False, None),
     }
     published: ClassVar[tuple[str, Mapping[str, Any]]] = ("pixart_sigma_xl_2", PIXART_SIGMA_XL_2)
-    task: ClassVar[str] = IMAGES
 
     def __init__(self, scheduler_config: Mapping[str, Any]) -> None:
         from diffusers import DDPMScheduler
@@ -80,8 +84,7 @@ class PixArtFamily(DiscreteNoise):
 
     @staticmethod
     def clip_step(transformer_config: Mapping[str, Any], vae_config: Mapping[str, Any]) -> ClipStep:
-        pixels = 2 ** (len(vae_config.get("block_out_channels", (64,))) - 1) * transformer_config.get("patch_size", 2)
-        return ClipStep(None, pixels, pixels)
+        return image_step(vae_config, transformer_config.get("patch_size", 2))
 
     @staticmethod
     def transformer(config: Mapping[str, Any]) -> nn.Module:
@@ -90,23 +93,19 @@ class PixArtFamily(DiscreteNoise):
         return PixArtTransformer2DModel(**config)
 
     @staticmethod
-    def tiny_pipeline(seed: int = 0, **options: bool) -> Any:
-        from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline
+    def tiny_pipeline(seed: int = 0) -> Any:
+        from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline
         from transformers import T5Config, T5EncoderModel
 
-        if any(options.values()):
-            raise ValueError(f"a tiny PixArt pipeline has no options, got {', '.join(options)}")
         tokenizer: Any = word_tokenizer()
         scheduler: Any = DPMSolverMultistepScheduler()  # with the published models' settings
-        sizes: dict[str, Any] = {"block_out_channels": (8,) * 4, "layers_per_block": 1, "norm_num_groups": 2}
-        sizes |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
         with seeded(seed):
-            vae = AutoencoderKL(latent_channels=LATENT_CHANNELS, scaling_factor=0.13025, **sizes)
+            vae = image_vae(scaling_factor=0.13025)
             text_encoder = T5EncoderModel(T5Config(**t5_sizes(tokenizer))).eval()
         return PixArtSigmaPipeline(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
-            vae=vae.eval(),
+            vae=vae,
             scheduler=scheduler,
             transformer=tiny_transformer(seed),
         )
@@ -133,11 +132,8 @@ class PixArtFamily(DiscreteNoise):
         )[0]
         return predicted[:, : latents.shape[1]]
 
-    def arguments(self, text: torch.Tensor, negative: torch.Tensor | None, size: ClipSize) -> dict[str, Any]:
-        """In exactly that size, which the pipeline would change to one that it knows."""
-        known = {"height": size.height, "width": size.width, "max_sequence_length": size.max_sequence_length}
-        exactly = {"use_resolution_binning": False, "clean_caption": False, "negative_prompt": None}
-        return known | exactly | prompts(text, negative, mask=True)
+    def arguments(self, pipeline: Any, text: torch.Tensor, negative: torch.Tensor | None, size: ClipSize) -> dict[str, Any]:
+        return super().arguments(pipeline, text, negative, size) | prompts(text, negative, mask=True) | EXACT_SIZE
 
     def foldable_inputs(self, model: nn.Module) -> list[FoldableInput]:
         parts: Any = model
@@ -145,22 +141,7 @@ class PixArtFamily(DiscreteNoise):
 
     def encode_text(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> torch.Tensor:
         """Lower case, and no more cleaned: how the pipeline cleans depends on what else is installed."""
-        text, mask, _, _ = pipeline.encode_prompt(
-            list(prompts),
-            do_classifier_free_guidance=False,
-            max_sequence_length=max_sequence_length,
-            device=pipeline.text_encoder.device,
-        )
-        return text * mask[..., None]
-
-    def encode_clips(self, pipeline: Any, clips: torch.Tensor) -> torch.Tensor:
-        vae = pipeline.vae
-        return vae.encode(clips[:, :, 0].to(vae.device, vae.dtype)).latent_dist.mean * vae.config.scaling_factor
-
-    def decode_latents(self, pipeline: Any, latents: torch.Tensor, frames: int) -> torch.Tensor:
-        vae = pipeline.vae
-        images = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample
-        return images.float().clamp(-1, 1).unsqueeze(2)
+        return encode_masked(pipeline, prompts, max_sequence_length)
 
 
 def tiny_transformer(seed: int = 0) -> Any:

@@ -79,14 +79,13 @@ class WanImageFamily(WanFamily):
         return None
 
     @staticmethod
-    def tiny_pipeline(seed: int = 0, **options: bool) -> Any:
+    def tiny_pipeline(seed: int = 0, experts: bool = False, expand: bool = False) -> Any:
         """As Wan 2.1 I2V, or with one of the options as Wan 2.2: `experts`, A14B with two transformers; `expand`, TI2V 5B."""
         from diffusers import WanImageToVideoPipeline
 
-        chosen = [name for name, wanted in options.items() if wanted]
-        if len(chosen) > 1 or not {*chosen} <= {"experts", "expand"}:
-            raise ValueError(f"a tiny Wan I2V pipeline has the option experts or expand, got {', '.join(chosen)}")
-        kind = chosen[0] if chosen else ""
+        if experts and expand:
+            raise ValueError("no pipeline of Wan has both experts and expand")
+        kind = "experts" if experts else "expand" if expand else ""
         parts = WanFamily.tiny_pipeline(seed).components
         parts["transformer"] = tiny_transformer(seed, kind)
         if kind == "experts":

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 
-from qvgen.models.family import ClipStep, FlowMatching, SamplingSettings
+from qvgen.models.family import ClipStep, SamplingSettings
 from qvgen.models.files import EXPERT
 from qvgen.models.folding import Fold, FoldableInput, affine_fold, linear_fold, shared_modulation_fold, shift_fold
+from qvgen.models.noise import FlowMatching
 from qvgen.models.tiny import LATENT_CHANNELS, TEXT_DIM, seeded, t5_sizes, word_tokenizer
 
 # transformer/config.json of Wan 2.1 T2V 1.3B in diffusers format.
@@ -82,8 +84,9 @@ class WanFamily(FlowMatching):
         return ClipStep(time * patch[0], space * patch[1], space * patch[2])
 
     @classmethod
-    def frame_rate(cls, transformer_config: Mapping[str, Any]) -> float:
-        return 24.0 if transformer_config.get("in_channels") == 48 else float(cls.sampling.fps)  # 48: TI2V 5B of Wan 2.2
+    def sampling_of(cls, transformer_config: Mapping[str, Any]) -> SamplingSettings:
+        fps = 24 if transformer_config.get("in_channels") == 48 else cls.sampling.fps  # 48: TI2V 5B of Wan 2.2
+        return replace(cls.sampling, fps=fps)
 
     @staticmethod
     def transformer(config: Mapping[str, Any]) -> nn.Module:
@@ -92,14 +95,11 @@ class WanFamily(FlowMatching):
         return WanTransformer3DModel(**config)
 
     @staticmethod
-    def tiny_pipeline(seed: int = 0, **options: bool) -> Any:
-        """Options: `experts`, two transformers as in Wan 2.2 A14B."""
+    def tiny_pipeline(seed: int = 0, experts: bool = False) -> Any:
+        """`experts`: two transformers as in Wan 2.2 A14B."""
         from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
         from transformers import UMT5Config, UMT5EncoderModel
 
-        experts = options.pop("experts", False)
-        if any(options.values()):
-            raise ValueError(f"a tiny Wan pipeline has the option experts and no other, got {', '.join(options)}")
         both: dict[str, Any] = {"transformer_2": tiny_transformer(seed + 1), "boundary_ratio": 0.5} if experts else {}
         tokenizer = word_tokenizer()
         with seeded(seed):
@@ -172,12 +172,12 @@ class WanFamily(FlowMatching):
         return text
 
     def encode_clips(self, pipeline: Any, clips: torch.Tensor) -> torch.Tensor:
-        mean, std = _latent_statistics(pipeline.vae)
+        mean, std = latent_statistics(pipeline.vae)
         clips = clips.to(pipeline.vae.device, pipeline.vae.dtype)
         return (pipeline.vae.encode(clips).latent_dist.mean - mean) / std
 
     def decode_latents(self, pipeline: Any, latents: torch.Tensor, frames: int) -> torch.Tensor:
-        mean, std = _latent_statistics(pipeline.vae)
+        mean, std = latent_statistics(pipeline.vae)
         latents = latents.to(pipeline.vae.device).float() * std + mean
         return pipeline.vae.decode(latents.to(pipeline.vae.dtype)).sample.float()
 
@@ -208,7 +208,8 @@ def _modulated(time_proj: nn.Linear, blocks: Sequence[Any], first: int) -> Fold:
     return shared_modulation_fold(time_proj, (offset, factor), [b.scale_shift_table[0, first : first + 2] for b in blocks])
 
 
-def _latent_statistics(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def latent_statistics(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (1, c, 1, 1, 1) of its latents, of a VAE whose config has both."""
     both = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=vae.device)
     mean, std = both.view(2, 1, -1, 1, 1, 1).unbind()
     return mean, std

@@ -53,11 +53,9 @@ class WanVACEFamily(WanFamily):
         return WanVACETransformer3DModel(**config)
 
     @staticmethod
-    def tiny_pipeline(seed: int = 0, **options: bool) -> Any:
+    def tiny_pipeline(seed: int = 0) -> Any:
         from diffusers import WanVACEPipeline
 
-        if any(options.values()):
-            raise ValueError(f"a tiny Wan VACE pipeline has no options, got {', '.join(options)}")
         return WanVACEPipeline(**WanFamily.tiny_pipeline(seed).components | {"transformer": tiny_transformer(seed)})
 
     def add_noise(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:

@@ -71,7 +71,17 @@ def test_a_git_lfs_pointer_is_refused(model: Path) -> None:
     assert str(path) in message and "git-lfs pointer" in message and "git lfs pull" in message
 
 
-@pytest.mark.parametrize("name", ["WanVideoToVideoPipeline", "WanAnimatePipeline", "CogVideoXImageToVideoPipeline"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "WanVideoToVideoPipeline",
+        "WanAnimatePipeline",
+        "CogVideoXImageToVideoPipeline",
+        "FluxFillPipeline",
+        "FluxKontextPipeline",
+        "HunyuanVideoImageToVideoPipeline",
+    ],
+)
 def test_pipelines_that_need_more_than_text_are_refused(model: Path, name: str) -> None:
     edit(model / "model_index.json", _class_name=name)
     message = refusal(model)
@@ -103,18 +113,21 @@ def test_a_text_family_has_no_image_encoder(tmp_path: Path) -> None:
     assert "component image_encoder, which the stages would ignore" in refusal(folder)
 
 
-def test_an_image_encoder_as_older_releases_saved_it(tmp_path: Path) -> None:
-    """The published ones have vision_model. before every name."""
+@pytest.mark.parametrize(
+    ("family", "component", "prefix"), [("wan_image", "image_encoder", "vision_model"), ("flux", "text_encoder", "text_model")]
+)
+def test_an_encoder_as_older_releases_saved_it(tmp_path: Path, family: str, component: str, prefix: str) -> None:
+    """The published ones of CLIP have a prefix before every name."""
     from safetensors.torch import load_file, save_file
 
     from qvgen.checkpoint.pipeline import load_component
 
-    folder = tiny_pipeline("wan_image", tmp_path / "model")
-    path = folder / "image_encoder/model.safetensors"
+    folder = tiny_pipeline(family, tmp_path / "model")
+    path = folder / component / "model.safetensors"
     tensors = load_file(path)
-    save_file({f"vision_model.{name}": tensor for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    save_file({f"{prefix}.{name}": tensor for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
     check_loadable(read_pipeline(folder))
-    state = load_component(folder, "image_encoder").state_dict()
+    state = load_component(folder, component).state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())
 
 

@@ -9,6 +9,7 @@ import torch
 
 import qvgen
 from qvgen.checkpoint.pipeline import PipelineFolder, holding, load_parts, load_pipeline, load_transformer
+from qvgen.models.family import IMAGES
 from qvgen.models.registry import load_family
 from qvgen.models.tiny import TINY_CLIP, TINY_PROMPT, tiny_pipeline
 from qvgen.tensors import save_tensors
@@ -30,19 +31,21 @@ def test_a_transformer_needs_no_other_component(tmp_path: Path, family: str) -> 
     assert load_transformer(folder, torch.bfloat16).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("family", "options"), [("wan", {}), ("cogvideox", {"temporal_patch": True})])
+@pytest.mark.parametrize(("family", "options"), [("wan", {}), ("cogvideox", {"temporal_patch": True}), ("flux", {})])
 @torch.no_grad()
 def test_a_pipeline_with_some_of_its_models_encodes_as_the_whole_one(tmp_path: Path, family: str, options: dict) -> None:
     """As stage prepare loads them, one after the other: the files of the others are not even there."""
     folder = tiny_pipeline(family, tmp_path / "model", **options)
     adapter, whole = load_family(folder), load_pipeline(folder, device="cpu")
-    clips = torch.rand(1, 3, TINY_CLIP.frames, TINY_CLIP.height, TINY_CLIP.width) * 2 - 1
+    frames = 1 if adapter.task == IMAGES else TINY_CLIP.frames
+    clips = torch.rand(1, 3, frames, TINY_CLIP.height, TINY_CLIP.width) * 2 - 1
     wanted = adapter.encode_text(whole, [TINY_PROMPT], 8), adapter.encode_clips(whole, clips)
     for path in (folder / "transformer").glob("*.safetensors"):
         path.unlink()
     for part, others in (("text_encoder", "vae"), ("vae", "text_encoder")):
         pipeline = load_parts(folder, (part,), "cpu")
         assert getattr(pipeline, others) is None and pipeline.transformer.device.type == "meta"
+        assert (getattr(pipeline, "text_encoder_2", None) is None) == (family != "flux" or part == "vae")
         if part == "vae":
             assert torch.equal(adapter.encode_clips(pipeline, clips), wanted[1])
         else:

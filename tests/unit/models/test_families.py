@@ -5,19 +5,21 @@ import json
 import math
 import re
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from qvgen.checkpoint.pipeline import load_pipeline
+from qvgen.checkpoint.pipeline import ENCODERS, load_pipeline
 from qvgen.models.family import ClipSize, ClipStep, Family
 from qvgen.models.pictures import as_clips
-from qvgen.models.registry import families, family_adapter, family_of
+from qvgen.models.registry import families, family_adapter, family_of, load_family
 from qvgen.models.size import check_size
 from qvgen.models.tiny import TINY_CLIP, TINY_IMAGE, TINY_PROMPT, tiny_pipeline
 from qvgen.models.wan.vace import MASK_CHANNELS
+from qvgen.nn.timestep import timestep_of
 from qvgen.sampling import one_batch
 from qvgen.sampling.sample import generate, sample
 from tests.support.families import KINDS, make_kind
@@ -25,8 +27,10 @@ from tests.support.families import KINDS, make_kind
 ROOT = Path(__file__).parents[3]
 WAN_2_2_5B = {"patch_size": [1, 2, 2]}, {"scale_factor_temporal": 4, "scale_factor_spatial": 16}
 VARIANTS = (*KINDS, "rotary", "temporal_patch")
+ONE_EACH = [name for name, kind in KINDS.items() if name == kind.family and not name.startswith("wan_")]
 IMAGES = torch.cat([*torch.randint(256, (2, 1, 3, 32, 32), generator=torch.Generator().manual_seed(0))], dim=-1)
 STEP_TOLERANCE = 1e-5
+PADDED = 24  # text tokens, more than the prompt has
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -61,7 +65,8 @@ def oblong(pipeline: Any) -> ClipSize:
     """A small clip whose latents have several frames, rows and columns, not as many of each."""
     step = step_of(pipeline)
     columns = 2 if "sample_width" in pipeline.transformer.config else 4  # CogVideoX 1.5 has no positions beyond
-    return ClipSize(1 + 2 * (step.frames or 0), 2 * step.height, columns * step.width, 8)
+    tokens = family_adapter(pipeline).text_tokens(pipeline.transformer.config) or PADDED
+    return ClipSize(1 + 2 * (step.frames or 0), 2 * step.height, columns * step.width, tokens)
 
 
 def test_a_clip_has_as_many_frames_as_were_asked_for(pipeline: Any) -> None:
@@ -79,20 +84,21 @@ def test_a_clip_has_as_many_frames_as_were_asked_for(pipeline: Any) -> None:
 def test_decoding_is_the_pipelines_own(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(one_batch, "MOST_TOKENS", 0)  # steps are the pipeline's own too
     family, size = family_adapter(pipeline), tiny(pipeline)
-    arguments: dict[str, Any] = {"inference_steps": 2, "guidance_scale": 2.0}
+    negative = "" if family.guidance_is_told else "a digit"
+    arguments: dict[str, Any] = {"inference_steps": 2, "guidance_scale": 2.0, "negative_prompt": negative}
     _, clips = sample(pipeline, family, [TINY_PROMPT], [3], size, batch_size=1, **arguments, **images(family))
     given: dict[str, Any] = family.image_arguments(IMAGES[0, ..., :32].to(torch.uint8), size) if family.reads_image else {}
     length = 512 if getattr(pipeline, "image_encoder", None) is not None else 8  # that diffusers' transformer needs there
-    given |= {"num_frames": size.frames} if size.frames > 1 else {"use_resolution_binning": False}
+    given |= {"num_frames": size.frames} if size.frames > 1 else {}
+    given |= {"use_resolution_binning": False} if "use_resolution_binning" in signature(pipeline.__call__).parameters else {}
     own = pipeline(
-        **given,
+        **given | {family.guidance_argument: 2.0},
         prompt=TINY_PROMPT,
-        negative_prompt="",
+        negative_prompt=negative,
         height=32,
         width=32,
         max_sequence_length=length,
         num_inference_steps=2,
-        guidance_scale=2.0,
         generator=torch.Generator().manual_seed(3),
         output_type="pt",
         return_dict=False,
@@ -103,7 +109,8 @@ def test_decoding_is_the_pipelines_own(pipeline: Any, monkeypatch: pytest.Monkey
 def test_a_pipeline_denoises_with_the_familys_velocity(pipeline: Any) -> None:
     """The first step of the pipeline is the scheduler's step along `predict`."""
     family, seen, size = family_adapter(pipeline), {}, oblong(pipeline)
-    options: dict[str, Any] = {"inference_steps": 1, "guidance_scale": 1.0, **images(family, size)}
+    told = getattr(family, "guidance_scale", 1.0)  # what `predict` tells
+    options: dict[str, Any] = {"inference_steps": 1, "guidance_scale": told, **images(family, size)}
     first = generate(pipeline, family, [TINY_PROMPT], [0], size, **options)
     names = ("hidden_states",)  # which PixArt's pipeline does not say
     hook = pipeline.transformer.register_forward_pre_hook(
@@ -111,10 +118,9 @@ def test_a_pipeline_denoises_with_the_familys_velocity(pipeline: Any) -> None:
     )
     generate(pipeline, family, [TINY_PROMPT], [0], size, **options)
     hook.remove()
-    noise, timestep = family.unpacked(read(seen), size), seen["timestep"]
-    timestep = timestep.amax(-1) if timestep.ndim == 2 else timestep  # 0 for the tokens of a first frame
+    noise, timestep = family.unpacked(read(seen), size), timestep_of(pipeline.transformer, seen["timestep"])
     with torch.no_grad():
-        text = family.encode_text(pipeline, [TINY_PROMPT], 8)
+        text = family.encode_text(pipeline, [TINY_PROMPT], size.max_sequence_length)
         image = family.encode_image(pipeline, as_clips(IMAGES[..., : size.width].to(torch.uint8)))
         velocity = family.predict(pipeline.transformer, noise, timestep, text, image)
     moving = {"mu": 0.0} if pipeline.scheduler.config.get("use_dynamic_shifting") else {}  # of one step: none
@@ -124,7 +130,7 @@ def test_a_pipeline_denoises_with_the_familys_velocity(pipeline: Any) -> None:
     assert torch.allclose(first, expected, atol=STEP_TOLERANCE)
 
 
-@pytest.mark.parametrize("pipeline", ["wan", "cogvideox", "ltx", "pixart"], indirect=True)
+@pytest.mark.parametrize("pipeline", ONE_EACH, indirect=True)
 def test_noise_and_targets_are_the_schedulers(pipeline: Any) -> None:
     """A step along the target leads from what `add_noise` gives at a level to what it gives at the next."""
     family, scheduler = family_adapter(pipeline), pipeline.scheduler
@@ -164,6 +170,29 @@ def test_training_reads_of_the_first_frame_what_the_pipeline_reads(pipeline: Any
     assert image.shape[1] == 0 if given is None else torch.allclose(image, given, atol=STEP_TOLERANCE)
 
 
+def test_a_transformer_that_is_told_its_guidance(tmp_path: Path) -> None:
+    """As generation.json says, or else as the family is sampled; it reads no negative prompt."""
+    folder = make_kind("flux", tmp_path / "model")
+    assert getattr(load_family(folder), "guidance_scale", None) == 3.5
+    for value, accepted in ((2, True), (0.5, False), ("3", False), (True, False), (float("nan"), False)):
+        (folder / "generation.json").write_text(json.dumps({"guidance_scale": value}))
+        if accepted:
+            assert getattr(load_family(folder), "guidance_scale", None) == value
+            continue
+        with pytest.raises(ValueError, match=r"generation.json: guidance_scale = .* must be a number, at least 1"):
+            load_family(folder)
+    options: dict[str, Any] = {"inference_steps": 1, "guidance_scale": 3.0, "negative_prompt": "blue"}
+    with pytest.raises(ValueError, match="family flux is told the guidance scale and reads no negative prompt"):
+        generate(load_pipeline(folder), families()["flux"].from_scheduler({}), [TINY_PROMPT], [0], TINY_IMAGE, **options)
+
+
+def test_schnell_is_sampled_as_its_card_says() -> None:
+    family = families()["flux"]
+    assert family.sampling_of(family.published[1]) == family.sampling
+    schnell = family.sampling_of({})
+    assert (schnell.inference_steps, schnell.guidance_scale, schnell.max_sequence_length) == (4, 1.0, 256)
+
+
 @pytest.mark.parametrize("component", ["transformer", "transformer_2"])
 def test_an_expert_trains_on_its_own_noise_levels(component: str) -> None:
     index = {"boundary_ratio": 0.875, "expert": component}
@@ -180,15 +209,17 @@ def test_an_expert_trains_on_its_own_noise_levels(component: str) -> None:
     assert ends.tolist() == pytest.approx([low, (low + high) / 2, high])
 
 
-@pytest.mark.parametrize("family_name", ["wan", "cogvideox", "ltx", "pixart"])
+@pytest.mark.parametrize("family_name", ONE_EACH)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_text_encoder_stored_in_16_bits_samples(family_name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     family = families()[family_name]
     whole = family.tiny_pipeline()
-    whole.text_encoder.to(dtype)
+    encoders = [name for name in ENCODERS if hasattr(whole, name)]
+    for name in encoders:
+        getattr(whole, name).to(dtype)
     whole.save_pretrained(tmp_path / "model")
     loaded = load_pipeline(tmp_path / "model")
-    assert loaded.text_encoder.dtype == dtype and loaded.transformer.dtype == torch.float32
+    assert {getattr(loaded, name).dtype for name in encoders} == {dtype} and loaded.transformer.dtype == torch.float32
     arguments: dict[str, Any] = {"inference_steps": 1, "guidance_scale": 2.0, "batch_size": 1}
     latents, _ = sample(loaded, family_adapter(loaded), [TINY_PROMPT], [0], tiny(loaded), **arguments)
     assert latents.isfinite().all() and latents.dtype == torch.float32
@@ -196,6 +227,9 @@ def test_a_text_encoder_stored_in_16_bits_samples(family_name: str, dtype: torch
 
 def test_clip_steps_are_vae_factor_times_patch() -> None:
     wan, cogvideox, ltx, pixart = (families()[name] for name in ("wan", "cogvideox", "ltx", "pixart"))
+    flux, hunyuan = families()["flux"], families()["hunyuan_video"]
+    assert flux.clip_step({}, {"block_out_channels": (128, 256, 512, 512)}) == ClipStep(None, 16, 16)
+    assert hunyuan.clip_step({}, {}) == ClipStep(4, 16, 16)
     assert wan.clip_step({}, {}) == ClipStep(4, 16, 16)
     assert wan.clip_step(*WAN_2_2_5B) == ClipStep(4, 32, 32)
     assert cogvideox.clip_step({}, {}) == ClipStep(8, 16, 16)
@@ -211,6 +245,21 @@ def test_clip_steps_are_vae_factor_times_patch() -> None:
     assert families()["wan_vace"].refusal({}, {"vace_layers": [0], "in_channels": 16}) is None
     assert "told the size of the image" in (pixart.refusal({}, {"sample_size": 128}) or "")  # PixArt-alpha
     assert pixart.refusal({}, {"sample_size": 128, "use_additional_conditions": False}) is None
+    assert "384 input channels for 64" in (flux.refusal({}, {"in_channels": 384, "out_channels": 64}) or "")  # Fill
+    assert flux.refusal({}, flux.published[1]) is hunyuan.refusal({}, hunyuan.published[1]) is None
+    assert "image_condition_type = 'token_replace'" in (hunyuan.refusal({}, {"image_condition_type": "token_replace"}) or "")
+    sana, qwen = families()["sana"], families()["qwen_image"]
+    assert sana.clip_step({}, {}) == ClipStep(None, 32, 32) and sana.refusal({}, {"patch_size": 1}) is None
+    assert "distilled to a few steps" in (sana.refusal({}, {"guidance_embeds": True}) or "")  # Sana Sprint
+    assert qwen.clip_step({}, {}) == ClipStep(None, 16, 16) and qwen.refusal({}, {"guidance_embeds": False}) is None
+    assert "reads more than an image's latents" in (qwen.refusal({}, {"use_layer3d_rope": True}) or "")  # Qwen-Image-Layered
+    sd3 = families()["stable_diffusion_3"]
+    assert "an image beside the noise (33 input channels for 16)" in (sd3.refusal({}, {"in_channels": 33}) or "")
+    assert sd3.refusal({}, {}) is None
+    scales = [sd3.sampling_of(config).guidance_scale for config in ({}, {"qk_norm": "rms_norm"}, sd3.published[1])]
+    assert scales == [7.0, 3.5, 4.5]  # 3 Medium, 3.5 Large, 3.5 Medium
+    with pytest.raises(ValueError, match="joins 16 pixels, that of Qwen-Image 8"):
+        qwen.clip_step({}, {"temperal_downsample": [True] * 4})
     assert "patches of [2, 1]" in (ltx.refusal({}, {"patch_size": 2}) or "") and ltx.refusal({}, {}) is None
 
 
@@ -241,6 +290,8 @@ def test_what_a_family_refuses(index: dict[str, Any], config: dict[str, Any], sa
         ("wan", (2, 33, 33), "1 or 5; height = 33 must be a multiple of 16: 32 or 48; width = 33"),
         ("ltx", (5, 32, 32), "frames = 5 must be a multiple of 8 and one more: 1 or 9"),
         ("pixart", (9, 32, 32), "frames = 9 must be 1: it makes images"),
+        ("flux", (1, 40, 32), "height = 40 must be a multiple of 16: 32 or 48"),
+        ("hunyuan_video", (8, 32, 32), "frames = 8 must be a multiple of 4 and one more: 5 or 9"),
         ("cogvideox", (5, 32, 32), "frames = 5 must be a multiple of 8 and one more: 1 or 9"),
     ],
 )
@@ -282,16 +333,20 @@ DDIM = {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_predictio
         ("WanPipeline", UNIPC | FLOW | {"flow_shift": 3.0, "solver_order": 2}),
         ("PixArtSigmaPipeline", {"_class_name": "DPMSolverMultistepScheduler", "beta_schedule": "linear"}),
         ("LTXPipeline", EULER | {"shift": 1.0, "use_dynamic_shifting": True, "max_shift": 2.05, "shift_terminal": 0.1}),
+        ("FluxPipeline", EULER | {"shift": 3.0, "use_dynamic_shifting": True, "max_shift": 2.05}),
+        ("HunyuanVideoPipeline", EULER | {"shift": 7.0}),
+        ("SanaPipeline", {"_class_name": "DPMSolverMultistepScheduler", "flow_shift": 3.0} | FLOW),
+        ("QwenImagePipeline", EULER | {"use_dynamic_shifting": True, "max_shift": 0.9, "shift_terminal": 0.02}),
         ("CogVideoXPipeline", DDIM | {"snr_shift_scale": 1.0}),
         ("CogVideoXPipeline", {"_class_name": "CogVideoXDPMScheduler", "prediction_type": "v_prediction"}),
     ],
 )
 def test_schedulers_that_training_follows(pipeline_class: str, config: dict[str, Any]) -> None:
     family = family_of(pipeline_class, config)
-    if "LTX" in pipeline_class:
-        # As the sampler shifts for 4,096 tokens.
-        assert float(family.timesteps_at(torch.tensor([0.5]))) == pytest.approx(1000 / (1 + math.exp(-2.05)))
-    if "Wan" in pipeline_class:
+    if config.get("use_dynamic_shifting"):
+        # As the sampler shifts for the most tokens.
+        assert float(family.timesteps_at(torch.tensor([0.5]))) == pytest.approx(1000 / (1 + math.exp(-config["max_shift"])))
+    elif hasattr(family, "shift"):
         assert family.shift == config.get("shift", config.get("flow_shift", 1.0))
 
 
@@ -308,6 +363,8 @@ def test_schedulers_that_training_follows(pipeline_class: str, config: dict[str,
         ("PixArtSigmaPipeline", EULER, "'FlowMatchEulerDiscreteScheduler' has no beta_schedule"),
         ("PixArtSigmaPipeline", DDIM, "prediction_type = 'v_prediction'"),
         ("LTXPipeline", EULER | {"time_shift_type": "linear"}, "time_shift_type = 'linear'"),
+        ("FluxPipeline", EULER | {"shift_terminal": 0.1}, "shift_terminal = 0.1"),
+        ("HunyuanVideoPipeline", EULER | {"use_dynamic_shifting": True}, "use_dynamic_shifting = True"),
         ("WanPipeline", UNIPC | {"prediction_type": "flow_prediction"}, "use_flow_sigmas = False"),
         ("WanPipeline", UNIPC | {"use_flow_sigmas": True}, "prediction_type = 'epsilon'"),
         ("CogVideoXPipeline", DDIM | {"prediction_type": "epsilon"}, "prediction_type = 'epsilon'"),
@@ -322,10 +379,12 @@ def test_other_noise_levels_and_targets_are_refused(pipeline_class: str, config:
 
 
 def test_no_family_is_named_outside_its_own_file() -> None:
-    own = {f"qvgen/models/{name}.py" for name in ("wan/image", "wan/vace", "cogvideox", "registry")}
-    own |= {f"qvgen/models/{folder}/{name}.py" for folder in ("wan", "ltx", "pixart") for name in ("__init__", "text")}
+    own = {f"qvgen/models/{name}.py" for name in ("wan/image", "wan/vace", "registry")}
+    folders = {family.__module__.split(".")[2] for family in families().values()}
+    own |= {f"qvgen/models/{folder}/{name}.py" for folder in folders for name in ("__init__", "text")}
     own.add("qvgen/integrations/fused/wan.py")
-    words = ("WanTransformer3DModel", "LTXVideoTransformer3DModel", "PixArtTransformer2DModel")
+    words = ("WanTransformer3DModel", "LTXVideoTransformer3DModel", "PixArtTransformer2DModel", "FluxTransformer2DModel")
+    words += ("SanaTransformer2DModel",)
     words += tuple(name for family in families().values() for name in (family.__name__, *family.pipelines))
     named = {
         f"{path.relative_to(ROOT)}:{node.lineno}"

@@ -8,11 +8,19 @@ from qvgen.methods.registry import METHODS
 from qvgen.models.cogvideox import CogVideoXFamily
 from qvgen.models.cogvideox import tiny_transformer as tiny_cogvideox_transformer
 from qvgen.models.family import Family
+from qvgen.models.flux import FluxFamily
+from qvgen.models.flux import tiny_transformer as tiny_flux_transformer
 from qvgen.models.folding import ChannelGrid, FoldableInput, fold_, shift_fold
+from qvgen.models.hunyuan import HunyuanVideoFamily
+from qvgen.models.hunyuan import tiny_transformer as tiny_hunyuan_transformer
 from qvgen.models.ltx import LTXFamily
 from qvgen.models.ltx import tiny_transformer as tiny_ltx_transformer
 from qvgen.models.pixart import PixArtFamily
 from qvgen.models.pixart import tiny_transformer as tiny_pixart_transformer
+from qvgen.models.qwen_image import QwenImageFamily
+from qvgen.models.qwen_image import tiny_transformer as tiny_qwen_image_transformer
+from qvgen.models.stable_diffusion_3 import StableDiffusion3Family
+from qvgen.models.stable_diffusion_3 import tiny_transformer as tiny_stable_diffusion_transformer
 from qvgen.models.wan import WanFamily
 from qvgen.models.wan import tiny_transformer as tiny_wan_transformer
 from qvgen.models.wan.image import WanImageFamily
@@ -37,13 +45,17 @@ def subject(name: str) -> tuple[nn.Module, Family, tuple[torch.Tensor, ...]]:
         "wan_vace": lambda: (tiny_wan_vace_transformer(), WanVACEFamily()),
         "ltx": lambda: (tiny_ltx_transformer(), LTXFamily()),
         "pixart": lambda: (tiny_pixart_transformer(), PixArtFamily({})),
+        "flux": lambda: (tiny_flux_transformer(), FluxFamily.from_scheduler({})),
+        "hunyuan_video": lambda: (tiny_hunyuan_transformer(), HunyuanVideoFamily.from_scheduler({})),
+        "qwen_image": lambda: (tiny_qwen_image_transformer(), QwenImageFamily()),
+        "stable_diffusion_3": lambda: (tiny_stable_diffusion_transformer(), StableDiffusion3Family()),
     }[name]()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     config = model.config
-    if name in ("wan_image", "wan_vace", "ltx", "pixart"):
+    if name not in ("wan", "cogvideox"):
         return model, family, (*KINDS[name].inputs(2)[:1], torch.tensor([100.0, 900.0]), *KINDS[name].inputs(2)[1:])
     if name == "wan":
         latents = torch.randn(2, config.in_channels, 3, 4, 4, generator=generator)
@@ -65,14 +77,18 @@ def read_inputs(model: nn.Module, family: Family, inputs: tuple[torch.Tensor, ..
     return kept[0].flatten(0, -2)
 
 
-@pytest.mark.parametrize("name", ["wan", "wan_image", "wan_vace", "cogvideox", "ltx", "pixart"])
+# Inputs that fold. Of wan_image not that of the image's and the text's attention together: both have values of their own.
+COUNTS = {"wan": 3 + 2 * 5, "wan_image": 3 + 2 * 4, "wan_vace": 3 + 4 * 5, "cogvideox": 2 * 3, "ltx": 3 + 2 * 4}
+COUNTS |= {"pixart": 3 + 2 * 4, "flux": 5 + 1, "hunyuan_video": 5 + 1, "qwen_image": 2 * 5, "stable_diffusion_3": 7 + 3}
+
+
+@pytest.mark.parametrize("name", COUNTS)
 def test_folding_changes_the_inputs_and_not_the_model(name: str) -> None:
     model, family, inputs = subject(name)
     with torch.no_grad():
         before = family.predict(model, *inputs)
     sources = family.foldable_inputs(model)
-    # Of wan_image not that of the image's and the text's attention together: both have values of their own.
-    assert len(sources) == {"wan": 3 + 2 * 5, "wan_vace": 3 + 4 * 5, "cogvideox": 2 * 3}.get(name, 3 + 2 * 4)
+    assert len(sources) == COUNTS[name]
     assert len({source.name for source in sources}) == len(sources)
     assert {layer for source in sources for layer in source.layers} <= {n for n, _ in model.named_modules()}
     generator = torch.Generator().manual_seed(2)

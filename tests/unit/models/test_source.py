@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import save_file
 
 from qvgen.models.files import SourceError, check_safetensors
 from qvgen.models.hashes import check_hashes, hash_files, recorded_hashes
-from qvgen.models.source import read_pipeline, resolve_source
+from qvgen.models.source import DOWNLOADED, read_pipeline, resolve_source
 
 ROOT = Path(__file__).parents[3]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -83,10 +84,17 @@ def test_both_families_are_accepted(pipeline: Path) -> None:
 
 
 def test_another_pipeline_is_refused(pipeline: Path) -> None:
-    write_json(pipeline / "model_index.json", INDEX | {"_class_name": "FluxPipeline"})
+    write_json(pipeline / "model_index.json", INDEX | {"_class_name": "LuminaPipeline"})
     message = refusal(pipeline)
-    assert "'FluxPipeline' is not supported; supported: WanPipeline, WanImageToVideoPipeline, WanVACEPipeline, Cog" in message
+    assert (
+        "'LuminaPipeline' is not supported; supported: WanPipeline, WanImageToVideoPipeline, WanVACEPipeline, Cog" in message
+    )
     assert "round this one without training: `qvgen pack`" in message
+
+
+def test_a_second_text_encoder_that_is_missing_is_named(pipeline: Path) -> None:
+    write_json(pipeline / "model_index.json", INDEX | {"_class_name": "FluxPipeline"})
+    assert "names no text_encoder_2 and no tokenizer_2: the pipeline is incomplete" in refusal(pipeline)
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(pipeline: Path) -> None:
@@ -232,6 +240,12 @@ def test_a_hub_commit_is_found_in_the_hub_cache(tmp_path: Path) -> None:
     snapshot = make_pipeline(tmp_path / "models--org--name" / "snapshots" / COMMIT)
     done = resolve_offline(tmp_path, "org/name", COMMIT)
     assert done.stdout.strip() == str(snapshot), done.stderr
+
+
+def test_of_a_hub_repository_components_are_downloaded_and_no_weights_beside_them(pipeline: Path) -> None:
+    files = [*read_pipeline(pipeline).files, "sha256.json", "tokenizer/spiece.model"]
+    others = ["flux1-dev.safetensors", "dev_grid.jpg", "vae/model.bin"]
+    assert [*filter_repo_objects(files + others, allow_patterns=DOWNLOADED)] == files
 
 
 def test_a_hub_commit_that_cannot_be_had_is_an_error(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from qvgen.models.cogvideox import tiny_transformer as tiny_cogvideox_transformer
 from qvgen.models.wan import tiny_transformer as tiny_wan_transformer
 from qvgen.nn.swap import convert_, prepare_
-from qvgen.nn.timestep import carry_timestep, group_of, set_timestep, track_timestep
+from qvgen.nn.timestep import carry_timestep, group_of, set_timestep, timestep_of, track_timestep
 from qvgen.quant.grid import LayerGrid
+from qvgen.quant.primitives import timestep_group
 from qvgen.quant.scheme import QuantScheme
 
 GROUPS = 10
@@ -64,6 +65,18 @@ X = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(1))
 
 def test_the_timestep_matters() -> None:
     assert not torch.equal(model()(X, timestep=EARLY), model()(X, timestep=LATE))
+
+
+def test_a_model_that_is_called_with_fractions() -> None:
+    """Every whole timestep is in the group that training put it into (but for 500 and 1,000 groups, LOG.md)."""
+    whole, fractions = model(), model()
+    track_timestep(fractions, GROUPS, largest=1.0)
+    t = torch.arange(1001.0)
+    for groups in (10, 50, 100):
+        given, meant = (timestep_group(each, groups, 1000) for each in (timestep_of(fractions, t / 1000), t))
+        assert torch.equal(given, meant)
+    for t in (EARLY, LATE):
+        assert torch.equal(fractions(X, timestep=t / 1000), whole(X, timestep=t))
 
 
 def test_nothing_is_left_after_a_call_or_a_failed_one() -> None:

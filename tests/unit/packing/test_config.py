@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from qvgen.packing.config import FORMAT_VERSION, from_config, to_config
+from qvgen.packing.config import FORMAT_VERSION, from_config, largest_timestep, to_config
 from qvgen.quant.scheme import QuantArgs, QuantScheme
 
 
@@ -62,6 +62,14 @@ def test_a_number_of_layers_is_an_integer(value: Any) -> None:
         from_config(config)
 
 
+@pytest.mark.parametrize("value", [True, 0, -1, float("nan"), float("inf"), "1", [1], None])
+def test_a_largest_timestep_is_a_number_above_0(value: Any) -> None:
+    config = to_config(QuantScheme(), num_targets=1)
+    config["config_groups"]["group_0"]["max_timestep"] = value
+    with pytest.raises(ValueError, match=r"max_timestep = .* must be a number above 0"):
+        from_config(config)
+
+
 def test_ignore_stands_beside_the_groups() -> None:
     config = to_config(QuantScheme(), num_targets=1)
     config["config_groups"]["group_0"]["ignore"] = []
@@ -75,3 +83,8 @@ def test_what_is_off_leaves_no_trace_in_config_json() -> None:
     assert list(group) == ["targets", "num_targets", "weights", "input_activations", "timestep_groups"]
     group = to_config(QuantScheme(low_rank=4), num_targets=1)["config_groups"]["group_0"]
     assert group["low_rank"] == 4 and "input_scaling" not in group
+    one = QuantScheme(timestep_groups=1)  # for which no timestep is read
+    for scheme, largest, stored in ((QuantScheme(), 1.0, 1.0), (QuantScheme(), 1000.0, None), (one, 1.0, None)):
+        config = to_config(scheme, 1, largest)
+        assert config["config_groups"]["group_0"].get("max_timestep") == stored
+        assert from_config(config) == (scheme, 1) and largest_timestep(config) == (stored or 1000)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from qvgen.models.family import NUM_TRAIN_TIMESTEPS, ClipStep, DiscreteNoise, SamplingSettings
+from qvgen.models.family import ClipStep, SamplingSettings
 from qvgen.models.folding import FoldableInput, linear_fold, modulation_fold
+from qvgen.models.noise import DiscreteNoise
 from qvgen.models.tiny import LATENT_CHANNELS, TEXT_DIM, TINY_CLIP, seeded, t5_sizes, word_tokenizer
+from qvgen.quant.primitives import NUM_TRAIN_TIMESTEPS
 
 # transformer/config.json of CogVideoX 2B in diffusers format.
 COGVIDEOX_2B: Mapping[str, Any] = {
@@ -86,8 +89,9 @@ class CogVideoXFamily(DiscreteNoise):
         return transformer_config.get("max_text_seq_length", COGVIDEOX_2B["max_text_seq_length"])
 
     @classmethod
-    def frame_rate(cls, transformer_config: Mapping[str, Any]) -> float:
-        return float(cls.sampling.fps) if transformer_config.get("patch_size_t") is None else 16.0  # CogVideoX 1.5
+    def sampling_of(cls, transformer_config: Mapping[str, Any]) -> SamplingSettings:
+        fps = cls.sampling.fps if transformer_config.get("patch_size_t") is None else 16  # CogVideoX 1.5
+        return replace(cls.sampling, fps=fps)
 
     @staticmethod
     def transformer(config: Mapping[str, Any]) -> nn.Module:
