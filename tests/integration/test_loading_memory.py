@@ -1,5 +1,5 @@
-"""What loading a packed transformer takes of the host's memory: its mapped file, once, on the way to any device; its hashes are
-compared meanwhile."""
+"""What loading a packed transformer takes of the host's memory: its mapped file, once, on the way to any device, while its
+hashes are compared."""
 
 import subprocess
 import sys
