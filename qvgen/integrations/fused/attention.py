@@ -78,6 +78,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, compared: set[str]) -> Tensor:
             f"{ENVIRONMENT}={name} takes {takes} on {' or '.join(library.devices)}, not {q.dtype} on {q.device}: load the "
             f"model with dtype=torch.bfloat16 on a GPU, or unset {ENVIRONMENT}"
         )
+    own = q.is_cuda and not library.backends and not torch.compiler.is_compiling()
+    if own and (reason := missing(q.device) or launch.refusal(q)):
+        raise RuntimeError(f"{ENVIRONMENT}={name} cannot run: {reason}; unset {ENVIRONMENT}")
     run = _function(name)
     if name in compared:
         return run(q, k, v)
@@ -85,8 +88,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, compared: set[str]) -> Tensor:
         raise RuntimeError(
             f"{ENVIRONMENT}={name}: call the model once before it is compiled or recorded, to compare with SDPA"
         )
-    if q.is_cuda and not library.backends and (reason := missing(q.device) or launch.refusal(q)):
-        raise RuntimeError(f"{ENVIRONMENT}={name} cannot run: {reason}; unset {ENVIRONMENT}")
     y = run(q, k, v)
     error = relative_error(y, expressions.attention(q, k, v))
     if not error <= library.bound:  # NaN is too far, too
