@@ -68,7 +68,7 @@ class Op(NamedTuple):
     calls: int  # in a step
     bytes: float  # of one call
     operations: float
-    integer: bool  # whether its operations are products of codes
+    integer: float  # share of its operations that are products of codes
 
 
 def tokens(frames: int) -> int:
@@ -88,13 +88,25 @@ def quantize(m: int, k: int, sets: int) -> float:
     return m * k * (2 + sets)
 
 
-def packed_step(model: Model, m: int, weight_bits: int, card: Card, fused: bool = True) -> list[Op]:
+def attention(name: str, calls: int, d: int, queries: int, keys: int, int8: bool) -> Op:
+    """q, k, v and the result in bfloat16. `int8`: q is read and its codes written and read, as those of k, which is read once
+    more for its mean; one of the two products is of codes. Exponentials are left out, as everywhere."""
+    moved = 2.0 * (2 * queries + 2 * keys) + (2.0 * queries + 4.0 * keys if int8 else 0)
+    name, products = f"{name} ({'q k in int8' if int8 else 'bf16'})", 4.0 * queries * keys * d
+    return Op(name, calls, moved * d, products, 0.5 if int8 else 0.0)
+
+
+def packed_step(
+    model: Model, m: int, weight_bits: int, card: Card, fused: bool = True, int8_attention: bool = False
+) -> list[Op]:
     """Every op of a step with packed linears; without embedders and head, which stay in bfloat16. `fused`: with
-    kernels/fused_ops.py, which only Wan's blocks use."""
-    return _joint_step(model, m, weight_bits) if model.joint else _wan_step(model, m, weight_bits, card, fused)
+    kernels/fused_ops.py, which only Wan's blocks use. `int8_attention`: with QVGEN_ATTENTION=int8."""
+    if model.joint:
+        return _joint_step(model, m, weight_bits, int8_attention)
+    return _wan_step(model, m, weight_bits, card, fused, int8_attention)
 
 
-def _wan_step(model: Model, m: int, bits: int, card: Card, fused: bool) -> list[Op]:
+def _wan_step(model: Model, m: int, bits: int, card: Card, fused: bool, int8: bool) -> list[Op]:
     d, f, text, layers = model.width, model.feed_forward, TEXT_TOKENS[model.family], model.layers
     square, (wide_bytes, wide), narrow = linear(m, d, d, bits), linear(m, d, f, bits), linear(m, f, d, bits)
     norm, added = ("layer norm, ", ", residual") if fused else ("", "")
@@ -102,39 +114,39 @@ def _wan_step(model: Model, m: int, bits: int, card: Card, fused: bool) -> list[
     together = fused and tokens_together(m, d, f, 2, card.cache_megabytes * 2**20) < m
     stays = 2.0 * m * f if together else 0.0  # written, and read, in the cache
     ops = [
-        Op(f"{norm}quantize for q, k, v", layers, quantize(m, d, 3), 0, False),
-        Op(f"{norm}quantize for one layer", layers * 2, quantize(m, d, 1), 0, False),
-        Op("quantize what attention gives", layers * 2, quantize(m, d, 1), 0, False),
-        Op("quantize the wide intermediate", layers, quantize(m, f, 1) - stays, 0, False),
-        Op("linear d x d", layers * 4, *square, True),
+        Op(f"{norm}quantize for q, k, v", layers, quantize(m, d, 3), 0, 0),
+        Op(f"{norm}quantize for one layer", layers * 2, quantize(m, d, 1), 0, 0),
+        Op("quantize what attention gives", layers * 2, quantize(m, d, 1), 0, 0),
+        Op("quantize the wide intermediate", layers, quantize(m, f, 1) - stays, 0, 0),
+        Op("linear d x d", layers * 4, *square, 1),
         Op(
             "linear d x d, residual" if fused else "linear d x d of attention",
             layers * 2,
             square[0] + residual,
             square[1],
-            True,
+            1,
         ),
-        Op("linear d x f, GELU", layers, wide_bytes - stays, wide, True),
-        Op(f"linear f x d{added}", layers, narrow[0] + residual, narrow[1], True),
-        Op("self-attention (bf16)", layers, 8.0 * m * d, 4.0 * m * m * d, False),
-        Op("rms_norm_rotary", layers * 2, 4.0 * m * d, 0, False),
-        Op("linear d x d of the text", layers * 2, *linear(text, d, d, bits), True),
-        Op("cross-attention (bf16)", layers, 4.0 * (m + text) * d, 4.0 * m * text * d, False),
+        Op("linear d x f, GELU", layers, wide_bytes - stays, wide, 1),
+        Op(f"linear f x d{added}", layers, narrow[0] + residual, narrow[1], 1),
+        attention("self-attention", layers, d, m, m, int8),
+        Op("rms_norm_rotary", layers * 2, 4.0 * m * d, 0, 0),
+        Op("linear d x d of the text", layers * 2, *linear(text, d, d, bits), 1),
+        attention("cross-attention", layers, d, m, text, int8),
     ]
     return ops if fused else ops + _between(model, m, 3)
 
 
-def _joint_step(model: Model, m: int, bits: int) -> list[Op]:
+def _joint_step(model: Model, m: int, bits: int, int8: bool) -> list[Op]:
     d, f, layers, rows = model.width, model.feed_forward, model.layers, m + TEXT_TOKENS[model.family]
     return [
-        Op("quantize for q, k, v", layers, quantize(rows, d, 3), 0, False),
-        Op("quantize for one layer", layers * 2, quantize(rows, d, 1), 0, False),
-        Op("quantize the wide intermediate", layers, quantize(rows, f, 1), 0, False),
-        Op("linear d x d", layers * 4, *linear(rows, d, d, bits), True),
-        Op("linear d x f, GELU", layers, *linear(rows, d, f, bits), True),
-        Op("linear f x d", layers, *linear(rows, f, d, bits), True),
-        Op("self-attention (bf16)", layers, 8.0 * rows * d, 4.0 * rows * rows * d, False),
-        Op("rms_norm_rotary", layers * 2, 4.0 * rows * d, 0, False),
+        Op("quantize for q, k, v", layers, quantize(rows, d, 3), 0, 0),
+        Op("quantize for one layer", layers * 2, quantize(rows, d, 1), 0, 0),
+        Op("quantize the wide intermediate", layers, quantize(rows, f, 1), 0, 0),
+        Op("linear d x d", layers * 4, *linear(rows, d, d, bits), 1),
+        Op("linear d x f, GELU", layers, *linear(rows, d, f, bits), 1),
+        Op("linear f x d", layers, *linear(rows, f, d, bits), 1),
+        attention("self-attention", layers, d, rows, rows, int8),
+        Op("rms_norm_rotary", layers * 2, 4.0 * rows * d, 0, 0),
         *_between(model, rows, 2),
     ]
 
@@ -143,22 +155,22 @@ def _between(model: Model, rows: int, of_each: int) -> list[Op]:
     """Norms, gates and residuals that are ops of their own."""
     d, layers = model.width, model.layers
     return [
-        Op("layer_norm_modulate", layers * of_each, 4.0 * rows * d, 0, False),
-        Op("add_gated", layers * of_each, 6.0 * rows * d, 0, False),
+        Op("layer_norm_modulate", layers * of_each, 4.0 * rows * d, 0, 0),
+        Op("add_gated", layers * of_each, 6.0 * rows * d, 0, 0),
     ]
 
 
 def milliseconds(op: Op, card: Card) -> tuple[float, str]:
     """Of all its calls in a step, and what bounds it."""
     memory = op.bytes / (card.gigabytes_per_s * 1e9)
-    compute = op.operations / ((card.int8_tops if op.integer else card.bf16_tflops) * 1e12)
+    compute = op.operations * (op.integer / card.int8_tops + (1 - op.integer) / card.bf16_tflops) / 1e12
     return 1e3 * op.calls * max(memory, compute), "memory" if memory > compute else "compute"
 
 
 def bf16_milliseconds(model: Model, m: int, card: Card) -> float:
     """A step of the full-precision model: the ops one by one, bfloat16 products, and no quantization."""
     ops = packed_step(model, m, 4, card, fused=False)
-    return sum(milliseconds(op._replace(integer=False), card)[0] for op in ops if not op.name.startswith("quantize"))
+    return sum(milliseconds(op._replace(integer=0), card)[0] for op in ops if not op.name.startswith("quantize"))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -198,8 +210,14 @@ def show(name: str, m: int, weight_bits: int, card: Card, size: str) -> None:
         for op, (ms, bound) in zip(ops, times, strict=True)
     ]
     bf16, one_by_one = bf16_milliseconds(model, m, card), sum(milliseconds(op, card)[0] for op in apart)
+    in_int8 = [(op, milliseconds(op, card)[0]) for op in packed_step(model, m, weight_bits, card, int8_attention=True)]
     cells.append(["a step", "", "", "", f"{whole:.1f}", "", f"bf16 {bf16:.1f} ms: at most {bf16 / whole:.2f}x"])
     cells.append(["the ops one by one", "", "", "", f"{one_by_one:.1f}", "", ""])
+    for op, ms in in_int8:
+        if "-attention" in op.name:
+            cells.append([op.name, str(op.calls), f"{op.bytes / 1e6:.1f}", f"{op.operations / 1e9:.1f}", f"{ms:.2f}", "", ""])
+    whole_int8 = sum(ms for _, ms in in_int8)
+    cells.append(["a step with these", "", "", "", f"{whole_int8:.1f}", "", f"at most {bf16 / whole_int8:.2f}x"])
     header = ["op", "calls", "MB a call", "Gop a call", "ms a step", "share", "bound by"]
     print_table(f"{name}, {size}", header, cells)
 

@@ -14,6 +14,7 @@ _PARTS = {
     "qvgen::quantized_feed_forward": "feed_forward",
     "qvgen::layer_norm_feed_forward": "feed_forward",
     "qvgen::attention": "attention",
+    "qvgen::attention_int8": "attention",
     "aten::scaled_dot_product_attention": "attention",
     "qvgen::quantized_linears": "qkv",
     "qvgen::layer_norm_linears": "qkv",

@@ -4,22 +4,25 @@
     bf16_compiled              its blocks compiled (compile_repeated_blocks; a model without a list of these whole)
     packed                     W4A4, in fused blocks where the family has them
     packed_compiled            the same, compiled likewise
+    packed_int8_attention      packed, with QVGEN_ATTENTION=int8
     packed_linears_compiled    packed layers in diffusers' own blocks, compiled: what the linear layers alone bring
 
-All share one set of bfloat16 weights, of random numbers, and the attention of PyTorch that is fastest at this length here. One
-sample of 480 x 832 pixels. Where the memory does not take all layers there are fewer, and the result says how many: a ratio of
-fewer layers is below that of all, because embedders are not packed.
+All share one set of bfloat16 weights, of random numbers, and but for packed_int8_attention the attention of PyTorch that is
+fastest at this length here; `attention_ms` has a call of each, self-attention of normal values. One sample of 480 x 832
+pixels. Where the memory does not take all layers there are fewer, and the result says how many: a ratio of fewer layers is
+below that of all, because embedders are not packed.
 """
 
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
+from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.dit_step.models import MODELS, family_inputs, memory_bytes
@@ -28,12 +31,16 @@ from bench.report import print_table
 from bench.roofline import tokens
 from qvgen.evaluation.cost.speed import timing
 from qvgen.integrations.fused import fuse_, unfuse_
+from qvgen.integrations.fused.attention import ENVIRONMENT
+from qvgen.kernels.block_ops import attention_int8
+from qvgen.kernels.expressions import attention
 from qvgen.nn.packed_linear import packed_layers
 from qvgen.nn.swap import convert_, prepare_
 from qvgen.quant.scheme import QuantScheme
 
 BASELINE, BASELINE_COMPILED = "bf16", "bf16_compiled"
 OURS, OURS_COMPILED, LINEARS = "packed", "packed_compiled", "packed_linears_compiled"
+OURS_INT8, INT8 = "packed_int8_attention", "int8"
 _PACKED = 0.3  # of bfloat16, layouts and scales included
 _USABLE = 0.85  # of the free memory
 
@@ -53,13 +60,14 @@ def measure(model: str, frames: int, layers: int | None, seconds: float, options
     if not 1 <= count <= whole:
         raise ValueError(f"{model} has 1 to {whole} layers, not {count}")
     with torch.no_grad():
-        attention, context = best_attention(config, frames, device)
+        found = attention_ms(config, frames, device)
+        best, context = best_attention(found)
         with context:
             models = variants(model, count, device, compiled=not options.eager)
             content = _time(models, family_inputs(model, frames, device), family.from_scheduler({}), seconds, device)
     return {
         "model": model, "frames": frames, "tokens": tokens(frames), "layers": count, "of_layers": whole,
-        "attention": attention, "clock": CLOCK if device.type != "cpu" else "wall",
+        "attention": best, "attention_ms": found, "clock": CLOCK if device.type != "cpu" else "wall",
         "backend": "+".join(sorted({str(layer.backend) for _, layer in packed_layers(models[OURS])})),
         "card": torch.cuda.get_device_name(device) if device.type == "cuda" else None, "torch": torch.__version__,
         "bytes": {name: memory_bytes(models[name]) for name in (BASELINE, OURS)},
@@ -84,7 +92,7 @@ def variants(model: str, layers: int, device: torch.device, compiled: bool) -> d
     for _, layer in packed_layers(packed):
         layer.prepare_backend()
     fuse_(packed)
-    models = {BASELINE: baseline, OURS: packed}
+    models = {BASELINE: baseline, OURS: packed, OURS_INT8: packed}
     if compiled:
         linears = _sharing(packed)
         unfuse_(linears)
@@ -93,28 +101,37 @@ def variants(model: str, layers: int, device: torch.device, compiled: bool) -> d
     return models
 
 
-def best_attention(config: dict[str, Any], frames: int, device: torch.device) -> tuple[str, AbstractContextManager[Any]]:
-    """The fastest of PyTorch's kernels at this length, and a context in which it runs."""
+def attention_ms(config: dict[str, Any], frames: int, device: torch.device) -> dict[str, float]:
+    """Of one call, by each of PyTorch's kernels that this card has (SDPBackend's names) and by ours, "int8"."""
     if device.type != "cuda":
-        return "PyTorch's choice", nullcontext()
+        return {}
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    shape = 1, config["num_attention_heads"], tokens(frames), config["attention_head_dim"]
-    q = torch.randn(shape, device=device, dtype=torch.bfloat16)
-    found: dict[SDPBackend, float] = {}
+    shape = 1, tokens(frames), config["num_attention_heads"], config["attention_head_dim"]
+    q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(3))
+    found: dict[str, float] = {}
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-        try:
-            with sdpa_kernel(backend):
-                samples = time_on(device, {"": lambda: F.scaled_dot_product_attention(q, q, q)}, 3)
-        except RuntimeError:  # it does not exist here
-            continue
-        found[backend] = timing(samples[""].wall).median
-    if not found:
+        with suppress(RuntimeError), sdpa_kernel(backend):  # it may not exist here
+            found[backend.name] = _median_ms(device, lambda: attention(q, k, v))
+    with suppress(Exception):  # the step with it says what is wrong
+        found[INT8] = _median_ms(device, lambda: attention_int8(q, k, v))
+    return found
+
+
+def _median_ms(device: torch.device, action: Callable[[], object]) -> float:
+    return 1e3 * timing(time_on(device, {"": action}, 3)[""].wall).median
+
+
+def best_attention(found: dict[str, float]) -> tuple[str, AbstractContextManager[Any]]:
+    """The fastest of PyTorch's kernels, and a context in which it runs."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    ordered = sorted(found.keys() - {INT8}, key=found.__getitem__)
+    if not ordered:
         return "PyTorch's choice", nullcontext()
-    best = min(found, key=found.__getitem__)
     # The rest of the model may have shapes that the fastest does not take: it goes first, the others stay.
-    rest = [b for b in found if b is not best]
-    return best.name.lower(), sdpa_kernel([best, *rest, SDPBackend.MATH], set_priority=True)
+    backends = [getattr(SDPBackend, name) for name in (*ordered, "MATH")]
+    return ordered[0].lower(), sdpa_kernel(backends, set_priority=True)
 
 
 def layers_that_fit(model: str, frames: int, device: torch.device) -> int:
@@ -164,9 +181,11 @@ def _time(
     steps: dict[str, Callable[[], object]] = {}
     failed = {}
     for name, model in models.items():
+        asked_for = patch.dict(os.environ, {ENVIRONMENT: INT8}) if name == OURS_INT8 else nullcontext()
 
-        def step(model: nn.Module = model) -> Tensor:
-            return family.predict(model, tensors["latents"], tensors["timestep"], tensors["text"])
+        def step(model: nn.Module = model, asked_for: AbstractContextManager[Any] = asked_for) -> Tensor:
+            with asked_for:
+                return family.predict(model, tensors["latents"], tensors["timestep"], tensors["text"])
 
         try:
             step()  # compiles
@@ -200,6 +219,8 @@ def show(content: dict[str, Any]) -> None:
         f"({content['tokens']} tokens), attention {content['attention']}"
     )
     print_table(title, ["", "step, ms", "over bf16_compiled"], cells)
+    if content["attention_ms"]:
+        print("a self-attention, ms: " + ", ".join(f"{name} {ms:.2f}" for name, ms in content["attention_ms"].items()))
     for name, reason in content["failed"].items():
         print(f"no {name}: {reason}")
     share = content["bytes"][OURS] / content["bytes"][BASELINE]

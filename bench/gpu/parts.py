@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = ("tests/kernels/triton", "tests/integration/test_diffusers_features.py")
+TESTS = (
+    "tests/kernels/triton",
+    "tests/integration/test_diffusers_features.py",
+    "tests/integration/test_loading_memory.py",
+)
 _LEAST_S = 1.0
 _LINES = 60  # of a failed part's output
 _MEMORY = "OutOfMemoryError"

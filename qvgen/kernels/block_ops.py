@@ -4,6 +4,7 @@
     rms_norm_rotary(x, weight, cosine, sine, heads, eps)          RMS norm over all heads, then rotary embedding
     add_gated(x, y, gate)                                         x + y * gate
     attention(q, k, v)                                            softmax(q k^T / sqrt(D)) v, all to all
+    attention_int8(q, k, v)                                       the same of q, k less its mean over tokens, in 8 bits each
 
     x, y             (n, s, d) float32 or bfloat16, of any strides
     weight, bias     (d,)
@@ -12,6 +13,10 @@
                      (as diffusers' WanRotaryPosEmbed gives them)
     q                (n, s, heads, D); k and v (n, t, heads, D)
     result           as x, or as q, in its dtype
+
+attention_int8 is what SageAttention does (arXiv 2410.02367): a mean that all keys share moves all scores of a query alike,
+of which softmax takes no notice. Codes are from -127 to 127, with a scale for each token and head of q and for KEYS_TOGETHER
+tokens of a head of k (expressions.py); sums of their products are exact.
 
 PyTorch makes a pass over memory for each elementary operation, with conversions to float32 and back between. A backend that
 has the op does it in one (registry.BlockOp); elsewhere the expressions of expressions.py run, which define the result.
@@ -143,3 +148,4 @@ rms_norm_rotary = _define(
 )
 add_gated = _define("add_gated", "(Tensor x, Tensor y, Tensor? gate) -> Tensor", check_add_gated)
 attention = _define("attention", "(Tensor q, Tensor k, Tensor v) -> Tensor", _check_attention)
+attention_int8 = _define("attention_int8", "(Tensor q, Tensor k, Tensor v) -> Tensor", _check_attention)

@@ -8,6 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qvgen.quant.primitives import quantized, range_to_grid
+from qvgen.quant.scheme import QuantArgs
+
+KEYS_TOGETHER = 64  # tokens of k that share a scale in attention_int8
+_EIGHT_BITS = QuantArgs(num_bits=8, symmetric=True, strategy="token")
+
 
 def layer_norm_modulate(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, eps: float
@@ -41,6 +47,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return y.transpose(1, 2).contiguous()
 
 
+def attention_int8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    tokens, k = k.shape[1], k.float()
+    k = F.pad(k - k.mean(1, keepdim=True), (0, 0, 0, 0, 0, -tokens % KEYS_TOGETHER))
+    k = _eight_bits(k.unflatten(1, (-1, KEYS_TOGETHER)), (2, 4)).flatten(1, 2)[:, :tokens]
+    return attention(_eight_bits(q.float(), (3,)), k, v.float()).to(q.dtype)
+
+
+def _eight_bits(x: Tensor, together: tuple[int, ...]) -> Tensor:
+    """x as its quantized values, with a scale for all that lie along the dimensions `together`."""
+    largest = x.abs().amax(together, keepdim=True)
+    return quantized(x, *range_to_grid(-largest, largest, _EIGHT_BITS), _EIGHT_BITS, torch.float32)
+
+
 EXPRESSIONS: dict[str, Callable[..., Tensor]] = {
-    f.__name__: f for f in (layer_norm_modulate, rms_norm_rotary, add_gated, attention)
+    f.__name__: f for f in (layer_norm_modulate, rms_norm_rotary, add_gated, attention, attention_int8)
 }

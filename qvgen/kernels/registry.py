@@ -19,7 +19,7 @@ from qvgen.quant.scheme import QuantArgs
 
 ENVIRONMENT = "QVGEN_KERNELS"
 OP = "quantized_linear"
-BLOCK_OPS = ("layer_norm_modulate", "rms_norm_rotary", "add_gated", "attention")
+BLOCK_OPS = ("layer_norm_modulate", "rms_norm_rotary", "add_gated", "attention", "attention_int8")
 _log = logging.getLogger(__name__)
 
 

@@ -255,10 +255,26 @@ def test_attention_asked_for_by_name(kind: str, monkeypatch: pytest.MonkeyPatch,
         run(torch.compile(another, fullgraph=True, backend="eager"))
 
 
+@KIND
+def test_our_own_attention_in_8_bits(kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """On a CPU by the expression that defines it."""
+    model = packed(kind, 8)
+    fuse_(model)
+    expected = run(model)
+    monkeypatch.setenv(attention.ENVIRONMENT, "int8")
+    with caplog.at_level("INFO", attention.__name__):
+        result = run(model)
+    assert len(caplog.messages) == ATTENTIONS[kind] and all("=int8: 0.00" in message for message in caplog.messages)
+    assert 0 < relative(result, expected) < attention.LIBRARIES["int8"].bound
+    torch.compiler.reset()
+    compiled = run(torch.compile(model, fullgraph=True, backend="eager"))
+    assert relative(compiled, result) < CODE_FLIPS
+
+
 @pytest.mark.parametrize(
     ("wanted", "here", "said"),
     [
-        ("fast", {}, "QVGEN_ATTENTION='fast' is not one of auto, sdpa, flash, sage"),
+        ("fast", {}, "QVGEN_ATTENTION='fast' is not one of auto, sdpa, flash, sage, int8"),
         ("flash", {}, "takes bfloat16 or float16 on cuda, not torch.float32 on cpu"),
         ("flash", {"devices": ("cpu",), "dtypes": (torch.float32,)}, r"cannot run: .*\(`pip install flash-attn`, or unset"),
         ("sage", {"devices": ("cpu",), "dtypes": (torch.float32,)}, r"cannot run: .*\(`pip install sageattention`, or unset"),

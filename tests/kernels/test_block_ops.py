@@ -115,6 +115,7 @@ def test_opcheck() -> None:
         (block_ops.add_gated, (x, y, gate)),
         (block_ops.attention, (heads, heads, heads)),
         (block_ops.attention, (heads.bfloat16(),) * 3),
+        (block_ops.attention_int8, (heads.bfloat16(),) * 3),
     ]:
         torch.library.opcheck(getattr(torch.ops.qvgen, op.__name__).default, arguments)
 

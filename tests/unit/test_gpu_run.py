@@ -17,7 +17,7 @@ from bench.gpu import embedded, parts, qat_step
 from bench.gpu.parts import PARTS, SMALLEST, Part, Result, run_all
 from bench.gpu.table import markdown, rows_of, targets
 from bench.gpu.timing import rounds_within
-from bench.roofline import CARDS, MODELS, packed_step
+from bench.roofline import CARDS, MODELS, TEXT_TOKENS, milliseconds, packed_step
 from bench.variants import ON_GPUS as LINEARS
 from bench.variants import Problem, Unavailable
 from qvgen.kernels.triton import backend
@@ -106,7 +106,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
 def test_smallest_parts_measure_what_they_say(results: list[Result]) -> None:
     content = {result.part: result.content or {} for result in results}
     step = content["step-tiny-1"]
-    assert set(step["step_ms"]) == {step_on_gpu.BASELINE, step_on_gpu.OURS} and not step["failed"]
+    assert set(step["step_ms"]) == {step_on_gpu.BASELINE, step_on_gpu.OURS, step_on_gpu.OURS_INT8} and not step["failed"]
     assert (step["layers"], step["of_layers"], step["tokens"]) == (1, 30, 1560)
     assert step["bytes"]["packed"] < step["bytes"]["bf16"]
     shares = [step[key]["packed"] / step[key]["bf16"] for key in ("bytes", "bytes_of_all_layers")]
@@ -123,10 +123,11 @@ def test_rows_table_and_targets(results: list[Result]) -> None:
              "ms": {"packed": 1.0, "torch_bf16": 2.0}, "speedup": {"torch_bf16": 2.0}}
         ]
     }  # fmt: skip
-    steps = {"packed_linears_compiled": 1.1, "packed": 1.5}
+    steps = {"packed_linears_compiled": 1.1, "packed": 1.4, "packed_int8_attention": 1.5}
     step = {
         "layers": 3, "of_layers": 40, "frames": 81, "tokens": 32760, "step_ms": dict.fromkeys(steps, 7.0),
         "speedup_over_bf16_compiled": steps, "failed": {"packed_compiled": "RuntimeError: no"},
+        "attention_ms": {"FLASH_ATTENTION": 3.0, "int8": 2.0},
         "bytes_of_all_layers": {"bf16": 100, "packed": 28},
     }  # fmt: skip
     all_results = [
@@ -139,7 +140,7 @@ def test_rows_table_and_targets(results: list[Result]) -> None:
     assert states["packed linears alone, Wan 14B step"] == "missed"
     assert states["linear layers of Wan 14B over cuBLAS bf16, geometric mean"] == "met"
     assert states["weights in GPU memory, Wan 14B, of bf16"] == "missed"
-    assert found["fused, Wan 14B step (no 8-bit attention)"]["value"] == 1.5
+    assert found["fused, Wan 14B step, best of both attentions"]["value"] == 1.5
     rows = rows_of(all_results)
     assert {row["part"] for row in rows} == {result.part for result in all_results}
     text = markdown(
@@ -155,6 +156,7 @@ def test_rows_table_and_targets(results: list[Result]) -> None:
     assert len(tables) == len(rows) + len(found) + 4
     assert {line.count("|") for line in tables} == {5, 7}
     assert "32760 x 5120 x 5120, W4A4" in text and "RuntimeError: no" in json.dumps(rows)
+    assert "| self-attention, int8 | 2.000 |" in text
 
 
 @pytest.mark.parametrize("name", LINEARS)
@@ -217,3 +219,10 @@ def test_the_cost_model_counts_what_is_fused(name: str, in_cache: bool) -> None:
     saved = 24 * m * model.width + (4 * m * model.feed_forward if in_cache else 0)
     assert sum(op.calls * op.bytes for op in apart) - sum(op.calls * op.bytes for op in fused) == model.layers * saved
     assert sum(op.calls * op.operations for op in apart) == sum(op.calls * op.operations for op in fused)
+    in_int8 = packed_step(model, m, 4, CARDS["h100"], int8_attention=True)
+    text = TEXT_TOKENS["wan"]
+    more = (2 * (m + m) + 4 * (m + text)) * model.width  # codes of q written and read, of k too, which is read twice more
+    assert sum(op.calls * op.bytes for op in in_int8) - sum(op.calls * op.bytes for op in fused) == model.layers * more
+    self_attention = [op for ops in (fused, in_int8) for op in ops if op.name.startswith("self-attention")]
+    before, after = (milliseconds(op, CARDS["h100"])[0] for op in self_attention)
+    assert after / before == pytest.approx(0.75, rel=1e-3)  # products of codes take half as long

@@ -4,16 +4,19 @@
     sdpa    PyTorch's SDPA
     flash   flash-attn, version 3 where it is installed
     sage    SageAttention, which multiplies q and k in 8 bits
+    int8    our own op that does so, attention_int8, in Triton; on CPUs PyTorch computes it, to see what becomes of videos
 
-flash and sage run through diffusers' dispatcher. Each attention layer compares the first result with SDPA's of the same q, k
-and v, and refuses to go on if it is further away than the bound below: what is asked for by name never falls back. A backend
-set by diffusers' `set_attention_backend` wins, and is compared with nothing.
+flash and sage run through diffusers' dispatcher. Each attention layer compares the first result of flash, sage or int8 with
+SDPA's of the same q, k and v, and refuses to go on if it is further away than the bound below: what is asked for by name never
+falls back. A backend set by diffusers' `set_attention_backend` wins, and is compared with nothing.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,7 +25,9 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch import Tensor
 
 from qvgen.kernels import expressions
-from qvgen.kernels.block_ops import attention
+from qvgen.kernels.block_ops import attention, attention_int8
+from qvgen.kernels.triton.attention import launch
+from qvgen.kernels.triton.backend import missing
 
 ENVIRONMENT = "QVGEN_ATTENTION"
 _log = logging.getLogger(__name__)
@@ -30,17 +35,19 @@ _DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Library(NamedTuple):
-    backends: tuple[str, ...]  # diffusers' names of it, best first
+    backends: tuple[str, ...]  # diffusers' names of it, best first; none: our own op
     bound: float  # of |y - SDPA's y| / |SDPA's y|, over all of a call's values
     install: str
     devices: tuple[str, ...] = ("cuda",)
     dtypes: tuple[torch.dtype, ...] = _DTYPES
 
 
-# Rounding normal values to bfloat16 alone is 0.17 %. flash sums the same products in another order, sage multiplies 8 bits.
+# Rounding normal values to bfloat16 alone is 0.17 %. flash sums the same products in another order, sage and int8 multiply
+# 8 bits.
 LIBRARIES = {
     "flash": Library(("_flash_3", "flash"), 0.01, "pip install flash-attn"),
     "sage": Library(("sage",), 0.05, "pip install sageattention"),
+    "int8": Library((), 0.05, "pip install qvgen[triton]", ("cuda", "cpu"), (*_DTYPES, torch.float32)),
 }
 NAMES = ("auto", "sdpa", *LIBRARIES)
 
@@ -71,14 +78,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, compared: set[str]) -> Tensor:
             f"{ENVIRONMENT}={name} takes {takes} on {' or '.join(library.devices)}, not {q.dtype} on {q.device}: load the "
             f"model with dtype=torch.bfloat16 on a GPU, or unset {ENVIRONMENT}"
         )
-    backend = usable(name)
+    own = q.is_cuda and not library.backends and not torch.compiler.is_compiling()
+    if own and (reason := missing(q.device) or launch.refusal(q)):
+        raise RuntimeError(f"{ENVIRONMENT}={name} cannot run: {reason}; unset {ENVIRONMENT}")
+    run = _function(name)
     if name in compared:
-        return dispatch_attention_fn(q, k, v, backend=backend)
+        return run(q, k, v)
     if torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
         raise RuntimeError(
             f"{ENVIRONMENT}={name}: call the model once before it is compiled or recorded, to compare with SDPA"
         )
-    y = dispatch_attention_fn(q, k, v, backend=backend)
+    y = run(q, k, v)
     error = relative_error(y, expressions.attention(q, k, v))
     if not error <= library.bound:  # NaN is too far, too
         raise RuntimeError(
@@ -88,6 +98,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, compared: set[str]) -> Tensor:
     _log.info("%s=%s: %.3g of SDPA's norm away from it in the first call of a layer", ENVIRONMENT, name, error)
     compared.add(name)
     return y
+
+
+def _function(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return partial(dispatch_attention_fn, backend=usable(name)) if LIBRARIES[name].backends else attention_int8
 
 
 def usable(name: str) -> AttentionBackendName:

@@ -213,6 +213,11 @@ def device_refusal(capability: tuple[int, int]) -> str:
     return f"a GPU of compute capability {capability[0]}.{capability[1]} is not supported; kernels exist for {known}"
 
 
+def missing(device: torch.device) -> str:
+    """Why the kernels cannot run on this GPU; empty if they can."""
+    return refusal() or device_refusal(torch.cuda.get_device_capability(device))
+
+
 def _driver_message() -> str:
     """What PyTorch says of the driver: there is none, or it is too old for this build, with both versions."""
     try:

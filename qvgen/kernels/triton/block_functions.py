@@ -1,4 +1,5 @@
-"""The GPU versions of kernels/block_ops.py. Shapes as documented there, and checked there. Attention is PyTorch's."""
+"""The GPU versions of kernels/block_ops.py. Shapes as documented there, and checked there. Attention is PyTorch's, but
+for that with scores of codes."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qvgen.kernels.registry import BlockOp
+from qvgen.kernels.triton.attention import launch as attention
 
 MOST_FEATURES = 2**15  # of a row, which a program keeps in registers
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -88,4 +90,6 @@ def _missing() -> str:
 
 
 _RUN: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (layer_norm_modulate, rms_norm_rotary, add_gated)}
-BLOCK_OPS = {name: BlockOp(run, _missing, _takes) for name, run in _RUN.items()}
+BLOCK_OPS = {name: BlockOp(run, _missing, _takes) for name, run in _RUN.items()} | {
+    "attention_int8": BlockOp(attention.attention_int8, _missing, attention.takes)
+}

@@ -55,8 +55,8 @@ def gemm(
     epilogue needs them: a residual after products in e4m3, or with float32 gates of each token."""
     if in_loop_bits == 3:  # eight products to a tile of bytes
         return Gemm(16 if tokens <= 16 else 32, 32, 32, 4, 2)
-    if in_loop_bits is not None:
-        return Gemm(16 if tokens <= 16 else 32 if tokens <= 32 else 64, 64, 64, 4, 3)
+    if in_loop_bits is not None:  # at 2 bits, four products to a tile of bytes, 64 x 64 spill on sm_100 (Triton 3.6)
+        return Gemm(16 if tokens <= 16 else 32 if tokens <= 32 else 64, 32 if in_loop_bits == 2 else 64, 64, 4, 3)
     if groups > 1:
         # float32 totals beside the int32 sums: half the tile of one group
         return Gemm(64, 64, min(128, max(32, _power_of_two(group_size))), 4, 2)

@@ -12,6 +12,7 @@ from qvgen.kernels.fused_ops import Gated, Norm
 from qvgen.kernels.registry import Arguments, LayerTensors
 from qvgen.kernels.triton import block_functions, launch
 from qvgen.kernels.triton.architectures import ARCHITECTURES, Architecture
+from qvgen.kernels.triton.attention.launch import attention_int8
 from qvgen.kernels.triton.layout import PLANES, row_bytes
 from qvgen.kernels.triton.training import launch as training
 from qvgen.quant.scheme import QuantArgs
@@ -173,3 +174,17 @@ def test_weight_only_in_the_loop(gpu: Architecture, bits: int) -> None:
     result = compile_for(found, gpu.capability)
     check(gpu, {"weight_only_kernel": result})
     assert any("bf16" in name or "kind::f16" in name for name in result.products), result.products
+
+
+# Heads of 64 where they spilled in four warps.
+SIZES = [*((gpu, 128) for gpu in ARCHITECTURES), (ARCHITECTURES[-1], 64)]
+
+
+@pytest.mark.parametrize(("gpu", "size"), SIZES, ids=[f"{gpu.name}-{size}" for gpu, size in SIZES])
+def test_attention(gpu: Architecture, size: int) -> None:
+    q = torch.empty(1, LARGE - 7, 12, size, dtype=torch.bfloat16, device="meta")
+    results = {one.kernel.__name__: compile_for(one, gpu.capability) for one in launches_of(lambda: attention_int8(q, q, q))}
+    check(gpu, results)
+    codes, values = sorted(results["attention_int8_kernel"].products, key=lambda name: ".s8" not in name)
+    assert re.sub(r"m64n\d+", "m64n{}", codes) == INSTRUCTIONS["wgmma s8" if gpu.name == "sm_90" else "mma.sync s8"]
+    assert "bf16" in values or "kind::f16" in values

@@ -13,6 +13,7 @@ from qvgen.kernels import block_ops, registry
 from qvgen.kernels.checked import check_layer
 from qvgen.kernels.registry import LayerTensors
 from qvgen.kernels.triton import backend
+from qvgen.kernels.triton.attention import launch
 from qvgen.nn.packed_linear import PackedLinear
 from qvgen.nn.timestep import set_timestep
 from tests.support.packed_reference import WEIGHTS, build, inputs, scheme_of
@@ -168,3 +169,10 @@ def test_wrong_dtypes_of_a_layers_own_tensors() -> None:
     for changed, said in wrong:
         with pytest.raises(ValueError, match=said):
             check_layer(LayerTensors(**{**tensors._asdict(), **changed}), torch.device("cpu"), quantized=True)
+
+
+@pytest.mark.parametrize(("dtype", "size", "said"), [(torch.float32, 64, "dtype=torch.bfloat16"), (torch.float16, 160, "160")])
+def test_attention_in_8_bits_on_a_gpu(dtype: torch.dtype, size: int, said: str) -> None:
+    q = torch.empty(1, 3, 2, size, dtype=dtype)
+    assert said in launch.refusal(q) and not launch.takes(q, q, q)
+    assert launch.takes(*[q[..., :64].half()] * 3) and not launch.takes(*[q[:, :0, :, :64].half()] * 3)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qvgen.kernels import registry
-from qvgen.kernels.triton.backend import device_refusal, refusal
+from qvgen.kernels.triton.backend import missing
 from qvgen.kernels.triton.training import self_check
 from qvgen.kernels.triton.training.self_check import Kernels
 from qvgen.quant.scheme import QuantArgs
@@ -40,11 +40,6 @@ def runs(x: Tensor, args: QuantArgs, dtype: torch.dtype) -> bool:
 
 def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
-
-
-def missing(device: torch.device) -> str:
-    """Why the kernels cannot run on this GPU; empty if they can."""
-    return refusal() or device_refusal(torch.cuda.get_device_capability(device))
 
 
 def forward(x: Tensor, scale: Tensor, zero_point: Tensor, args: QuantArgs, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,1 @@
+"""Attention with scores of 8-bit codes on a GPU. Importing this package imports no triton."""
