@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.integration]
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That stands before qat, with few steps."""
     folder = make_project(tmp_path_factory.mktemp("joined") / "project", "wan", processes=2)
-    change(folder, qat={"steps": 5, "checkpoint_every": 2}, decay={"phase_steps": 2, "final_steps": 2})
+    change(folder, qat={"steps": 3, "checkpoint_every": 2}, decay={"phase_steps": 1, "final_steps": 2})
     run_stages(folder, "fetch", "prepare", "calibrate", "qat")
     return folder
 
@@ -50,7 +50,7 @@ def test_torchrun_gives_the_bytes_that_two_processes_give(project: Path, tmp_pat
     assert "share 2 of 2" in done.stderr
     state = "artifacts/qat/state.safetensors"
     assert (folder / state).read_bytes() == (project / state).read_bytes()
-    assert len((folder / "metrics/qat.csv").read_text().splitlines()) == 1 + 5
+    assert len((folder / "metrics/qat.csv").read_text().splitlines()) == 1 + 3
 
 
 def test_processes_that_share_the_model_meet_on_this_host_alone(
