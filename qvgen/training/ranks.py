@@ -76,8 +76,8 @@ def ranks(size: int, device: torch.device, replica: Callable[[Ranks], object]) -
     share the threads.
 
     With RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment, as torchrun sets them, this process joins that
-    group instead, which may be larger than `size` and on several hosts; none but 0 is to enter the block without calling
-    `replica` there.
+    group instead, of any size and on one host or several. Then the block is entered with every rank, and is to call
+    `replica` where that is not 0.
 
     Raises ValueError if one of the others ends before its time; what it said is on stderr.
     """
@@ -147,13 +147,13 @@ def _joined(ranks: Ranks) -> Iterator[Ranks]:
             f"MASTER_PORT={port:.40} is no number: it is the port at MASTER_ADDR={host:.100} where processes meet"
         )
     store = None  # torch's own, at that address: of torchrun, or of rank 0
-    if host in _LOOPBACK:
-        _stay_on_this_host()
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            store = _local_store(host, int(port), ranks)
     try:
+        if host in _LOOPBACK:
+            _stay_on_this_host()
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                store = _local_store(host, int(port), ranks)
         _join_group(store, ranks)
-    except dist.DistError as error:
+    except (dist.DistError, OSError) as error:
         raise ValueError(
             f"{ranks.size} processes did not meet at MASTER_ADDR={host:.100} MASTER_PORT={port}: {error}"
         ) from None

@@ -101,6 +101,13 @@ def test_a_process_that_no_other_can_meet_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(ValueError, match=r"MASTER_PORT= is no number: it is the port at MASTER_ADDR=127\.0\.0\.1"):
         join()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(
+            ValueError, match=r"2 processes did not meet at MASTER_ADDR=127\.0\.0\.1 MASTER_PORT=\d+: .*in use"
+        ):
+            join()
     monkeypatch.setattr("socket.if_nameindex", lambda: [(1, "eth0")])
     monkeypatch.setenv("MASTER_PORT", "1")
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
