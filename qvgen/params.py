@@ -146,9 +146,7 @@ class Pack(_Section):
 
 class Evaluate(_Section):
     prompts: int = Field(ge=1, le=LARGEST, description="videos of each model, each with its own seed")
-    prompts_file: str | None = Field(
-        default=None, min_length=1, description="one prompt a line (.txt), or objects with a caption (.jsonl); null: captions"
-    )
+    prompts_file: str | None = Field(default=None, min_length=1, description=".txt: a prompt a line; .jsonl; null: captions")
     inference_steps: int = Field(ge=1, le=1000)
     guidance_scale: float = Field(ge=1)
     batch_size: int = Field(ge=1, le=LARGEST)
@@ -185,9 +183,8 @@ class Compute(_Section):
 
     device: str = Field(default="auto", pattern=DEVICE, description="auto, cpu, cuda, cuda:N or mps")
     processes: int = Field(default=1, ge=1, le=256, description="that share a batch in training, each on a GPU of its own")
-    micro_batch: int | None = Field(
-        default=None, ge=1, le=LARGEST, description="clips that training runs at once; gradients add up to qat.batch_size"
-    )
+    shard: bool = Field(default=False, description="processes share student, teacher and moments too, by FSDP2")
+    micro_batch: int | None = Field(default=None, ge=1, le=LARGEST, description="clips trained at once; gradients add up")
     checkpointing: bool = Field(default=False, description="blocks run again in the backward pass instead of being kept")
     workers: int = Field(default=0, ge=0, le=256, description="that read ahead: processes in training, threads in prepare")
     checkpoint_seconds: float = Field(default=0.0, ge=0, description="least time between two resume checkpoints")
@@ -233,6 +230,12 @@ class Params(_Section):
                 f"compute.micro_batch = {self.compute.micro_batch} does not divide qat.batch_size = "
                 f"{self.qat.batch_size}{each}: choose a divisor, or null"
             )
+        if self.compute.shard and self.chosen.finishes_whole:
+            faults.append(
+                f"compute.shard = true: method {self.method} needs the whole trained student, which no process has then"
+            )
+        if self.compute.shard and self.qat.optimizer != "adamw":
+            faults.append(f"compute.shard = true shares moments of qat.optimizer: adamw, not of {self.qat.optimizer}")
         for name, value in self.scheme.extras.items():
             if name not in self.chosen.extras:
                 users = [method for method, card in METHODS.items() if name in card.extras]

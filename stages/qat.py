@@ -7,15 +7,12 @@ Reads artifacts/model, artifacts/calibration, artifacts/data/train; writes the t
 from __future__ import annotations
 
 from stages.runtime.run import Stage, stage_main
-from stages.runtime.training import STATE, save_state, train, write_metrics
+from stages.runtime.training import QAT_STATE, save_state, train
 
 
 def run(stage: Stage) -> None:
-    trainer, rows = train(stage, 0, stage.params.schedule.hold_steps)
-    with stage.outputs("artifacts/qat") as folder:
-        save_state(folder / STATE, trainer)
-    write_metrics(stage, rows)
+    train(stage, 0, stage.params.schedule.hold_steps, QAT_STATE, save_state)
 
 
 if __name__ == "__main__":
-    stage_main("qat", run)
+    stage_main("qat", run, shared=True)

@@ -16,30 +16,44 @@ from torch import nn
 
 from qvgen.nn.swap import qat_layers
 from qvgen.phi.auxiliary import replace_parameters
-from qvgen.tensors import save_tensors
+from qvgen.sharded import is_sharded, shared_as
+from qvgen.tensors import save_gathered
 
 CODES = "codes"  # of a moment in 8 bits, beside its scale and its qmap
 
 
 def save_training_state(
-    path: str | Path,
+    path: str | Path | None,
     student: nn.Module,
     optimizer: torch.optim.Optimizer,
     average: dict[str, torch.Tensor] | None,
     step: int,
 ) -> None:
-    """Write the state beside `path` and rename it, so that a kill at any moment leaves a whole file."""
-    path = Path(path)
+    """Write the state beside `path` and rename it, so that a kill at any moment leaves a whole file.
+
+    Of a sharded student all processes call this, the first with a path, the others with None: each tensor is gathered by
+    itself, and the file is that of one process.
+    """
     names = {id(p): n for n, p in student.named_parameters()}
     tensors = {f"model.{n}": t for n, t in student.state_dict().items()}
+    of_phi = _shapes_of_phi(student)
+    shapes = {f"model.{n}": shape for n, shape in of_phi.items()}
     for parameter, state in optimizer.state.items():
         if id(parameter) in names:  # not Φ that has decayed away
+            name = names[id(parameter)]
             for moment, tensor in state.items():
-                tensors |= _plain(f"optimizer.{names[id(parameter)]}.{moment}", tensor)
+                tensors |= _plain(f"optimizer.{name}.{moment}", tensor)
+                if name in of_phi and tensor.ndim:
+                    shapes[f"optimizer.{name}.{moment}"] = of_phi[name]
     tensors |= {f"average.{n}": t for n, t in (average or {}).items()}
+    written = {k: v.detach() for k, v in tensors.items()}, {"step": str(step)}, shapes
+    if path is None:
+        save_gathered(None, *written)
+        return
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_tensors(temporary, {k: v.detach() for k, v in tensors.items()}, metadata={"step": str(step)})
+        save_gathered(temporary, *written)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -47,13 +61,15 @@ def save_training_state(
         temporary.unlink(missing_ok=True)
 
 
+@torch.no_grad()
 def load_training_state(
     path: str | Path,
     student: nn.Module,
     optimizer: torch.optim.Optimizer,
     average: dict[str, torch.Tensor] | None,
 ) -> int:
-    """Load into a freshly prepared student and its optimizer; returns the step. Φ is brought to the saved rank.
+    """Load into a freshly prepared student and its optimizer; returns the step. Φ is brought to the saved rank. A sharded
+    student takes its rows: how many processes wrote the file does not matter.
 
     Raises ValueError if the file is damaged or belongs to another model or method.
     """
@@ -67,7 +83,11 @@ def load_training_state(
     _shape_phi_(student, optimizer, model)
     if mismatch := set(student.state_dict()) ^ set(model):
         raise ValueError(f"{path} is the state of another model: {len(mismatch)} tensors differ, such as {min(mismatch)}")
-    student.load_state_dict(model)
+    state, shapes = student.state_dict(), _shapes_of_phi(student)
+    for name, tensor in state.items():
+        if model[name].shape != shapes.get(name, tensor.shape):
+            raise ValueError(f"{path} is the state of another model: {name} is {list(model[name].shape)} there")
+        tensor.copy_(shared_as(tensor, model[name]))
     moments = _part(tensors, "optimizer.")
     if isinstance(optimizer, torch.optim.AdamW) and any(name.endswith(f".{CODES}") for name in moments):
         raise ValueError(f"{path} was written with qat.optimizer: adamw8bit; set that again, or delete it to start again")
@@ -77,20 +97,26 @@ def load_training_state(
     for parameter, fused in owned:
         state = _part(moments, f"{names[id(parameter)]}.")
         if state:
-            placed = {k: v.to(_device(k, parameter, fused)) for k, v in state.items()}
+            placed = {k: _placed(k, v, parameter, fused) for k, v in state.items()}
             optimizer.state[parameter] = _moments(placed, parameter.dtype)
     saved_average = _part(tensors, "average.")
     if (average is None) != (not saved_average):
         raise ValueError(f"{path} was written with another qat.ema_decay; delete it to start again")
     for name, value in saved_average.items():
         assert average is not None
-        average[name].copy_(value)
+        average[name].copy_(shared_as(average[name], value))
     return step
+
+
+def _shapes_of_phi(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of its factors by name, without the zeros that fill sharded ones up."""
+    layers = ((name, layer.phi) for name, layer in qat_layers(model) if layer.phi is not None)
+    return {f"{name}.phi.{part}": shape for name, phi in layers for part, shape in phi.shapes.items()}
 
 
 def _plain(name: str, tensor: Any) -> dict[str, torch.Tensor]:
     """A moment by its name, or if it is one of 8 bits (torchao's) the tensors that it consists of."""
-    if not hasattr(tensor, "__tensor_flatten__"):
+    if is_sharded(tensor) or not hasattr(tensor, "__tensor_flatten__"):
         return {name: tensor}
     parts, _ = tensor.__tensor_flatten__()
     return {f"{name}.{part}": getattr(tensor, part) for part in parts}
@@ -111,9 +137,11 @@ def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tens
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _device(moment: str, parameter: nn.Parameter, fused: bool) -> torch.device:
+def _placed(moment: str, value: torch.Tensor, parameter: nn.Parameter, fused: bool) -> torch.Tensor:
+    if moment != "step":
+        return shared_as(parameter, value)
     # AdamW counts steps on the CPU, but for the fused kernel, which reads the count.
-    return torch.device("cpu") if moment == "step" and not fused else parameter.device
+    return value.to(parameter.device if fused else "cpu")
 
 
 def _shape_phi_(student: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, torch.Tensor]) -> None:

@@ -71,6 +71,11 @@ class Method:
         """Whether its grids are those of `mse`."""
         return type(self).search is Method.search and type(self).channel_grid is Method.channel_grid
 
+    @property
+    def finishes_whole(self) -> bool:
+        """Whether `finish_` changes the trained student."""
+        return type(self).finish_ is not Method.finish_
+
     # Training
 
     def schedule(self, with_phi: RankDecaySchedule) -> RankDecaySchedule:

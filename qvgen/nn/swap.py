@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -118,8 +118,14 @@ def freeze_zero_points_(model: nn.Module) -> None:
             layer.weight_quantizer.zero_point.requires_grad_(False)
 
 
-def set_phi_(model: nn.Module, state: RankState, redecompose: bool = True) -> dict[nn.Parameter, nn.Parameter | None]:
-    """Bring every Φ to the rank and γ of a schedule's state. Returns the factors that were replaced, with the new ones."""
+def set_phi_(
+    model: nn.Module,
+    state: RankState,
+    redecompose: bool = True,
+    agree: Callable[[Sequence[torch.Tensor]], None] = lambda factors: None,
+) -> dict[nn.Parameter, nn.Parameter | None]:
+    """Bring every Φ to the rank and γ of a schedule's state. Returns the factors that were replaced, with the new ones.
+    `agree` makes new factors of several processes the same, in place."""
     replaced: dict[nn.Parameter, nn.Parameter | None] = {}
     gamma: torch.Tensor | None = None  # sent to the device once for all layers
     for _, layer in qat_layers(model):
@@ -127,9 +133,9 @@ def set_phi_(model: nn.Module, state: RankState, redecompose: bool = True) -> di
         if phi is None:
             continue
         if phi.rank > state.rank:
-            replaced |= phi.truncate(state.rank, redecompose)
+            replaced |= phi.truncate(state.rank, redecompose, agree)
         gamma = phi.gamma.new_tensor(state.gamma) if gamma is None else gamma
-        phi.gamma.copy_(gamma[: phi.rank])
+        phi.gamma[: phi.rank].copy_(gamma[: phi.rank])
         if state.rank == 0:
             layer.phi = None
     return replaced

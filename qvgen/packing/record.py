@@ -21,22 +21,10 @@ from typing import Any
 
 import torch
 
+from qvgen.tensors import DTYPE_NAMES
+
 KEY = "qvgen"  # of the metadata; its value is one JSON text
 _PIECE = 1 << 24  # bytes hashed at a time
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}  # fmt: skip  (names in a safetensors header)
 
 
 def record(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, str]:
@@ -44,7 +32,7 @@ def record(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> di
 
     Raises ValueError for a dtype that a safetensors file of ours does not have.
     """
-    if odd := {str(tensor.dtype) for tensor in tensors.values() if tensor.dtype not in _DTYPES}:
+    if odd := {str(tensor.dtype) for tensor in tensors.values() if tensor.dtype not in DTYPE_NAMES}:
         raise ValueError(f"no hash is defined for tensors of {', '.join(sorted(odd))}")
     with _pool() as pool:
         hashes = dict(zip(tensors, pool.map(_hash_tensor, tensors.values()), strict=True))
@@ -173,7 +161,7 @@ def _recorded(path: Path, header: dict[str, Any]) -> dict[str, Any] | None:
 
 def _hash_tensor(tensor: torch.Tensor) -> str:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return _hash(_DTYPES[tensor.dtype], list(tensor.shape), flat.numpy().data)
+    return _hash(DTYPE_NAMES[tensor.dtype], list(tensor.shape), flat.numpy().data)
 
 
 def _hash(dtype: str, shape: list[int], content: memoryview) -> str:

@@ -6,14 +6,19 @@ follow (QVGen, section 3.2). At the end of training its rank is 0 and nothing of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from qvgen.sharded import is_sharded, shared_as, whole
+
 
 class AuxiliaryModule(nn.Module):
-    """Factors `phi_up` (N, R) and `phi_down` (R, K), and γ (R,), which the schedule sets from outside."""
+    """Factors `phi_up` (N, R) and `phi_down` (R, K), and γ (R,), which the schedule sets from outside.
+
+    Sharded factors keep the shape that they had at first: what lies beyond `rank` is zero, gets no gradient and stays zero.
+    """
 
     gamma: torch.Tensor
 
@@ -26,6 +31,7 @@ class AuxiliaryModule(nn.Module):
             nn.Parameter(x.detach().clone(memory_format=torch.contiguous_format)) for x in (phi_up, phi_down)
         )
         self.register_buffer("gamma", torch.ones(phi_up.shape[1], device=phi_up.device), persistent=False)
+        self.rank = phi_up.shape[1]
 
     @classmethod
     def from_weight_error(cls, error: torch.Tensor, rank: int) -> AuxiliaryModule:
@@ -54,8 +60,9 @@ class AuxiliaryModule(nn.Module):
         return cls(torch.zeros(n, rank, device=weight.device), down.to(weight.device))
 
     @property
-    def rank(self) -> int:
-        return self.phi_up.shape[1]
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Of the factors, by name, without what lies beyond the rank."""
+        return {"phi_up": (self.phi_up.shape[0], self.rank), "phi_down": (self.rank, self.phi_down.shape[1])}
 
     def delta(self) -> torch.Tensor:
         """L diag(γ) R, (N, K)."""
@@ -68,10 +75,16 @@ class AuxiliaryModule(nn.Module):
         return torch.linalg.svdvals(core)
 
     @torch.no_grad()
-    def truncate(self, rank: int, redecompose: bool = True) -> dict[nn.Parameter, nn.Parameter | None]:
+    def truncate(
+        self,
+        rank: int,
+        redecompose: bool = True,
+        agree: Callable[[Sequence[torch.Tensor]], None] = lambda factors: None,
+    ) -> dict[nn.Parameter, nn.Parameter | None]:
         """Keep the first `rank` columns, and decompose the rest anew: columns ordered by singular value again.
 
-        Without `redecompose` the columns stay as they are. The public code's fault, below, has the same effect.
+        Without `redecompose` the columns stay as they are. The public code's fault, below, has the same effect. `agree` makes
+        the factors of several processes the same, in place.
 
         QR of L and R^T and the SVD of an R x R core give the factors of the full SVD at a fraction of its time. Returns
         the old factors with the new ones (None at rank 0), for `replace_parameters`: an optimizer that goes on with the
@@ -79,20 +92,30 @@ class AuxiliaryModule(nn.Module):
         """
         if not 0 <= rank <= self.rank:
             raise ValueError(f"cannot grow Φ from rank {self.rank} to {rank}")
-        up, down = self.phi_up[:, :rank], self.phi_down[:rank]
+        up, down = whole(self.phi_up)[:, :rank], whole(self.phi_down)[:rank]
         if rank and redecompose:
             q_up, r_up = torch.linalg.qr(up)
             q_down, r_down = torch.linalg.qr(down.T)
             u, s, vt = torch.linalg.svd(r_up @ r_down.T)
             root = s.sqrt()
             up, down = q_up @ (u * root), (root[:, None] * vt) @ q_down.T
+        up, down = up.contiguous(), down.contiguous()
+        if rank:
+            agree((up, down))
         return self.assign(up, down)
 
     def assign(self, up: torch.Tensor, down: torch.Tensor) -> dict[nn.Parameter, nn.Parameter | None]:
-        """Take other factors, of any rank. Returns the old parameters with the new ones, None if the rank is 0."""
-        old = (self.phi_up, self.phi_down)
-        self.phi_up, self.phi_down = nn.Parameter(up.contiguous()), nn.Parameter(down.contiguous())
-        self.gamma = torch.ones(self.rank, dtype=self.gamma.dtype, device=self.gamma.device)
+        """Take other factors, of any rank. Returns the old parameters with the new ones, None if the rank is 0; sharded ones
+        stay and take the values, because FSDP knows them and their shape, and the rank cannot exceed that of before."""
+        old, self.rank = (self.phi_up, self.phi_down), up.shape[1]
+        if is_sharded(self.phi_up):
+            with torch.no_grad():
+                for factor, value in zip(old, (up, down), strict=True):
+                    factor.copy_(shared_as(factor, value))
+            self.gamma.zero_()[: self.rank] = 1
+        else:
+            self.phi_up, self.phi_down = nn.Parameter(up.contiguous()), nn.Parameter(down.contiguous())
+            self.gamma = torch.ones(self.rank, dtype=self.gamma.dtype, device=self.gamma.device)
         new = (self.phi_up, self.phi_down) if self.rank else (None, None)
         return dict(zip(old, new, strict=True))
 

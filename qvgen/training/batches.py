@@ -29,6 +29,8 @@ class Batches(Dataset[Batch]):
             )
         self.data, self.family, self.params = data, family, params
         share = params.qat.batch_size // world_size
+        if share % (params.compute.micro_batch or share):  # checked for compute.processes, and torchrun may have started more
+            raise ValueError(f"compute.micro_batch = {params.compute.micro_batch} does not divide a process's {share} clips")
         self.share = slice(rank * share, (rank + 1) * share)
         self._size = data.size_index
         numbers = range(int(self._size.max()) + 1) if data.has_several_sizes else ()

@@ -22,6 +22,7 @@ from qvgen.nn.swap import set_phi_
 from qvgen.params import Params
 from qvgen.phi.auxiliary import replace_parameters
 from qvgen.quant.primitives import NUM_TRAIN_TIMESTEPS
+from qvgen.sharded import is_sharded, own_rows, whole
 from qvgen.training.batches import Batch, Batches
 from qvgen.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from qvgen.training.ranks import Ranks
@@ -46,7 +47,7 @@ class StepRecord:
 class Trainer:
     """Student, optimizer and step of one run; of `params` it reads seed, method, qat and decay. `student` must be as the
     method's `prepare_` leaves it, with Φ or adapters attached if it has them. `ranks`: processes that train along, each with
-    a trainer like this one."""
+    a trainer like this one, and where the models are sharded with its part of them."""
 
     def __init__(
         self,
@@ -60,6 +61,7 @@ class Trainer:
         self.student, self.teacher = student, teacher.eval().requires_grad_(False)
         self.device = next(student.parameters()).device
         self.ranks = ranks or Ranks(self.device)
+        self.sharded = is_sharded(next(student.parameters()))
         self.family, self.data = family, data
         self.batches = Batches(data, family, params, self.ranks.rank, self.ranks.size)
         self.params, self.method, self.schedule = params, params.chosen, params.schedule
@@ -80,15 +82,16 @@ class Trainer:
         for step in range(self.step, until):
             started = time.perf_counter()
             phi = self.schedule.at(step)
-            replaced = set_phi_(self.student, phi, self.params.decay.redecompose)
-            self.ranks.copy_from_first_([new.data for new in replaced.values() if new is not None])
+            replaced = set_phi_(self.student, phi, self.params.decay.redecompose, self.ranks.copy_from_first_)
             replace_parameters(self.optimizer, replaced)
             factor = learning_rate_factor(step, self.schedule.total_steps, qat)
             set_learning_rate(self.optimizer, factor)
 
             loss = self._backward(next(batches))
-            self.ranks.average_([loss, *(p.grad for p in self.student.parameters() if p.grad is not None)])
-            norm = nn.utils.clip_grad_norm_(self.student.parameters(), qat.max_grad_norm)
+            # Gradients of a sharded student are averaged as they are made.
+            own = [] if self.sharded else [p.grad for p in self.student.parameters() if p.grad is not None]
+            self.ranks.average_([loss, *own])
+            norm = whole(nn.utils.clip_grad_norm_(self.student.parameters(), qat.max_grad_norm))
             reached, size = torch.stack([loss, norm]).tolist()  # the only wait for the device in a step
             if not math.isfinite(reached):
                 self.optimizer.zero_grad(set_to_none=True)
@@ -162,4 +165,4 @@ class Trainer:
         decay = self.params.qat.ema_decay
         assert decay is not None
         for name, parameter in self._averaged():
-            self.average[name].lerp_(parameter, 1 - decay)
+            own_rows(self.average[name]).lerp_(own_rows(parameter), 1 - decay)

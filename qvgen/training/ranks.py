@@ -1,8 +1,9 @@
 """Data-parallel training: processes that share each batch, one for each GPU, or for some of the cores of a CPU.
 
-Every process ("rank") holds the whole student and takes the same steps: it computes the gradient of its share of a batch, and
-`average_` makes of them the gradient of the whole. Rank 0 is the process that asks; it starts the others on the same machine,
-and they train along and write nothing. Results are those of one process up to rounding.
+Every process ("rank") takes the same steps: it computes the gradient of its share of a batch, and `average_` makes of them the
+gradient of the whole. Each holds the whole student, or some rows of every tensor (sharding.py). Rank 0 is the process that
+asks; it starts the others on the same machine, or is one of a group that torchrun or a user has started, on one or several
+hosts. The others train along and write nothing. Results are those of one process up to rounding.
 
 Not DistributedDataParallel: Φ changes its shape while it decays, so that the wrapper would have to be made anew, and families
 call the model by its own attributes. Gradients are not sent while the backward pass still runs.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
+import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -27,9 +28,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from qvgen.share import Share
+
 _TOGETHER = 1 << 22  # numbers that small tensors are sent in at a time
 _PATIENCE = timedelta(hours=1)  # for rank 0, while it writes a state of training
-_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"  # nothing listens to other machines
+_LOOPBACK = ("localhost", "127.0.0.1")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,12 @@ class Ranks:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
+    def first_says(self, value: bool) -> bool:
+        """The value that rank 0 gives."""
+        said = torch.tensor(int(value), device=self.device)
+        self.copy_from_first_([said])
+        return bool(said)
+
 
 @contextmanager
 def ranks(size: int, device: torch.device, replica: Callable[[Ranks], object]) -> Iterator[Ranks]:
@@ -66,8 +75,21 @@ def ranks(size: int, device: torch.device, replica: Callable[[Ranks], object]) -
     (a function of a module, or a partial of one) and communicate as this process does within the block. On the CPU they
     share the threads.
 
+    With RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment, as torchrun sets them, this process joins that
+    group instead, of any size and on one host or several. Then the block is entered with every rank, and is to call
+    `replica` where that is not 0.
+
     Raises ValueError if one of the others ends before its time; what it said is on stderr.
     """
+    share = Share.from_environment()
+    if share.world_size > 1 and os.environ.get("MASTER_ADDR"):
+        with _joined(Ranks(device, share.rank, share.world_size)) as joined:
+            yield joined
+        return
+    if not share.is_main:
+        raise ValueError(
+            f"RANK={share.rank}: processes of training meet at MASTER_ADDR and MASTER_PORT, as torchrun sets them"
+        )
     devices = devices_from(device, size)
     if len(devices) < size:
         print(f"compute.processes = {size}, but GPUs for {len(devices)} from {device} on: results are the same up to rounding")
@@ -87,7 +109,7 @@ def ranks(size: int, device: torch.device, replica: Callable[[Ranks], object]) -
             for process in others:
                 process.start()
             torch.set_num_threads(each)
-            _join_group(store, first := Ranks(devices[0], 0, size))
+            _join_group(_file_store(store, size), first := Ranks(devices[0], 0, size))
             yield first
             for process in others:
                 process.join()
@@ -117,14 +139,58 @@ def devices_from(device: torch.device, size: int) -> list[torch.device]:
     return [torch.device("cuda", first + rank) for rank in range(possible[-1])]
 
 
-def _join_group(store: Path, ranks: Ranks) -> None:
+@contextmanager
+def _joined(ranks: Ranks) -> Iterator[Ranks]:
+    host, port = os.environ["MASTER_ADDR"], os.environ.get("MASTER_PORT", "")
+    if not port.isdigit():
+        raise ValueError(
+            f"MASTER_PORT={port:.40} is no number: it is the port at MASTER_ADDR={host:.100} where processes meet"
+        )
+    store = None  # torch's own, at that address: of torchrun, or of rank 0
+    try:
+        if host in _LOOPBACK:
+            _stay_on_this_host()
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                store = _local_store(host, int(port), ranks)
+        _join_group(store, ranks)
+    except (dist.DistError, OSError) as error:
+        raise ValueError(
+            f"{ranks.size} processes did not meet at MASTER_ADDR={host:.100} MASTER_PORT={port}: {error}"
+        ) from None
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()
+
+
+def _local_store(host: str, port: int, ranks: Ranks) -> dist.Store:
+    """A meeting place that only this host can reach: by itself TCPStore listens to the whole network."""
+    listening = None if ranks.rank else socket.create_server((host, port)).detach()
+    return dist.TCPStore(host, port, ranks.size, ranks.rank == 0, _PATIENCE, master_listen_fd=listening)
+
+
+def _file_store(path: Path, size: int) -> dist.Store:
+    """A meeting place that has no port. Its processes talk on this host alone."""
+    _stay_on_this_host()
+    return dist.FileStore(str(path), size)
+
+
+def _stay_on_this_host() -> None:
+    """Gloo and NCCL take the loopback interface, unless the user named another. Raises ValueError where there is none."""
+    named = [name for _, name in socket.if_nameindex()]
+    loopback = next((name for name in named if name in ("lo", "lo0")), None)
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        os.environ.setdefault(variable, _INTERFACE)
+        if loopback is None and variable not in os.environ:
+            raise ValueError(f"no loopback interface among {', '.join(named)}: name one in {variable}")
+        os.environ.setdefault(variable, loopback or "")
+
+
+def _join_group(store: dist.Store | None, ranks: Ranks) -> None:
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     dist.init_process_group(
         "nccl" if ranks.device.type == "cuda" else "gloo",
-        store=dist.FileStore(str(store), ranks.size),  # a store on a port would listen to the whole network
+        store=store,
         rank=ranks.rank,
         world_size=ranks.size,
         timeout=_PATIENCE,
@@ -136,10 +202,10 @@ def _other(ranks: Ranks, store: Path, threads: int, replica: Callable[[Ranks], o
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
-        _join_group(store, ranks)
+        _join_group(_file_store(store, ranks.size), ranks)
         replica(ranks)
     except FloatingPointError:  # the same numbers, and rank 0 says it
-        sys.exit(1)
+        raise SystemExit(1) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

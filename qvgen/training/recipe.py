@@ -23,6 +23,7 @@ from qvgen.params import Params
 from qvgen.training.calibration import Calibration, apply_folds_, calibrate_
 from qvgen.training.loop import Trainer
 from qvgen.training.ranks import Ranks
+from qvgen.training.sharding import shard_, start_phi_
 
 
 @dataclass(frozen=True)
@@ -59,20 +60,29 @@ def build_trainer(params: Params, sources: Sources, resumed: bool = False, ranks
     """Trainer at step 0: the student as the method starts it, and the full-precision teacher.
 
     `resumed`: a training state will be loaded into it, so that what costs time and is then overwritten is left out. `ranks`:
-    the processes that share its batches.
+    the processes that share its batches, and with compute.shard the models.
     """
     # In mixed precision the teacher is loaded in the dtype that it computes in: half the memory.
     dtype = torch.bfloat16 if params.qat.precision == "bfloat16" else torch.float32
     device = ranks.device if ranks else resolve_device(params.compute.device)
-    (teacher, family), (student, _) = _load(sources, device, dtype), _load(sources, device)
+    among = ranks if ranks and ranks.size > 1 and params.compute.shard else None  # that share a model
+    at = torch.device("cpu") if among else device
+    teacher, family = _load(sources, at, dtype)
+    if among:
+        shard_(teacher.requires_grad_(False), among)
+    student, _ = _load(sources, at)
 
     def quantize_(model: nn.Module) -> None:
         apply_folds_(model, family, load_folds(sources.calibration / "folds.safetensors"))
         grids = load_grids(sources.calibration / "grids.safetensors")
         prepare_(model, params.effective_scheme, default_targets=family.default_targets, grids=grids)
 
-    start = params.decay.model_copy(update={"initialization": "zero"}) if resumed else params.decay  # of Φ
+    start = params.decay.model_copy(update={"initialization": "zero"}) if resumed or among else params.decay  # of Φ
     params.chosen.prepare_(student, quantize_, start, torch.Generator().manual_seed(params.seed))
+    if among:
+        shard_(student, among)
+        if not resumed and params.decay.initialization == "weight_error":
+            start_phi_(student, among.copy_from_first_)
     return Trainer(student, teacher, family, LatentDataset.open(sources.data / "train"), params, ranks)
 
 

@@ -22,36 +22,69 @@ if TYPE_CHECKING:
     from qvgen.training.ranks import Ranks
     from qvgen.training.recipe import Sources
 
+    Save = Callable[[Path | None, Trainer], None]
+
 STATE = "state.safetensors"
+QAT_STATE = Path("artifacts/qat") / STATE
 COLUMNS: tuple[str, ...] = ("step", "loss", "gradient_norm", "rank", "u", "lr", "seconds")
 LAST = 50  # steps averaged into the final loss
 
 
-def train(stage: Stage, first: int, until: int, start: Path | None = None) -> tuple[Trainer, list[dict[str, float]]]:
-    """Train from step `first`, whose state is in the file `start` if it is not the beginning, up to step `until`; or from this
-    stage's own checkpoint if there is one. Returns the trainer and one row per step."""
+def train(stage: Stage, first: int, until: int, output: Path, save: Save, start: Path | None = None) -> None:
+    """Train from step `first`, whose state is in the project's file `start` if it is not the beginning, up to step `until`,
+    or from this stage's own checkpoint if there is one. Then the first process writes metrics, and with `save(path, trainer)`
+    the project's file `output`. Of a sharded model all processes call that, the others with None for the path."""
     from qvgen.training.ranks import ranks
     from qvgen.training.recipe import Sources
 
     checkpoint = stage.checkpoint_dir / STATE
-    build = partial(_trainer, stage.params, Sources.of(stage.root), checkpoint if checkpoint.exists() else start)
-    with ranks(stage.params.compute.processes, stage.device, partial(_train_along, build, until)) as group:
+    build = partial(_trainer, stage.params, Sources.of(stage.root), checkpoint, start and stage.root / start)
+    train_along = partial(_train_along, build, until, save)
+
+    def write() -> None:
+        with stage.outputs(output.parent) as folder:
+            save(folder / output.name, trainer)
+
+    with ranks(stage.params.compute.processes, stage.device, train_along) as group:
+        if group.rank:  # of a group that it has joined
+            train_along(group)
+            return
         trainer = build(group)
-        return trainer, _train(stage, trainer, first, until)
+        rows = _train(stage, trainer, first, until)
+        if trainer.sharded:
+            write()
+    if not trainer.sharded:  # with all threads
+        write()
+    write_metrics(stage, rows)
 
 
-def _trainer(params: Params, sources: Sources, state: Path | None, group: Ranks) -> Trainer:
+def _trainer(params: Params, sources: Sources, checkpoint: Path, start: Path | None, group: Ranks) -> Trainer:
     from qvgen.checkpoint.training import load_training_state
     from qvgen.training.recipe import build_trainer
 
+    state = checkpoint if group.first_says(checkpoint.exists()) else start
     trainer = build_trainer(params, sources, resumed=state is not None, ranks=group)
     if state is not None:
         trainer.step = load_training_state(state, trainer.student, trainer.optimizer, trainer.average)
     return trainer
 
 
-def _train_along(build: Callable[[Ranks], Trainer], until: int, group: Ranks) -> None:
-    build(group).run(until)
+def _train_along(build: Callable[[Ranks], Trainer], until: int, save: Save, group: Ranks) -> None:
+    trainer = build(group)
+    if not trainer.sharded:
+        trainer.run(until)
+        return
+
+    def on_step(trainer: Trainer, record: StepRecord) -> None:
+        if _may_checkpoint(trainer, until) and group.first_says(False):
+            save_state(None, trainer)
+
+    trainer.run(until, on_step)
+    save(None, trainer)
+
+
+def _may_checkpoint(trainer: Trainer, until: int) -> bool:
+    return trainer.step % trainer.params.qat.checkpoint_every == 0 and trainer.step < until
 
 
 def _train(stage: Stage, trainer: Trainer, first: int, until: int) -> list[dict[str, float]]:
@@ -73,19 +106,23 @@ def _train(stage: Stage, trainer: Trainer, first: int, until: int) -> list[dict[
             progress.set_postfix(loss=f"{record.loss:.4f}", rank=record.rank, grad=f"{record.gradient_norm:.3f}")
             progress.update()
             due = time.monotonic() - written >= stage.params.compute.checkpoint_seconds
-            if due and trainer.step % stage.params.qat.checkpoint_every == 0 and trainer.step < until:
+            if _may_checkpoint(trainer, until) and (trainer.ranks.first_says(due) if trainer.sharded else due):
                 with stage.resumable():
-                    # First, and whole or not at all: rows beyond the state's step are cut on resume.
-                    write_rows(checkpoint.with_suffix(".new"), rows)
-                    checkpoint.with_suffix(".new").replace(checkpoint.with_suffix(".csv"))
-                    save_state(checkpoint, trainer)
+                    path = None  # if rows cannot be written: the others wait to be asked for their parts all the same
+                    try:
+                        # First, and whole or not at all: rows beyond the state's step are cut on resume.
+                        write_rows(checkpoint.with_suffix(".new"), rows)
+                        path = checkpoint.with_suffix(".new").replace(checkpoint.with_suffix(".csv")).with_name(STATE)
+                    finally:
+                        save_state(path, trainer)
                 written = time.monotonic()
 
         trainer.run(until, on_step)
     return rows
 
 
-def save_state(path: Path, trainer: Trainer) -> None:
+def save_state(path: Path | None, trainer: Trainer) -> None:
+    """Write a training state; without a path help the process that does, if the model is sharded."""
     from qvgen.checkpoint.training import save_training_state
 
     save_training_state(path, trainer.student, trainer.optimizer, trainer.average, trainer.step)

@@ -24,6 +24,7 @@ from qvgen.quant.scheme import QuantScheme
 from qvgen.training.loop import StepRecord, Trainer
 from qvgen.training.optim import build_optimizer, learning_rate_factor
 from qvgen.training.ranks import Ranks
+from qvgen.training.sharding import shard_, start_phi_
 
 SCHEME = QuantScheme(timestep_groups=5)
 ROOT = Path(__file__).parents[2]
@@ -92,8 +93,13 @@ def trainer(name: str, params: Params = SETTINGS, scheme: QuantScheme = SCHEME, 
         assert layer.input_quantizer is not None
         nn.init.constant_(layer.input_quantizer.clip_lower_logit, 1.5)
         nn.init.constant_(layer.input_quantizer.clip_upper_logit, 1.5)
+    sharded = ranks is not None and ranks.size > 1 and params.compute.shard
     if params.schedule.initial_rank:
-        add_phi_(student, params.schedule.initial_rank)
+        add_phi_(student, params.schedule.initial_rank, torch.Generator().manual_seed(0) if sharded else None)
+    if ranks is not None and sharded:
+        for model in (teacher.requires_grad_(False), student):
+            shard_(model, ranks)
+        start_phi_(student, ranks.copy_from_first_)
     return Trainer(student, teacher, family, data, params, ranks)
 
 

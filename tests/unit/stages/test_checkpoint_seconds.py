@@ -16,9 +16,10 @@ def test_checkpoints_wait_for_their_time(
     seconds: int, expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, saved = SimpleNamespace(now=0.0), []
+    compute, qat = SimpleNamespace(checkpoint_seconds=seconds), SimpleNamespace(checkpoint_every=2)
 
     class Trainer:
-        step = 0
+        step, sharded, params = 0, False, SimpleNamespace(compute=compute, qat=qat)
 
         def run(self, until: int, on_step: Any) -> None:
             for step in range(until):
@@ -34,7 +35,7 @@ def test_checkpoints_wait_for_their_time(
         progress=lambda *_, **__: Nothing(),
         log_metrics=lambda *_, **__: None,
         resumable=Nothing,
-        params=SimpleNamespace(compute=SimpleNamespace(checkpoint_seconds=seconds), qat=SimpleNamespace(checkpoint_every=2)),
+        params=Trainer.params,
     )
     rows = training._train(stage, Trainer(), 0, 10)  # type: ignore[arg-type]
     assert saved == expected and len(rows) == 10

@@ -43,6 +43,9 @@ def test_processes_share_the_batch_of_one() -> None:
         ValueError, match="batch_size = 6 clips cannot be shared equally by 4 processes: choose a multiple of 4"
     ):
         Batches(data(), WanFamily(), params(), 0, 4)
+    in_threes = params().model_copy(update={"compute": params().compute.model_copy(update={"micro_batch": 3})})
+    with pytest.raises(ValueError, match=r"micro_batch = 3 does not divide a process's 2 clips"):
+        Batches(data(), WanFamily(), in_threes, 0, 3)
 
 
 def test_captions_are_dropped_and_belong_to_their_clips() -> None:
