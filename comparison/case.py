@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comparison.cases import CLIPS, REFERENCE, RESULTS, Case, read_settings, reference_params
-from comparison.store import save_clips, short, thinned, write_result
+from comparison.store import save_clips, short, shortened, thinned, write_result
 from qvgen.training.recipe import Sources, build_trainer, calibrate, finish
 from stages.runtime.run import Stage
 
@@ -72,7 +72,7 @@ def measure(stage: Stage, case: Case, factor: float, made: Mapping[str, Any]) ->
         else:
             scores["layer_error"] = layer_errors(trainer, student, sources, params)
             scores |= packed_scores(stage, case, student, params, sources, Path(temporary))
-    result: dict[str, Mapping[str, Any]] = {"made": made, "scores": scores}
+    result: dict[str, Mapping[str, Any]] = {"made": made, "scores": shortened(scores)}
     if case.group in ("main", "low"):  # the report shows no others
         result |= {"curve": thinned(curve)} if curve else {}
         result |= {"spectrum": spectrum} if spectrum["step"] else {}
@@ -214,5 +214,5 @@ def packed_scores(stage: Stage, case: Case, student: Any, params: Params, source
         "velocity_mse_by_timestep": {
             str(timestep): short(error) for timestep, error in zip(trial.timesteps, velocity_mse(reference, seen), strict=True)
         },
-        "psnr_db_by_prompt": [round(float(value), 3) for value in psnr_db(reference.clips, seen.clips)[:ablated]],
+        "psnr_db_by_prompt": [round(float(value), 2) for value in psnr_db(reference.clips, seen.clips)[:ablated]],
     }

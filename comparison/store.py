@@ -135,15 +135,21 @@ def thinned(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     """
     width = max(1, -(-len(rows) // POINTS))
     windows = [rows[i : i + width] for i in range(0, len(rows), width)]
-    columns = {key: [short(statistics.fmean(r[key] for r in w)) for w in windows] for key in ("step", "loss", "gradient_norm")}
+    columns = {"step": [short(statistics.fmean(r["step"] for r in w)) for w in windows]}
+    columns |= {key: [short(statistics.fmean(r[key] for r in w), 4) for w in windows] for key in ("loss", "gradient_norm")}
     if any(row["rank"] for row in rows):
-        columns |= {key: [short(w[len(w) // 2][key]) for w in windows] for key in ("rank", "u")}
+        columns |= {key: [short(w[len(w) // 2][key], 4) for w in windows] for key in ("rank", "u")}
     return columns
 
 
-def short(value: float) -> float:
-    """Six digits: enough to draw, and to show three of."""
-    short = float(f"{value:.6g}")
+def shortened(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Six digits of each number."""
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in scores.items()}
+
+
+def short(value: float, digits: int = 6) -> float:
+    """Six digits are enough to show three of, four to draw."""
+    short = float(f"{value:.{digits}g}")
     return int(short) if short.is_integer() else short
 
 

@@ -99,8 +99,8 @@ def _train(stage: Stage, trainer: Trainer, first: int, until: int) -> list[dict[
 
         def on_step(trainer: Trainer, record: StepRecord) -> None:
             nonlocal written
-            # Seven digits are all that a float32 has; more would be most of the file.
-            row = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in record.as_dict().items()}
+            # Digits enough to draw; more would be most of the file.
+            row = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in record.as_dict().items()}
             rows.append(row)
             stage.log_metrics({k: v for k, v in row.items() if k != "step"}, step=record.step)
             progress.set_postfix(loss=f"{record.loss:.4f}", rank=record.rank, grad=f"{record.gradient_norm:.3f}")
