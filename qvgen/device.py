@@ -1,4 +1,5 @@
-"""The device that stages compute on: `compute.device` of params.yaml, or the variable QVGEN_DEVICE, which overrides it.
+"""The device that stages compute on: `compute.device` of params.yaml, or the variable QVGEN_DEVICE, which overrides it; and
+its memory.
 
 Random numbers are drawn on the CPU whatever the device, so that every device trains on the same clips, noise and timesteps.
 """
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 PATTERN = r"^(auto|cpu|cuda(:\d+)?|mps)$"  # of a device's name; params.yaml is read with it, so torch is not imported here
 VARIABLE = "QVGEN_DEVICE"
+# In what PyTorch and NumPy say of a lack of memory.
+_WANTED = re.compile(r"(?:tried|unable) to allocate (\d+(?:\.\d+)?) ?(bytes|[KMGTP]i?B)", re.IGNORECASE)
+_FREE = re.compile(r"GPU (\d+) has a total capacity of (\S+ \S+) of which (\S+ \S+) is free")
 
 
 def resolve_device(wanted: str = "auto") -> torch.device:
@@ -90,3 +94,22 @@ def peak_resident_mb() -> float:
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024 / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
+
+
+def lack_of_memory(error: BaseException) -> str | None:
+    """Of an error that is a lack of memory: where, how much more was wanted and how much was free, as far as it says; None
+    of other errors."""
+    text = str(error)
+    lacking = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if not lacking and not (isinstance(error, RuntimeError) and re.search("can't allocate memory|out of memory", text)):
+        return None
+    wanted, free = _WANTED.search(text), _FREE.search(text)
+    amount = "more was wanted than there is"
+    if wanted:
+        number, unit = wanted.groups()
+        amount = f"{float(number) / 1e9:.2f} GB" if unit == "bytes" else f"{number} {unit}"
+        amount += " more were wanted"
+    if free:
+        return f"out of memory on GPU {free[1]}: {amount}, {free[3]} of {free[2]} were free"
+    on_cpu = isinstance(error, MemoryError) or "CPUAllocator" in text
+    return f"out of memory on {'the CPU' if on_cpu else 'the GPU'}: {amount}"

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qvgen.memory import lack_of_memory
+from qvgen.device import lack_of_memory
 
 _LESS = (
     "to need less, give fewer --frames, a smaller --height and --width, --batch-size or --processes where the command has "

@@ -6,8 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from qvgen.device import peak_resident_mb, resolve_device
-from qvgen.memory import lack_of_memory
+from qvgen.device import lack_of_memory, peak_resident_mb, resolve_device
 
 if TYPE_CHECKING:
     from qvgen.params import Params

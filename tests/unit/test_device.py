@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from qvgen.cli.app import run_app
-from qvgen.device import resolve_device, synchronize, widest_float
-from qvgen.memory import lack_of_memory
+from qvgen.device import lack_of_memory, resolve_device, synchronize, widest_float
 from qvgen.params import ParamsError, validate_params
 
 ROOT = Path(__file__).parents[2]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qvgen.kernels import registry
+from qvgen.kernels.cpu import training as cpu
 from qvgen.kernels.triton.training import launch, self_check
 from qvgen.quant.primitives import fake_quantize, gradients, quantized, range_to_grid
 from qvgen.quant.scheme import QuantArgs
@@ -36,6 +37,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.delenv(registry.ENVIRONMENT, raising=False)
     monkeypatch.setattr(launch, "on_gpu", lambda _: True)
     monkeypatch.setattr(launch, "missing", lambda _: "")
+    monkeypatch.setattr(cpu, "runs", lambda *_: False)  # what is not on a GPU is left to PyTorch's operations
     for name, empty in (("_agreed", set()), ("_wrong", {}), ("_announced", set())):
         monkeypatch.setattr(self_check, name, empty)
     use(monkeypatch, right(calls))
