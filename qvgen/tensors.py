@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -13,40 +14,41 @@ import torch
 
 from qvgen.sharded import is_sharded, whole
 
+# As a safetensors header has them, in the order in which safetensors' own writer stores them.
 DTYPE_NAMES = {
+    torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
+    torch.int32: "I32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
+    torch.int16: "I16",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
-}  # fmt: skip  (in a safetensors header)
+}
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write `tensors` to `path`, as safetensors' own `save_file` does, and give the file the mode that the umask says.
+    """Write `tensors` to `path`: the bytes that safetensors' own `save_file` writes, one tensor after the other, beside it and
+    renamed. Raises ValueError for a dtype that is none of DTYPE_NAMES.
 
-    `save_file` leaves it readable for its owner alone (0600), because it renames a temporary file: colleagues and servers
-    could not read a packed model. A tensor that several names have, as those of a layer in two places, is stored for each of
-    them, which `save_file` refuses. It also writes several metadata entries in an order that changes from process to process;
-    here they are sorted.
+    `save_file` copies all tensors before it writes the first: a state of training would be in memory twice. It also leaves the
+    file readable for its owner alone (0600), so that colleagues and servers could not read a packed model, refuses a tensor
+    that several names have, as those of a layer in two places, and writes metadata in an order that changes from process to
+    process; here it is sorted.
     """
-    from safetensors.torch import save_file
-
     path = Path(path)
-    path.open("wb").close()  # the operating system applies umask and default rights of the folder
-    mode = path.stat().st_mode & 0o777
-    save_file(own_memory(tensors), path, metadata=None if metadata is None else dict(metadata))
-    if metadata is not None and len(metadata) > 1:
-        _sort_metadata(path)
-    path.chmod(mode)
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with new.open("wb") as file:
+            file.writelines(_file(tensors, {}, metadata))
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def own_memory(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -60,18 +62,6 @@ def own_memory(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         seen.add(start)
         found[name] = tensor
     return found
-
-
-def _sort_metadata(path: Path) -> None:
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        again = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(again) > length:
-            raise ValueError(f"{path}: its header cannot be written in {length} bytes")
-        file.seek(8)
-        file.write(again.ljust(length))
 
 
 def save_gathered(
@@ -101,7 +91,11 @@ def save_gathered(
 
 def _file(tensors: Mapping[str, torch.Tensor], shapes: Shapes, metadata: Mapping[str, str] | None) -> Iterator[memoryview]:
     """A safetensors file in pieces: its header, and every tensor."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    rank = {dtype: number for number, dtype in enumerate(DTYPE_NAMES)}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in rank:
+            raise ValueError(f"{name} is {tensor.dtype}, which is not stored; cast it to one of {', '.join(map(str, rank))}")
+    order = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
     header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name in order:
