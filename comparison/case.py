@@ -156,7 +156,7 @@ def layer_errors(trainer: Trainer, student: Any, sources: Sources, params: Param
     layers = [name for name, _ in qat_layers(student)]
     found = data.latents[index], data.text(index), timesteps
     errors = module_errors(trainer.teacher, student, trainer.family, *found, layers, seed=0)
-    return {layer: short(error) for layer, error in errors.items()}
+    return {layer: short(error, 4) for layer, error in errors.items()}
 
 
 def packed_scores(stage: Stage, case: Case, student: Any, params: Params, sources: Sources, temporary: Path) -> dict[str, Any]:
@@ -212,7 +212,8 @@ def packed_scores(stage: Stage, case: Case, student: Any, params: Params, source
         "step_ms_fp32": 1e3 * timings["fp32"].median,
         "evaluation_seconds": seconds,
         "velocity_mse_by_timestep": {
-            str(timestep): short(error) for timestep, error in zip(trial.timesteps, velocity_mse(reference, seen), strict=True)
+            str(timestep): short(error, 4)
+            for timestep, error in zip(trial.timesteps, velocity_mse(reference, seen), strict=True)
         },
         "psnr_db_by_prompt": [round(float(value), 2) for value in psnr_db(reference.clips, seen.clips)[:ablated]],
     }
