@@ -39,11 +39,9 @@ def main(login: str) -> None:
         [experiment.experiment_id], "attributes.status = 'FINISHED'", order_by=["attributes.start_time DESC"]
     )
     execution = next(run for run in finished if "mlflow.note.content" in run.data.tags)
-    qat = next(run for run in finished if run.data.tags.get("dvc.stage") == "qat" and "stage.state" not in run.data.tags)
     base = f"{MLFLOW}/#/experiments/{experiment.experiment_id}"
     pages = {
         "mlflow-execution": f"{base}/runs/{execution.info.run_id}{TRAINING}",
-        "mlflow-qat": f"{base}/runs/{qat.info.run_id}/model-metrics{TRAINING}",
         "mlflow-model": f"{MLFLOW}/#/models/qvgen{TRAINING}",
     }
     with sync_playwright() as playwright:
