@@ -35,15 +35,8 @@ def main(login: str) -> None:
     experiment = client.get_experiment_by_name("qvgen")
     if experiment is None:
         raise SystemExit(f"{MLFLOW} has no experiment qvgen: run `make repro` first")
-    finished = client.search_runs(
-        [experiment.experiment_id], "attributes.status = 'FINISHED'", order_by=["attributes.start_time DESC"]
-    )
-    execution = next(run for run in finished if "mlflow.note.content" in run.data.tags)
     base = f"{MLFLOW}/#/experiments/{experiment.experiment_id}"
-    pages = {
-        "mlflow-execution": f"{base}/runs/{execution.info.run_id}{TRAINING}",
-        "mlflow-model": f"{MLFLOW}/#/models/qvgen{TRAINING}",
-    }
+    pages = {"mlflow-model": f"{MLFLOW}/#/models/qvgen{TRAINING}"}
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=OPTIONS)
         page = browser.new_page(viewport={"width": 1400, "height": 900})

@@ -53,7 +53,7 @@ _MARKS = {
     "finetune": ("grey", "p"),
 }
 _SPARE = tuple((hue, marker) for marker in ("H", "8", "p") for hue in ("grey", "green", "purple", "orange"))
-_PNG_DPI, _PNG_COLOURS = 106, 8
+_PNG_DPI, _PNG_COLOURS = 108, 16
 
 
 @dataclass(frozen=True)
