@@ -149,9 +149,9 @@ def csv_text(results: Results) -> str:
         | {"group": run.group, "variant": run.variant}
         for run in runs
     ]
-    # Five digits are more than any of these measurements has.
+    # Six digits are more than any of these measurements has.
     lines = [
-        {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in line.items()} for line in lines
+        {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in line.items()} for line in lines
     ]
     plain = {key for line in lines for key, value in line.items() if not isinstance(value, (dict, list))}
     columns = [*CSV_COLUMNS, *sorted(plain - set(CSV_COLUMNS))]
