@@ -40,7 +40,7 @@ BUDGETS: dict[str, Budget] = {
     "baselines": (lambda p, t, v: max(t, v, 2 * p), "one model at a time; while it is quantized, the transformer twice"),
     "qat": (
         lambda p, t, v: 9 * p,
-        "teacher, student, gradients, two moments; four more for fake quantization, clipping and AdamW",
+        "teacher, student, gradients, two moments; four more to compute with",
     ),
     "decay": (lambda p, t, v: 9 * p, "the same, and the state of qat while it is read"),
     "pack": (lambda p, t, v: 3 * p, "student, its weights as they were trained, its packed weights"),
