@@ -1,22 +1,27 @@
 """`python -m bench.choice`: whether the kernels that `auto` takes on this machine are the fastest at other sizes too.
 
-`auto` decides by one linear layer, one attention and one weight-only layer (qvgen/kernels/cpu/choice.py). Here every
-instruction set runs layers of other sizes, attention runs at other lengths, and so on, measured as there. Ends with status 1
-if the one chosen is anywhere slower than another by more than noise.
+`auto` decides by one linear layer, one attention and one weight-only layer (qvgen/kernels/cpu/choice.py), and takes attention
+of short sequences from a kernel of its own without measuring. Here every instruction set runs layers of other sizes, attention
+runs at other lengths, and so on, measured as there. Ends with status 1 if the one chosen is anywhere slower than another by
+more than noise.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 
 import torch
 
 from bench.report import print_table
-from qvgen.kernels.cpu import choice, library
+from qvgen.evaluation.cost.speed import time_calls, torch_threads
+from qvgen.kernels import expressions
+from qvgen.kernels.cpu import block_functions, choice, library
 
 LAYERS = [(m, k, n) for m in (1, 64, 512, 1560) for k, n in ((1536, 1536), (1536, 8960), (8960, 1536))]
 QUERIES = (128, 512, 1560)
+SHORT = [(48, 48, 4, 32), (48, 12, 4, 32), (200, 200, 12, 64), (1560, 512, 12, 128)]  # queries, keys, heads, features
 NOISE = 1.1  # times as slow counts as equal
 
 
@@ -35,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
         with torch.no_grad():
             lengths = QUERIES[:1] if options.smallest else QUERIES
             rows += [(f"attention {q}", chosen.attention, choice.measure_attention(kernels, q)) for q in lengths]
+    short = SHORT[:1] if options.smallest else SHORT
+    rows += [(f"float32 attention {' x '.join(map(str, shape))}", "cpu", measure_short(*shape)) for shape in short]
     ours = "cpu" if chosen.compiled_weight_only else choice.PYTORCH
     rows += [
         (f"weight-only {m} x {k} x {n}", ours, choice.measure_weight_only(chosen.isa, m, k, n))
@@ -48,6 +55,16 @@ def main(arguments: list[str] | None = None) -> int:
         cells.append([what, name, f"{ms[name]:.3f}", f"{fastest} {ms[fastest]:.3f}", slower])
     print_table("kernels that auto takes, and the fastest", ["what", "auto takes", "ms", "fastest, ms", ""], cells)
     return 1 if lost else 0
+
+
+def measure_short(queries: int, keys: int, heads: int, features: int) -> dict[str, float]:
+    """Milliseconds of CPU time of one attention in float32, by the kernel for short sequences and by PyTorch."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, tokens, heads, features, generator=generator) for tokens in (queries, keys, keys))
+    assert block_functions.attention_supported(q, k, v)
+    actions = {"cpu": partial(block_functions.attention, q, k, v), choice.PYTORCH: partial(expressions.attention, q, k, v)}
+    with torch.no_grad(), torch_threads(1):
+        return {name: 1e3 * min(times.cpu) for name, times in time_calls(actions, repetitions=50, warm_up=5).items()}
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ class BlockOp(NamedTuple):
     run: Callable[..., torch.Tensor]
     missing: Callable[[], str] = lambda: ""  # why this machine cannot run it, worded for a user; empty if it can
     takes: Callable[..., bool] = lambda *_: True  # whether it can run these arguments: their dtypes and sizes
+    limits: Callable[[], str] = lambda: ""  # what it leaves to others on this machine, and why; empty: nothing
 
 
 class Backend(Protocol):
@@ -161,7 +162,7 @@ class KernelRow(NamedTuple):
     op: str
     backend: str
     available: bool
-    reason: str  # why it is not available, or not used; empty otherwise
+    reason: str  # why it is not available, or not used, or not for all; empty otherwise
     chosen: bool
 
 
@@ -264,7 +265,8 @@ def explain(device: torch.device | str = "cpu") -> list[KernelRow]:
         having = {name: backend for name, backend in _backends.items() if op in backend.block_ops}
         reasons = {name: backend.block_ops[op].missing() or _refusal(backend, device) for name, backend in having.items()}
         auto = wanted is KernelPreference.AUTO
-        rows += _rows(op, reasons, list(having) if auto else [wanted.value, KernelPreference.REFERENCE.value])
+        of_op = _rows(op, reasons, list(having) if auto else [wanted.value, KernelPreference.REFERENCE.value])
+        rows += [row if row.reason else row._replace(reason=having[row.backend].block_ops[op].limits()) for row in of_op]
     return rows
 
 

@@ -9,12 +9,13 @@ device for each call, and where a gradient is asked for.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qvgen.kernels import gradient
+from qvgen.kernels import gradient, whole_block
 from qvgen.kernels.block_ops import add_gated, layer_norm_modulate
 from qvgen.kernels.fused_ops import Norm, layer_norm_feed_forward, layer_norm_linears, linear_add_gated
 from qvgen.kernels.linear_ops import quantized_feed_forward, quantized_linears
@@ -87,6 +88,22 @@ def added_feed_forward(
     if tensors is None or gradient.is_asked_for(x, tensors):
         return add_gated(x, feed_forward(layer_norm_modulate(x, *norm), up, down), gate)
     return layer_norm_feed_forward(x, *norm, *map(list, zip(*tensors, strict=True)), *up._arguments(x), gate)
+
+
+def in_one_call(
+    x: torch.Tensor, steps: Sequence[whole_block.Step], layers: Sequence[Sequence[PackedLinear]]
+) -> torch.Tensor | None:
+    """x (n, s, K) after all steps of a transformer block, where they can be one call (kernels/whole_block.py); else None.
+    `layers` of each step: to q, k, v and out, or up and down."""
+    if not whole_block.may_run(x):
+        return None
+    tensors = [_tensors(x, of_step[:1], of_step[1:]) for of_step in layers]
+    if any(of_step is None for of_step in tensors):
+        return None
+    for step, of_step in zip(steps, layers, strict=True):
+        if step.attention is not None and (text := step.attention.text) is not None:
+            of_step[1]._check_input(text)
+    return whole_block.transformer_block(x, steps, cast(whole_block.Layers, tensors), layers[0][0]._arguments(x))
 
 
 def _tensors(x: torch.Tensor, readers: Sequence[PackedLinear], then: Sequence[PackedLinear] = ()) -> list[LayerTensors] | None:

@@ -86,10 +86,10 @@ def test_attention(samples: int, queries: int, keys: int, heads: int, size: int,
 def test_attention_is_compiled_where_that_is_faster() -> None:
     if not block_functions.attention_kernel():
         pytest.skip("PyTorch's attention runs here: " + block_functions.attention_refusal())
-    q = rand(1, 5, 2, 128, dtype=torch.bfloat16)
+    q = rand(1, 600, 2, 128, dtype=torch.bfloat16)
     assert block_functions.attention_supported(q, q, q)
     assert not block_functions.attention_supported(q.float(), q.float(), q.float())
-    assert not block_functions.attention_supported(*[rand(1, 5, 2, 72, dtype=torch.bfloat16)] * 3)
+    assert not block_functions.attention_supported(*[rand(1, 600, 2, 72, dtype=torch.bfloat16)] * 3)
 
 
 def test_results_do_not_depend_on_threads() -> None:

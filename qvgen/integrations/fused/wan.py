@@ -22,7 +22,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanTransformerBlock
 from torch import Tensor, nn
 
-from qvgen.integrations.fused.attention import attend
+from qvgen.integrations.fused.attention import attend, preference
 from qvgen.integrations.fused.parts import (
     needs_hooks,
     norm_of,
@@ -33,7 +33,14 @@ from qvgen.integrations.fused.parts import (
 )
 from qvgen.kernels.block_ops import add_gated, layer_norm_modulate, rms_norm_rotary
 from qvgen.kernels.fused_ops import Norm
-from qvgen.nn.layers_together import added_feed_forward, added_linear, must_be_called, normalized_linears
+from qvgen.kernels.whole_block import Attention, RmsNorm, Step
+from qvgen.nn.layers_together import (
+    added_feed_forward,
+    added_linear,
+    in_one_call,
+    must_be_called,
+    normalized_linears,
+)
 from qvgen.nn.packed_linear import PackedLinear
 
 
@@ -127,11 +134,40 @@ def _block_forward(
         modulation = [m.squeeze(2) for m in modulation]
     shift_msa, scale_msa, gate_msa, c_shift_msa, c_scale_msa, c_gate_msa = modulation
 
-    norm = norm_of(self.norm1, scale_msa, shift_msa)
-    x = _added_attention(self.attn1, hidden_states, norm, None, rotary_emb, gate_msa)
-    norm = None if isinstance(self.norm2, nn.Identity) else norm_of(self.norm2, None, None)
-    x = _added_attention(self.attn2, x, norm, encoder_hidden_states, None, None)
-    return _added_feed_forward(self.ffn, x, norm_of(self.norm3, c_scale_msa, c_shift_msa), c_gate_msa)
+    x, text = hidden_states, encoder_hidden_states
+    norms = (
+        norm_of(self.norm1, scale_msa, shift_msa),
+        None if isinstance(self.norm2, nn.Identity) else norm_of(self.norm2, None, None),
+        norm_of(self.norm3, c_scale_msa, c_shift_msa),
+    )
+    if (y := _in_one_call(self, x, text, rotary_emb, norms, (gate_msa, None, c_gate_msa))) is not None:
+        return y
+    x = _added_attention(self.attn1, x, norms[0], None, rotary_emb, gate_msa)
+    x = _added_attention(self.attn2, x, norms[1], text, None, None)
+    return _added_feed_forward(self.ffn, x, norms[2], c_gate_msa)
+
+
+def _in_one_call(
+    block: Any, x: Tensor, text: Tensor, rotary_emb: Any, norms: Sequence[Norm | None], gates: Sequence[Tensor | None]
+) -> Tensor | None:
+    """The block's output where its three steps can be one call; None where they are to be taken one by one."""
+    attentions, ffn = (block.attn1, block.attn2), packed_feed_forward(block.ffn)
+    if ffn is None or must_be_called(block.ffn):
+        return None
+    steps, layers = [], []
+    for attn, inputs in zip(attentions, ((None, *(rotary_emb or (None, None))), (text, None, None)), strict=True):
+        own = attn.processor
+        of_attention = attn.to_q, attn.to_k, attn.to_v, attn.to_out[0]
+        if not _reads_itself(attn) or own._attention_backend is not None or own._parallel_config is not None:
+            return None
+        if not all(isinstance(layer, PackedLinear) for layer in of_attention):
+            return None
+        query_norm, key_norm = (RmsNorm(norm.weight, _eps(norm, x)) for norm in (attn.norm_q, attn.norm_k))
+        steps.append(Attention(attn.heads, query_norm, key_norm, inputs[1], inputs[2], inputs[0]))
+        layers.append(of_attention)
+    if preference() != "auto":
+        return None
+    return in_one_call(x, list(map(Step, norms, (*steps, None), gates)), [*layers, ffn])
 
 
 def _added_attention(

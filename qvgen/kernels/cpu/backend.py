@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import operator
 from collections.abc import Mapping, Sequence
 
 import torch
 
-from qvgen.kernels import checked
 from qvgen.kernels.cpu import block_functions, library
 from qvgen.kernels.cpu.choice import PYTORCH, choice
+from qvgen.kernels.cpu.descriptions import DTYPES, describe_input, describe_layer, pointer
+from qvgen.kernels.cpu.transformer_block import transformer_block
 from qvgen.kernels.registry import Arguments, BlockOp, LayerTensors, PackedWeight, PreparedWeight
+from qvgen.kernels.whole_block import Layers, Step
 from qvgen.packing.bits import packed_words
 
 _ALIGNMENT = 64  # bytes, a cache line
@@ -61,7 +62,7 @@ class CpuBackend:
                 words.data_ptr(),
                 words.shape[1] * words.element_size(),
                 scale.data_ptr(),
-                _pointer(zero_point),
+                pointer(zero_point),
                 row_sum.data_ptr(),
                 n,
                 layer.in_features,
@@ -95,11 +96,11 @@ class CpuBackend:
         outputs: Sequence[torch.Tensor],
         gelu: bool,
     ) -> None:
-        x, targets = _computable(x), [y if y.dtype in _DTYPES else torch.empty_like(y, dtype=torch.float32) for y in outputs]
+        x, targets = _computable(x), [y if y.dtype in DTYPES else torch.empty_like(y, dtype=torch.float32) for y in outputs]
         # Named, because they keep alive what they point to and the array's copies do not.
-        parts = [_layer(tensors, arguments, y, x.shape[-1], gelu) for tensors, y in zip(layers, targets, strict=True)]
+        parts = [describe_layer(tensors, arguments, y, x.shape[-1], gelu) for tensors, y in zip(layers, targets, strict=True)]
         described = ctypes.byref(parts[0]) if len(parts) == 1 else (library.Layer * len(parts))(*parts)
-        source = _input(x, arguments)
+        source = describe_input(x, arguments)
         library.check(
             library.load().qvgen_linear(library.isa(), described, len(parts), ctypes.byref(source), torch.get_num_threads())
         )
@@ -111,15 +112,20 @@ class CpuBackend:
         self, x: torch.Tensor, up: LayerTensors, down: LayerTensors, arguments: Arguments, output: torch.Tensor
     ) -> None:
         x = _computable(x)
-        target = output if output.dtype in _DTYPES else torch.empty_like(output, dtype=torch.float32)
+        target = output if output.dtype in DTYPES else torch.empty_like(output, dtype=torch.float32)
         hidden = up.weight_scale.shape[0]
-        parts = _layer(up, arguments, None, x.shape[-1], True), _layer(down, arguments, target, hidden, False)
-        described, source = (library.Layer * 2)(*parts), _input(x, arguments)
+        parts = describe_layer(up, arguments, None, x.shape[-1], True), describe_layer(down, arguments, target, hidden, False)
+        described, source = (library.Layer * 2)(*parts), describe_input(x, arguments)
         library.check(
             library.load().qvgen_feed_forward(library.isa(), described, ctypes.byref(source), torch.get_num_threads())
         )
         if target is not output:
             output.copy_(target)
+
+    def transformer_block(
+        self, x: torch.Tensor, steps: Sequence[Step], layers: Layers, arguments: Arguments
+    ) -> torch.Tensor | None:
+        return transformer_block(x, steps, layers, arguments)
 
 
 def _check_stored(layer: PackedWeight) -> None:
@@ -147,75 +153,11 @@ def _check_stored(layer: PackedWeight) -> None:
         )
 
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-
-
 def _computable(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous() if x.dtype in _DTYPES else x.to(torch.float32).contiguous()
+    return x.contiguous() if x.dtype in DTYPES else x.to(torch.float32).contiguous()
 
 
 def _aligned(size: int) -> torch.Tensor:
     memory = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
     start = -memory.data_ptr() % _ALIGNMENT
     return memory[start : start + size]
-
-
-def _pointer(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _layer(
-    tensors: LayerTensors, arguments: Arguments, output: torch.Tensor | None, in_features: int, gelu: bool
-) -> library.Layer:
-    known = checked.recall(tensors)
-    if known is not None and known.described is not None:
-        layer = library.Layer.from_buffer_copy(known.described)
-    else:
-        layer = _described(tensors)
-        if known is not None and all(map(operator.is_, layer.alive, (tensors.clip_lower, tensors.clip_upper, tensors.bias))):
-            known.described = bytes(layer)
-    layer.out, layer.out_dtype = (None, 0) if output is None else (output.data_ptr(), _DTYPES[output.dtype])
-    layer.in_features, layer.gelu = in_features, gelu
-    layer.activation_bits, layer.activation_symmetric = arguments.activation_bits or 0, arguments.activation_symmetric
-    return layer
-
-
-def _described(tensors: LayerTensors) -> library.Layer:
-    """What is the same in every call of a layer. It is kept where it points to the layer's own tensors, not to copies."""
-    bias = tensors.bias
-    if bias is not None and bias.dtype not in _DTYPES:
-        bias = bias.to(torch.float32)
-    parts = tensors.clip_lower, tensors.clip_upper, bias
-    if not all(part is None or part.is_contiguous() for part in parts):
-        parts = tuple(None if part is None else part.contiguous() for part in parts)
-    lower, upper, bias = parts
-    layer = library.Layer(
-        weight=tensors.weight.data_ptr(),
-        weight_bytes=tensors.weight.numel(),
-        clip_lower=_pointer(lower),
-        clip_upper=_pointer(upper),
-        bias=_pointer(bias),
-        out_features=tensors.weight_scale.shape[0],
-        groups=tensors.weight_scale.shape[1],
-        clips=0 if lower is None else lower.shape[0],
-        bias_dtype=0 if bias is None else _DTYPES[bias.dtype],
-    )
-    layer.alive = lower, upper, bias  # for as long as the structure points to it
-    return layer
-
-
-def _input(x: torch.Tensor, arguments: Arguments) -> library.Input:
-    group = None if arguments.activation_bits is None else arguments.timestep_group
-    group = None if group is None else group.contiguous()
-    samples = x.shape[0] if x.ndim > 1 else 1
-    rows = x.shape[:-1].numel()
-    source = library.Input(
-        x=x.data_ptr(),
-        samples=samples,
-        tokens=rows // samples if samples else 0,
-        timestep_group=_pointer(group),
-        timestep_groups=0 if group is None else group.shape[0],
-        dtype=_DTYPES[x.dtype],
-    )
-    source.alive = x, group
-    return source

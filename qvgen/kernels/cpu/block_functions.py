@@ -10,10 +10,13 @@ from torch import Tensor
 
 from qvgen.kernels.cpu import library
 from qvgen.kernels.cpu.choice import PYTORCH, choice
+from qvgen.kernels.cpu.descriptions import DTYPES, pointer
 from qvgen.kernels.registry import BlockOp, KernelPreference, preference
 
 VECTOR = 16  # elements; rotary embedding wants heads of whole vectors
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+# Of these one kernel in float32, made for them, is faster than any other and than PyTorch's (python -m bench.choice).
+SHORT_KEYS, SHORT_FEATURES = 512, 256  # as in csrc/isa/isa.h
+SHORT_SCORES = {torch.float32: None, torch.bfloat16: 64 * 64}  # at most, queries times keys; None: any number
 
 
 def available() -> bool:
@@ -59,11 +62,11 @@ def layer_norm_modulate(
         library.load().qvgen_layer_norm(
             library.isa(),
             x.data_ptr(),
-            _DTYPES[x.dtype],
+            DTYPES[x.dtype],
             x.numel() // features,
             features,
             eps,
-            *[_pointer(t) for t in parameters],
+            *[pointer(t) for t in parameters],
             _rows_per_group(x, scale if scale is not None else shift),
             out.data_ptr(),
             torch.get_num_threads(),
@@ -82,11 +85,11 @@ def rms_norm_rotary(
         library.load().qvgen_rms_norm(
             library.isa(),
             x.data_ptr(),
-            _DTYPES[x.dtype],
+            DTYPES[x.dtype],
             x.numel() // features,
             features,
             eps,
-            *[_pointer(t) for t in parameters],
+            *[pointer(t) for t in parameters],
             x.shape[-2],
             features // heads,
             out.data_ptr(),
@@ -104,8 +107,8 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
             library.isa(),
             x.data_ptr(),
             y.data_ptr(),
-            _pointer(gate),
-            _DTYPES[x.dtype],
+            pointer(gate),
+            DTYPES[x.dtype],
             x.numel() // features,
             features,
             _rows_per_group(x, gate),
@@ -116,7 +119,23 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     return out
 
 
+def attention_limits() -> str:
+    """What of attention is left to PyTorch, and why; empty: nothing that is in bfloat16."""
+    reason = attention_refusal()
+    return f"short sequences only: {reason}" if reason else ""
+
+
+def is_short(dtype: torch.dtype, queries: int, keys: int, features: int) -> bool:
+    """Whether attention of heads of `features` runs in the kernel for short sequences."""
+    if dtype not in SHORT_SCORES or not 1 <= keys <= SHORT_KEYS or features % VECTOR or not 0 < features <= SHORT_FEATURES:
+        return False
+    most = SHORT_SCORES[dtype]
+    return most is None or queries * keys <= most
+
+
 def attention_supported(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    if is_short(q.dtype, q.shape[1], k.shape[1], q.shape[3]):
+        return k.dtype == v.dtype == q.dtype
     bfloat16 = q.dtype == k.dtype == v.dtype == torch.bfloat16
     if not bfloat16 or not k.shape[1] or not (kernel := attention_kernel()):
         return False
@@ -124,35 +143,22 @@ def attention_supported(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str = "") -> Tensor:
-    """`kernel`: one of library.attention_kernels; by default the one chosen."""
+    """`kernel`: one of library.attention_kernels; by default that for short sequences, or the one chosen."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
     samples, queries, heads, features = q.shape
-    library.check(
-        library.load().qvgen_attention(
-            (kernel or attention_kernel()).encode(),
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            samples,
-            queries,
-            k.shape[1],
-            heads,
-            features,
-            1 / math.sqrt(features),
-            out.data_ptr(),
-            torch.get_num_threads(),
-        )
-    )
+    tensors = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    sizes = samples, queries, k.shape[1], heads, features, 1 / math.sqrt(features), out.data_ptr(), torch.get_num_threads()
+    functions = library.load()
+    if not kernel and is_short(q.dtype, queries, k.shape[1], features):
+        library.check(functions.qvgen_short_attention(library.isa(), DTYPES[q.dtype], *tensors, *sizes))
+    else:
+        library.check(functions.qvgen_attention((kernel or attention_kernel()).encode(), *tensors, *sizes))
     return out
 
 
 def _float(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float().contiguous()
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _rows_per_group(x: Tensor, modulation: Tensor | None) -> int:
@@ -163,20 +169,20 @@ def _rows_per_group(x: Tensor, modulation: Tensor | None) -> int:
 
 
 def _takes_rows(x: Tensor, *_: object) -> bool:
-    return x.dtype in _DTYPES
+    return x.dtype in DTYPES
 
 
 def _takes_rotary(x: Tensor, weight: object, cosine: Tensor | None, sine: object, heads: int, eps: float) -> bool:
-    return x.dtype in _DTYPES and (cosine is None or x.shape[-1] // heads % VECTOR == 0)
+    return x.dtype in DTYPES and (cosine is None or x.shape[-1] // heads % VECTOR == 0)
 
 
 def _takes_sum(x: Tensor, y: Tensor, gate: Tensor | None) -> bool:
-    return x.dtype in _DTYPES and y.dtype == x.dtype
+    return x.dtype in DTYPES and y.dtype == x.dtype
 
 
 BLOCK_OPS = {
     "layer_norm_modulate": BlockOp(layer_norm_modulate, _library_refusal, _takes_rows),
     "rms_norm_rotary": BlockOp(rms_norm_rotary, _library_refusal, _takes_rotary),
     "add_gated": BlockOp(add_gated, _library_refusal, _takes_sum),
-    "attention": BlockOp(attention, attention_refusal, attention_supported),
+    "attention": BlockOp(attention, _library_refusal, attention_supported, attention_limits),
 }

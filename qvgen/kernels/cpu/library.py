@@ -68,6 +68,35 @@ class Input(ctypes.Structure):
     ]
 
 
+class BlockStep(ctypes.Structure):
+    """qvgen_block_step of api.h."""
+
+    _fields_ = [
+        ("normalized", c_int32),
+        ("norm_eps", c_float),
+        ("norm_weight", c_void_p),
+        ("norm_bias", c_void_p),
+        ("scale", c_void_p),
+        ("shift", c_void_p),
+        ("gate", c_void_p),
+        ("modulation_samples", c_int64),
+        ("modulation_tokens", c_int64),
+        ("gate_samples", c_int64),
+        ("gate_tokens", c_int64),
+        ("layers", POINTER(Layer)),
+        ("heads", c_int32),
+        ("query_eps", c_float),
+        ("key_eps", c_float),
+        ("attention_scale", c_float),
+        ("query_weight", c_void_p),
+        ("key_weight", c_void_p),
+        ("cosine", c_void_p),
+        ("sine", c_void_p),
+        ("text", c_void_p),
+        ("text_tokens", c_int64),
+    ]
+
+
 class LibraryMissing(RuntimeError):  # noqa: N818  it is the library that is missing, not an error of it
     """The library was not built, or does not load; the message says which and what to do."""
 
@@ -139,11 +168,18 @@ def _declare(library: ctypes.CDLL) -> None:
         "qvgen_attention_kernels": (POINTER(c_char_p), []),
         "qvgen_attention_supported": (c_int, [c_char_p, c_int64]),
         "qvgen_attention": (c_int, [c_char_p, *[c_void_p] * 3, *[c_int64] * 5, c_float, c_void_p, c_int]),
+        "qvgen_short_attention": (c_int, [c_char_p, c_int, *[c_void_p] * 3, *[c_int64] * 5, c_float, c_void_p, c_int]),
+        "qvgen_transformer_block": (c_int, [c_char_p, POINTER(BlockStep), c_int, c_int64, source, c_void_p, c_int]),
         "qvgen_integer_part": (c_int, [c_char_p, c_void_p, c_int64, c_void_p, c_int64, c_int, c_void_p]),
         "qvgen_quantize_tokens": (c_int, [c_char_p, layers, source, c_void_p, c_void_p, c_void_p, c_void_p]),
     }
     for name, (result, arguments) in signatures.items():
-        function = getattr(library, name)
+        function = getattr(library, name, None)
+        if function is None:
+            raise LibraryMissing(
+                f"the compiled kernels are older than this code, {name} is not in them: build them again, with "
+                "`make .venv/.kernels` or `pip install --force-reinstall --no-deps .`"
+            )
         function.restype, function.argtypes = result, arguments
 
 

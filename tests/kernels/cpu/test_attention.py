@@ -1,11 +1,11 @@
-"""Attention in each compiled kernel that can run here, against float64."""
+"""Attention in each compiled kernel that can run here, that for short sequences in each instruction set, against float64."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qvgen.kernels.cpu import library
+from qvgen.kernels.cpu import block_functions, library
 from qvgen.kernels.cpu.block_functions import attention
 
 WIDTHS = (16, 64, 80, 128, 256)  # of heads
@@ -36,6 +36,14 @@ def inputs(
     shapes = [(samples, tokens, heads, width) for tokens in (queries, keys, keys)]
     q, k, v = ((spread * torch.randn(shape, generator=generator)).bfloat16() for shape in shapes)
     return q, k, v
+
+
+def short(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The kernel for short sequences, of bfloat16 too where `attention` would take another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(block_functions.SHORT_SCORES, torch.bfloat16, None)
+        assert block_functions.attention_supported(q, k, v)
+        return attention(q, k, v)
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -90,3 +98,50 @@ def test_nan_stays_in_its_queries(kernel: str) -> None:
 def test_large_scores_do_not_overflow(kernel: str) -> None:
     q, k, v = inputs(1, 33, 600, 1, 128, spread=1e4)
     assert attention(q, k, v, kernel).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1, 1), (2, 48, 12, 4), (1, 6, 64, 2), (1, 7, 65, 2), (1, 48, 48, 4), (1, 100, 511, 1), (1, 9, 512, 3)],
+    ids=str,
+)
+@pytest.mark.parametrize("width", [16, 32, 80, 256])
+def test_short_against_float64(isa: str, shape: tuple[int, int, int, int], width: int) -> None:
+    for spread in (0.1, 1.0, 6.0, 1e4):
+        q, k, v = inputs(*shape, width, spread)
+        scores = (q.double().abs().sum(-1).max() * k.double().abs().max()).item()
+        largest = float(v.double().abs().max())
+        # Of the score, whose error e^x makes a relative one; of the exponential (2e-7); of sums over keys.
+        error = largest * (width * 2**-24 * scores / width**0.5 + 2e-6)
+        assert (short(q.float(), k.float(), v.float()).double() - exact(q, k, v)).abs().max() <= error
+        assert (short(q, k, v).double() - exact(q, k, v)).abs().max() <= error + 2**-8 * largest
+
+
+def test_short_with_any_number_of_threads_and_nan(isa: str) -> None:
+    q, k, v = (t.float() for t in inputs(2, 60, 130, 6, 64))
+    expected, before = short(q, k, v), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(short(q, k, v), expected)
+    finally:
+        torch.set_num_threads(before)
+    q[0, 40, 1, 3] = torch.nan
+    result = short(q, k, v)
+    assert result[0, 40, 1].isnan().all()
+    result[0, 40, 1] = expected[0, 40, 1]
+    assert torch.equal(result, expected)
+
+
+def test_what_the_short_kernel_does_not_take() -> None:
+    rand = torch.ones
+    for keys, width, dtype in (
+        (513, 64, torch.float32),
+        (5, 72, torch.float32),
+        (5, 272, torch.float32),
+        (5, 64, torch.float64),
+    ):
+        q = rand(1, keys, 1, width, dtype=dtype)
+        assert not block_functions.is_short(dtype, 7, keys, width) and not block_functions.attention_supported(q, q, q)
+    q, arguments = rand(1, 4, 1, 24), (1, 4, 4, 1, 24, 0.2)
+    status = library.load().qvgen_short_attention(library.isa(), 0, *[q.data_ptr()] * 3, *arguments, q.data_ptr(), 1)
+    assert "instruction set" in library.ERRORS[status]

@@ -98,6 +98,32 @@ int qvgen_attention(
     const char* kernel, const void* q, const void* k, const void* v, int64_t samples, int64_t queries, int64_t keys, int64_t heads,
     int64_t features, float scale, void* out, int threads);
 
+// The same for few keys (isa/isa.h says how many), float32 or bfloat16, in every instruction set.
+int qvgen_short_attention(
+    const char* isa, int dtype, const void* q, const void* k, const void* v, int64_t samples, int64_t queries, int64_t keys,
+    int64_t heads, int64_t features, float scale, void* out, int threads);
+
+// A step of a transformer block: x + gate * f(norm(x)), where f is attention to itself or to a text, or a feed-forward.
+struct qvgen_block_step {
+  int32_t normalized;                      // 0: f reads x itself
+  float norm_eps;
+  const float *norm_weight, *norm_bias;    // (features,) or null
+  const float *scale, *shift, *gate;       // of the first token, (features,), or null
+  int64_t modulation_samples, modulation_tokens;  // elements from a sample to the next, and from a token to the next
+  int64_t gate_samples, gate_tokens;
+  const qvgen_layer* layers;               // to q, k, v and out, or up and down; their `out` is not used
+  int32_t heads;                           // 0: a feed-forward, and nothing below is read
+  float query_eps, key_eps, attention_scale;
+  const float *query_weight, *key_weight;  // of RMS norms over all heads, or null
+  const float *cosine, *sine;              // (tokens, features of a head), or null
+  const void* text;                        // (samples, text_tokens, K), which keys and values read; null: they read x
+  int64_t text_tokens;
+};
+// `count` steps of x (samples, tokens, features); the same results as the functions above one after the other, with
+// qvgen_short_attention, whose limits hold here.
+int qvgen_transformer_block(
+    const char* isa, const qvgen_block_step* steps, int count, int64_t features, const qvgen_input* x, void* out, int threads);
+
 // Multiply-adds per cycle of one core, of the instruction this path is made of, by measurement; 0: not known.
 double qvgen_peak(const char* isa);
 // Clock rate of this thread's core right now, in Hz.

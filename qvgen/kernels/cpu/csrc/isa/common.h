@@ -1,6 +1,7 @@
 // An instruction set: its own tiles, and everything else from the shared sources, compiled with the flags of the including file.
 #pragma once
 
+#include "attention/short.h"
 #include "isa/isa.h"
 #include "linear/epilogue.h"
 #include "linear/floats.h"
@@ -51,6 +52,7 @@ constexpr qvgen::Isa make_isa(
   isa.burst_pairs = burst_pairs;
 #endif
   isa.layer_norm = layer_norm, isa.rms_norm = rms_norm, isa.add_gated = add_gated;
+  isa.short_attention = short_attention;
   isa.fake_quantize = fake_quantize, isa.fake_quantize_backward = fake_quantize_backward;
   return isa;
 }

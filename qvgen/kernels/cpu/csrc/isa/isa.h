@@ -65,6 +65,18 @@ struct FakeQuantizer {
   const float *scale, *zero_point;  // (rows,)
 };
 
+// Attention of one head whose keys are few. Matrices have rows of `stride` elements.
+constexpr int64_t SHORT_KEYS = 512, SHORT_FEATURES = 256;  // at most; features are whole vectors of 16
+struct ShortAttention {
+  int64_t queries, keys, features, stride;
+  float scale;
+
+  int64_t padded_keys() const { return (keys + PANEL - 1) / PANEL * PANEL; }
+  int64_t padded_features() const { return (features + PANEL - 1) / PANEL * PANEL; }
+  // Floats that short_attention works in.
+  int64_t memory() const { return padded_keys() * (features + 2 * TILE_ROWS) + keys * padded_features(); }
+};
+
 struct TileKernel;
 
 // Weights of a weight-only layer for its products: float32, float32 rounded to bfloat16, or pairs of bfloat16, (k / 2, PANEL).
@@ -91,6 +103,9 @@ struct Isa {
   void (*layer_norm)(int dtype, const void* x, const LayerNorm&, int64_t group, void* out);
   void (*rms_norm)(int dtype, const void* x, const RmsNorm&, int64_t position, void* out);
   void (*add_gated)(int dtype, const void* x, const void* y, const float* gate, int64_t features, void* out);
+  // softmax(q k^T scale) v of one head; `memory`: aligned to a register.
+  void (*short_attention)(
+      int dtype, const ShortAttention&, const void* q, const void* k, const void* v, void* out, float* memory);
   // One row: its values on the grid; gradients of the row, and of its scale and zero point at [row].
   void (*fake_quantize)(const FakeQuantizer&, int64_t row, const float* x, float* out);
   void (*fake_quantize_backward)(

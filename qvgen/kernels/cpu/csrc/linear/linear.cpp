@@ -3,9 +3,10 @@
 // Tokens are taken in blocks whose codes stay in the second-level cache; every panel of the weight passes over a block
 // once, and within a panel the tiles of the block, so that the panel stays in the first level. Threads take whole blocks;
 // where there are too few of them they share the quantization and then the panels.
+#include "linear/linear.h"
+
 #include <cstring>
 
-#include "block/block.h"
 #include "linear/dense.h"
 #include "threads/parallel.h"
 #include "strassen/strassen.h"
@@ -96,7 +97,9 @@ bool all_strassen(const Isa& isa, const qvgen_layer* layers, int count, int64_t 
   return true;
 }
 
-int linear(const Isa& isa, const qvgen_layer* layers, int count, const Tokens& tokens, int64_t total, int threads) {
+}  // namespace
+
+int linear_outputs(const Isa& isa, const qvgen_layer* layers, int count, const Tokens& tokens, int64_t total, int threads) {
   if (layers[0].activation_bits == 0) {  // inputs stay in floating point
     for (int i = 0; i < count; i++)
       if (int status = dense_outputs(isa, layers[i], tokens, total, threads)) return status;
@@ -123,9 +126,9 @@ int linear(const Isa& isa, const qvgen_layer* layers, int count, const Tokens& t
 
 // The intermediate of so many tokens at a time: few enough for the third-level cache, enough to work in large blocks. (Token blocks
 // that keep it in the second level were tried; their up projection reads its weights too often, 4 % slower: LOG.md.)
-constexpr int64_t HIDDEN_BYTES = 15 << 20;
+static constexpr int64_t HIDDEN_BYTES = 15 << 20;
 
-int feed_forward(const Isa& isa, const qvgen_layer* layers, const Tokens& tokens, int64_t total, int threads) {
+int feed_forward_outputs(const Isa& isa, const qvgen_layer* layers, const Tokens& tokens, int64_t total, int threads) {
   qvgen_layer up = layers[0], down = layers[1];
   const int64_t row = up.out_features * (tokens.dtype ? 2 : 4), most = round_up(1 + HIDDEN_BYTES / row, TILE_ROWS);
   const int64_t chunks = (total + most - 1) / most, size = round_up((total + chunks - 1) / chunks, TILE_ROWS);
@@ -134,14 +137,14 @@ int feed_forward(const Isa& isa, const qvgen_layer* layers, const Tokens& tokens
   for (int64_t first = 0; first < total; first += size) {
     const int64_t here = total - first < size ? total - first : size;
     down.out = output(layers[1], first);
-    if (int status = linear(isa, &up, 1, tokens.from(first), here, threads)) return status;
+    if (int status = linear_outputs(isa, &up, 1, tokens.from(first), here, threads)) return status;
     const Tokens hidden = {up.out, tokens.dtype, down.in_features, tokens.first + first, tokens.input};
-    if (int status = linear(isa, &down, 1, hidden, here, threads)) return status;
+    if (int status = linear_outputs(isa, &down, 1, hidden, here, threads)) return status;
   }
   return QVGEN_OK;
 }
 
-int check(const qvgen_layer& l, int64_t in_features, const qvgen_input& input) {
+int check_layer(const qvgen_layer& l, int64_t in_features, const qvgen_input& input) {
   const Header* found = find_header(l.weight, l.weight_bytes);
   if (!found) return QVGEN_NOT_A_WEIGHT;
   const Header& h = *found;
@@ -152,13 +155,15 @@ int check(const qvgen_layer& l, int64_t in_features, const qvgen_input& input) {
   return QVGEN_OK;
 }
 
+namespace {
+
 template <class F>
 int checked(const char* isa_name, const qvgen_layer* layers, int count, bool chained, const qvgen_input* input, const F& run) {
   const Isa* isa = find_isa(isa_name);
   if (!isa) return QVGEN_UNSUPPORTED_ISA;
   for (int i = 0; i < count; i++) {
     const int64_t in_features = chained && i ? layers[i - 1].out_features : layers[0].in_features;
-    if (int status = check(layers[i], in_features, *input)) return status;
+    if (int status = check_layer(layers[i], in_features, *input)) return status;
   }
   const int64_t total = input->samples * input->tokens;
   if (total == 0) return QVGEN_OK;
@@ -177,13 +182,13 @@ using namespace qvgen;
 int qvgen_linear(const char* isa, const qvgen_layer* layers, int count, const qvgen_input* input, int threads) {
   if (count < 1 || count > MOST_LAYERS) return QVGEN_TOO_MANY_LAYERS;
   return checked(isa, layers, count, false, input, [&](const Isa& chosen, const Tokens& tokens, int64_t total) {
-    return linear(chosen, layers, count, tokens, total, threads);
+    return linear_outputs(chosen, layers, count, tokens, total, threads);
   });
 }
 
 int qvgen_feed_forward(const char* isa, const qvgen_layer* layers, const qvgen_input* input, int threads) {
   return checked(isa, layers, 2, true, input, [&](const Isa& chosen, const Tokens& tokens, int64_t total) {
-    return feed_forward(chosen, layers, tokens, total, threads);
+    return feed_forward_outputs(chosen, layers, tokens, total, threads);
   });
 }
 
