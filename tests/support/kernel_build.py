@@ -11,11 +11,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def passed_with(option: str, build: Path, *selection: object) -> int:
+def passed_with(option: str, build: Path, *selection: object, compiler: str = "g++") -> int:
     """How many tests of `selection` (arguments of pytest) pass with the library that `option` of cmake gives."""
-    if missing := [tool for tool in ("cmake", "g++") if not shutil.which(tool)]:
+    if missing := [tool for tool in ("cmake", compiler) if not shutil.which(tool)]:
         pytest.skip(f"{', '.join(missing)} not installed")
-    _run("cmake", "-S", ROOT, "-B", build, option)
+    _run("cmake", "-S", ROOT, "-B", build, option, f"-DCMAKE_CXX_COMPILER={compiler}")
     _run("cmake", "--build", build, "-j", 2)
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selection]
     said = _run(*tests, QVGEN_CPU_LIBRARY=str(build / "libqvgen_cpu.so"))

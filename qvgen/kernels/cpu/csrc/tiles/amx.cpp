@@ -1,12 +1,12 @@
 // The instruction set "amx", and whether this process may use it.
+#include "tiles/tiles.h"
+
 #ifdef __x86_64__
 
 #include <cpuid.h>
 
 #include <cerrno>
 #include <cstdio>
-
-#include "tiles/tiles.h"
 
 #ifdef __linux__
 #include <sys/auxv.h>
@@ -96,5 +96,9 @@ const qvgen::Isa* qvgen::isa_amx() {
   }();
   return &isa;
 }
+
+#else
+
+bool qvgen::tiles_multiply_bf16() { return false; }
 
 #endif

@@ -26,7 +26,6 @@ template <Dtype D>
 INLINE void store_codes(uint8_t* codes, const s32v (&q)[VECTORS_A_STEP], u32v& sums) {
 #ifdef __AVX512VBMI__
   // Four bytes a lane, and one permutation of bytes: half the operations of four narrowings.
-  typedef uint8_t bytes_v __attribute__((vector_size(64)));
   const u32v low = ((u32v)q[0] & 0xffu) | ((u32v)q[1] << 8 & 0xff00u);
   const u32v high = ((u32v)q[2] << 16 & 0xff0000u) | (u32v)q[3] << 24;
   alignas(64) static constexpr struct Order {
@@ -36,7 +35,12 @@ INLINE void store_codes(uint8_t* codes, const s32v (&q)[VECTORS_A_STEP], u32v& s
     }
   } ORDER;
   const u32v merged = low | high;
+#ifdef __clang__
+  store(codes, _mm512_permutexvar_epi8(load<__m512i>(ORDER.from), (__m512i)merged));
+#else  // GCC 12 warns of that
+  typedef uint8_t bytes_v __attribute__((vector_size(64)));
   store(codes, __builtin_shuffle((bytes_v)merged, load<bytes_v>(ORDER.from)));
+#endif
   sums = (u32v)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)merged, _mm512_set1_epi8(1));
 #else
   for (int i = 0; i < VECTORS_A_STEP; i += 2) store_pair<D>(codes + i * LANES, {q[i], q[i + 1]});
