@@ -20,8 +20,6 @@ from typing import Any
 from qvgen.serving.limits import SUFFIXES, Limits
 
 WAITING = int(os.environ.get("QVGEN_WAITING", "16"))  # requests that may wait for their turn
-
-
 # Whether the client of a thread's request has gone; MLflow, which lies between, hands nothing on.
 client_gone: ContextVar[Callable[[], bool]] = ContextVar("client_gone", default=lambda: False)
 LOOK = 0.2  # seconds between looks whether it has
