@@ -25,7 +25,7 @@ def run(stage: Stage) -> None:
 
     params, source = stage.params, stage.root / "artifacts/model"
     family = load_family(source)
-    trial = Trial.from_params(params, LatentDataset.open(stage.root / "artifacts/data/held_out"), family.noise_range)
+    trial = Trial.from_params(params, LatentDataset.open(stage.root / "artifacts/data/held_out"), family)
     calibration = stage.root / "artifacts/calibration"
     own = calibration / "mse.safetensors"  # where the pipeline's method calibrates in another way
     grids = load_grids(own if own.exists() else calibration / "grids.safetensors")

@@ -36,7 +36,7 @@ def run(stage: Stage) -> None:
 
     folders = [stage.root / "artifacts/model", stage.root / "artifacts/packed"]
     family = load_family(folders[0])  # it knows which of two transformers was trained
-    trial = Trial.from_params(stage.params, LatentDataset.open(stage.root / "artifacts/data/held_out"), family.noise_range)
+    trial = Trial.from_params(stage.params, LatentDataset.open(stage.root / "artifacts/data/held_out"), family)
     for folder in folders:
         check_size(folder, trial.size)
     models = {folder: PipelineFolder(folder, stage.device, tiling=stage.params.prepare.vae_tiling) for folder in folders}

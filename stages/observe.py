@@ -25,7 +25,7 @@ SEEN = Path(".qvgen/sources.json")
 
 
 def hardware() -> dict[str, object]:
-    """The processor, its cores, memory in GiB, accelerators and the versions of Python and torch."""
+    """The processor, its cores, threads that torch may take, memory in GiB, accelerators, versions of Python and torch."""
     try:
         torch = version("torch")
     except PackageNotFoundError:
@@ -33,6 +33,7 @@ def hardware() -> dict[str, object]:
     return {
         "processor": processor(),
         "logical_cores": os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count()),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "accelerators": sorted(_nvidia()),
         "python": platform.python_version(),

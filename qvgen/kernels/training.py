@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from qvgen.kernels.cpu import training as cpu
+from qvgen.kernels.triton.block_functions import MOST_FEATURES
 from qvgen.kernels.triton.training import launch as triton
 from qvgen.quant.primitives import FusedFakeQuantize
 from qvgen.quant.scheme import QuantArgs
-
-MOST_FEATURES = 2**15  # of a row, which a program of Triton's keeps in registers and one thread of the CPU works on
 
 
 def choose(x: Tensor, scale: Tensor, zero_point: Tensor, args: QuantArgs, dtype: torch.dtype) -> FusedFakeQuantize | None:

@@ -157,7 +157,13 @@ class Family(Protocol):
         """Text embeddings (n, max_sequence_length, d) as the pipeline feeds them to the transformer. Of a pipeline that masks
         padding, its rows are zeros: they are not stored, and `text_mask` finds them. Pooled embeddings are one row more, the
         first (`with_pooled`)."""
-        ...
+        text, _ = pipeline.encode_prompt(
+            list(prompts),
+            do_classifier_free_guidance=False,
+            max_sequence_length=max_sequence_length,
+            device=pipeline.text_encoder.device,
+        )
+        return text
 
     def encode_negative(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> torch.Tensor:
         """The same for prompts that guidance leads away from, which some pipelines encode otherwise."""

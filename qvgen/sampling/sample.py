@@ -21,7 +21,7 @@ PIXELS_AT_ONCE = 2**22  # of clips that are decoded together: 20 of the embedded
 OnBatch = Callable[[int], object]  # told how many items a finished batch held
 
 
-def silent(_items: int) -> None:
+def silent(_: object) -> None:
     pass
 
 
@@ -150,13 +150,14 @@ def sample(
     guidance_stop: float = 1.0,
     negative_prompt: str = "",
     on_batch: OnBatch = silent,
+    on_denoised: Callable[[Any], object] = silent,
     images: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sampled latents (n, ...) and their clips (n, 3, t, h, w) in [-1, 1], float32 on the CPU, one per prompt.
 
     `model`: a pipeline, or a PipelineFolder, of which one part is in memory at a time. Clip i depends on prompts[i] and
     seeds[i] only (up to floating-point reductions), so two models compared over the same prompts and seeds start from the same
-    noise. Raises ValueError for an empty list of prompts.
+    noise. `on_denoised` is given the transformer that made the latents. Raises ValueError for an empty list of prompts.
     """
     texts = encode_all(model, family, prompts, seeds, size, guidance_scale, batch_size, negative_prompt)
     with holding(model, "transformer") as pipeline:
@@ -173,6 +174,7 @@ def sample(
             on_batch=on_batch,
             images=images,
         ).tensor()
+        on_denoised(pipeline.transformer)
     return latents, decode_all(model, family, latents, size, batch_size)
 
 

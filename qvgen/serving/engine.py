@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,37 +20,47 @@ from typing import Any
 from qvgen.serving.limits import SUFFIXES, Limits
 
 WAITING = int(os.environ.get("QVGEN_WAITING", "16"))  # requests that may wait for their turn
+# Whether the client of a thread's request has gone; MLflow, which lies between, hands nothing on.
+client_gone: ContextVar[Callable[[], bool]] = ContextVar("client_gone", default=lambda: False)
+LOOK = 0.2  # seconds between looks whether it has
 
 
 class BusyError(RuntimeError):
-    """As many requests wait as may; the message names the limit."""
+    """As many requests wait as may, and the message names the limit; or nobody waits for this one any more."""
 
 
 class Turns:
-    """One at a time, and a bounded number that wait."""
+    """One at a time, in the order in which they came, and a bounded number that wait."""
 
     def __init__(self, waiting: int) -> None:
         self.limit = waiting
-        self._lock, self._count, self._turn = threading.Lock(), 0, threading.Lock()
+        self._line: list[object] = []
+        self._moved = threading.Condition()
 
     @property
     def queue(self) -> int:
         """Requests inside: the one that runs and those that wait."""
-        return self._count
+        return len(self._line)
 
     @contextmanager
     def take(self) -> Any:
-        """Raises BusyError instead of waiting where `limit` wait already."""
-        with self._lock:
-            if self._count > self.limit:
+        """Raises BusyError instead of waiting where `limit` wait already, and when the client goes while it waits."""
+        own = object()
+        with self._moved:
+            if len(self._line) > self.limit:
                 raise BusyError(f"limit waiting = {self.limit} (QVGEN_WAITING): as many requests wait; try again later")
-            self._count += 1
+            self._line.append(own)
         try:
-            with self._turn:
-                yield
+            with self._moved:
+                while self._line[0] is not own:
+                    self._moved.wait(LOOK)
+                    if client_gone.get()():
+                        raise BusyError("the client has gone")
+            yield
         finally:
-            with self._lock:
-                self._count -= 1
+            with self._moved:
+                self._line.remove(own)
+                self._moved.notify_all()
 
 
 @dataclass(frozen=True)

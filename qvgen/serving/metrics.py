@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 SECONDS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600)
-OUTCOMES = {200: "ok", 400: "bad_request", 413: "too_large", 415: "bad_request", 503: "busy"}  # by status; else error
+CLIENT_GONE = 499  # as nginx has it: nobody reads the answer
+# By status; else error.
+OUTCOMES = {200: "ok", 400: "bad_request", 413: "too_large", 415: "bad_request", CLIENT_GONE: "gone", 503: "busy"}
 LOOKS = ("switched", "unchanged", "refused", "unreachable")
 
 

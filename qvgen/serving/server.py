@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +24,9 @@ from typing import Any
 
 from qvgen.hub.reference import parse_reference
 from qvgen.hub.tracking import Registered
-from qvgen.serving.engine import WAITING, Engine, Turns
+from qvgen.serving.engine import LOOK, WAITING, Engine, Turns, client_gone
 from qvgen.serving.follow import Follower, Serving
-from qvgen.serving.metrics import Metrics
+from qvgen.serving.metrics import CLIENT_GONE, Metrics
 from qvgen.serving.pyfunc import Served, signature_of
 
 LARGEST_TEXT = 1 << 20  # bytes of a body without images: 4 rows of prompts at their limits are a tenth of it
@@ -73,11 +74,12 @@ def _largest_body(engine: Engine) -> int:
     return LARGEST_TEXT + (limits.videos * limits.image_bytes * 4 // 3 if engine.reads_image else 0)
 
 
-def answer(serving: Serving, body: bytes, kind: str) -> tuple[int, dict[str, Any]]:
-    """Status and content for a request's body of content type `kind`."""
+def answer(serving: Serving, body: bytes, kind: str, gone: threading.Event) -> tuple[int, dict[str, Any]]:
+    """Status and content for a request's body of content type `kind`. `gone`: set when its client has gone."""
     from mlflow.exceptions import MlflowException
     from mlflow.pyfunc.scoring_server import invocations
 
+    client_gone.set(gone.is_set)  # of this thread, until its next request
     try:
         said = invocations(body, kind, serving.model, serving.model.metadata.get_input_schema())
     except MlflowException as error:
@@ -122,7 +124,14 @@ def make_app(follower: Follower, metrics: Metrics, hosts: Sequence[str], threads
             status, content = 413, {"error_code": "BAD_REQUEST", "message": f"limit body = {largest} bytes"}
         else:
             kind = request.headers.get("content-type", "")
-            status, content = await asyncio.get_running_loop().run_in_executor(pool, answer, serving, bytes(body), kind)
+            gone = threading.Event()
+            made = asyncio.get_running_loop().run_in_executor(pool, answer, serving, bytes(body), kind, gone)
+            while not (await asyncio.wait([made], timeout=LOOK))[0]:
+                if await request.is_disconnected():
+                    gone.set()
+            status, content = await made
+            if gone.is_set():
+                status = CLIENT_GONE
         seconds, outcome = time.monotonic() - started, metrics.request(status)
         log.info("request status=%d outcome=%s version=%s seconds=%.2f", status, outcome, serving, seconds)
         content |= {"model": serving.registered.name, "version": serving.registered.version}

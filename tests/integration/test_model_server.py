@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,23 @@ def test_more_requests_than_may_wait_get_503(served: Served) -> None:
     assert all("limit waiting = 2" in answer.content for answer in answers if answer.status == 503)
     assert served.number('qvgen_requests_total{outcome="busy"}') == statuses.count(503)
     assert served.number("qvgen_video_seconds_count") >= statuses.count(200) and served.number("qvgen_queue") == 0
+
+
+def test_a_request_whose_client_has_gone_gives_up_its_place(served: Served) -> None:
+    """Behind two of four videos each."""
+    rows = {"columns": ["prompt", "seed"], "data": [["a red digit three", seed] for seed in range(4)]}
+    body = json.dumps({"dataframe_split": rows, "params": {"steps": 10}}).encode()
+    made = served.number("qvgen_video_seconds_count")
+    with ThreadPoolExecutor(2) as pool:
+        others = [pool.submit(post, served.address, body) for _ in range(2)]
+        wait_until(lambda: served.number("qvgen_queue") == 2, served.log.read_text)
+        client = HTTPConnection(served.address.removeprefix("http://"))
+        client.request("POST", "/invocations", body, {"Content-Type": "application/json"})
+        wait_until(lambda: served.number("qvgen_queue") == 3, served.log.read_text)
+        client.close()
+        wait_until(lambda: served.number('qvgen_requests_total{outcome="gone"}') == 1, served.log.read_text)
+        assert [future.result().status for future in others] == [200, 200]
+    assert served.number("qvgen_video_seconds_count") == made + 8 and served.number("qvgen_queue") == 0
 
 
 def test_a_promotion_and_a_rollback_while_requests_run(served: Served, mlflow_server: str, tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 from comparison.report.page import PICTURES, markdown_table, write_report
 from comparison.report.ranking import missing
 from comparison.report.results import read_results
+from comparison.report.style import LIGHT, line_style
 from comparison.report.tables import CSV_COLUMNS, ablation_table, paired_table, summary_table, tuning_table
 from comparison.report.videos import scenes
 from comparison.report.words import MEASURES
@@ -114,6 +115,9 @@ def test_pictures_and_videos_have_words(html: str, report: Path) -> None:
     assert {path.stem for path in (report / "plots").iterdir()} == set(PICTURES) < PLOTS
     for path in (report / "plots").iterdir():
         assert Image.open(path).width >= 1000
+    drawn = Image.open(report / "plots" / "ranking.png").convert("RGB").getcolors()
+    wanted = {ImageColor.getrgb(line_style(method, LIGHT)["color"]) for method in METHODS}
+    assert wanted <= {colour for _, colour in drawn or ()}  # each method's own, as in its legend
 
 
 def test_summary_ranks_and_marks(results: Path) -> None:

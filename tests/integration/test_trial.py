@@ -26,6 +26,7 @@ from qvgen.evaluation.quality.trial import (
     prompt_accuracy,
     velocity_mse,
 )
+from qvgen.models.hunyuan.text import HunyuanVideoFamily
 from qvgen.models.registry import family_adapter
 from qvgen.models.tiny import TINY_CLIP, TINY_PROMPT, tiny_pipeline
 from qvgen.nn.swap import convert_, prepare_
@@ -64,6 +65,7 @@ def setup(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         batch_size=2,
         image=image,
         first_frames=pictures if family.reads_image else None,
+        guidance_is_told=family.guidance_is_told,
     )
     return SimpleNamespace(pipeline=pipeline, family=family, trial=trial, name=request.param, folder=folder)
 
@@ -83,8 +85,14 @@ def packed(setup: SimpleNamespace, bits: int) -> SimpleNamespace:
 
 def test_a_model_equals_itself(setup: SimpleNamespace) -> None:
     done: list[int] = []
+    made: list[int] = []
+    hook = setup.pipeline.transformer.register_forward_pre_hook(
+        lambda _, *given: made.append(len([*given[0], *given[1].values()][0])), with_kwargs=True
+    )
     reference = observe(setup.pipeline, setup.family, setup.trial, on_batch=done.append)
-    assert sum(done) == setup.trial.predictions == 3 * (2 * 2) + 2 * 3  # with guidance two a step
+    hook.remove()
+    assert sum(done) == sum(made) == setup.trial.predictions == 3 * setup.trial.predictions_per_video + 2 * 3
+    assert setup.trial.predictions_per_video == (2 if setup.name == "hunyuan_video" else 2 * 2)  # with guidance two a step
     assert reference.clips.shape == (3, 3, setup.trial.size.frames, 32, 32) and reference.clips.abs().max() <= 1
     held_out = setup.trial.latents
     assert reference.velocities.shape == (2, *setup.family.target(held_out, held_out, torch.ones(3)).shape)
@@ -142,7 +150,8 @@ def test_one_model_in_memory_at_a_time_gives_the_same(setup: SimpleNamespace, tm
     cut.write_bytes(cut.read_bytes()[:-4])
     done, found = [], []
     answer(model, setup.family, setup.trial, on_batch=done.append, store=tmp_path, on_found=found.append)
-    assert (sum(done), sum(found)) == (2 * 4 + 1, 1 * 4 + 5) and sum(done + found) == setup.trial.predictions
+    video = setup.trial.predictions_per_video
+    assert (sum(done), sum(found)) == (2 * video + 1, 1 * video + 5) and sum(done + found) == setup.trial.predictions
     loaded.clear()
     seen = observe(model, setup.family, setup.trial, store=tmp_path)
     assert loaded == [vae] and same(seen, expected)
@@ -244,6 +253,8 @@ def test_a_trial_repeats_captions_with_new_seeds_when_there_are_few() -> None:
     trial = Trial.from_params(params, held_out)
     assert trial.prompts[:4] == ("b", "a", "b", "a") and len(trial.prompts) == params.evaluate.prompts
     assert len(set(trial.seeds)) == params.evaluate.prompts
+    told = Trial.from_params(params, held_out, HunyuanVideoFamily())
+    assert trial.predictions_per_video == 2 * told.predictions_per_video
     assert trial.text[:].flatten().tolist() == [1.0, 0.0]
 
 

@@ -13,7 +13,7 @@ FLOAT32 = 2e-5
 # One rounding to bfloat16 each, which may fall to either side: a spacing of 2^-7 for values up to 2, 2^-6 up to 4, ...
 BFLOAT16_SPACING = 2**-7
 
-pytestmark = pytest.mark.skipif(not block_functions.available(), reason="the compiled kernels are not installed")
+pytestmark = pytest.mark.skipif(bool(library.refusal()), reason="the compiled kernels are not installed")
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

@@ -8,14 +8,14 @@ from diffusers import WanTransformer3DModel
 
 from qvgen.integrations.fused import fuse_
 from qvgen.kernels import whole_block
-from qvgen.kernels.cpu import block_functions, transformer_block
+from qvgen.kernels.cpu import library, transformer_block
 from qvgen.models.wan import WanFamily
 from qvgen.nn.packed_linear import packed_layers
 from qvgen.nn.swap import convert_, prepare_
 from qvgen.nn.timestep import set_timestep
 from qvgen.quant.scheme import QuantArgs, QuantScheme
 
-pytestmark = pytest.mark.skipif(not block_functions.available(), reason="the compiled kernels are not installed")
+pytestmark = pytest.mark.skipif(bool(library.refusal()), reason="the compiled kernels are not installed")
 
 SIZES: dict[str, Any] = {
     "num_attention_heads": 2,

@@ -57,30 +57,28 @@ def make_canary(
 ) -> dict[str, Any]:
     """Make the videos of the pipeline in `folder`, one at a time, and write them and their record into `out`, a folder that
     is there. `images`: first frames (n, 3, h, w), values 0 to 255, if the model takes any. Returns the record."""
-    from qvgen.checkpoint.pipeline import PipelineFolder, holding
+    from qvgen.checkpoint.pipeline import PipelineFolder
     from qvgen.models.registry import load_family
-    from qvgen.sampling.sample import decode_all, denoise_all, encode_all
+    from qvgen.sampling.sample import sample
     from qvgen.sampling.video import write_video
 
-    family, model, size = load_family(folder), PipelineFolder(folder), settings.size
-    texts = encode_all(model, family, prompts, seeds, size, settings.guidance_scale, batch_size=1)
-    with holding(model, "transformer") as pipeline:
-        latents = denoise_all(
-            pipeline,
-            family,
-            texts,
-            seeds,
-            size,
-            inference_steps=settings.inference_steps,
-            guidance_scale=settings.guidance_scale,
-            batch_size=1,
-            guidance_stop=settings.guidance_stop,
-            on_batch=on_video,
-            images=images,
-        ).tensor()
-        made_with = circumstances(pipeline.transformer)
+    made_with: dict[str, str] = {}
+    _latents, clips = sample(
+        PipelineFolder(folder),
+        load_family(folder),
+        prompts,
+        seeds,
+        settings.size,
+        inference_steps=settings.inference_steps,
+        guidance_scale=settings.guidance_scale,
+        batch_size=1,
+        guidance_stop=settings.guidance_stop,
+        on_batch=on_video,
+        on_denoised=lambda transformer: made_with.update(circumstances(transformer)),
+        images=images,
+    )
     hashes = []
-    for number, clip in enumerate(decode_all(model, family, latents, size, batch_size=1)):
+    for number, clip in enumerate(clips):
         path = out / f"{number}.mp4"
         write_video(path, clip, settings.fps)
         hashes.append(hashlib.sha256(path.read_bytes()).hexdigest())

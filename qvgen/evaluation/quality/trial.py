@@ -64,14 +64,15 @@ class Trial:
     first_frames: Latents | None = None  # (n, 3, h, w), of families that read one: prompt i has that of clip i mod n
     other_sizes: tuple[HeldOut, ...] = ()
     judged: bool = False  # whether the prompts are captions of the embedded digits, whose clips can be judged
+    guidance_is_told: bool = False  # of the family
 
     @classmethod
-    def from_params(cls, params: Params, held_out: LatentDataset, noise_range: tuple[float, float] = (0.0, 1.0)) -> Trial:
+    def from_params(cls, params: Params, held_out: LatentDataset, family: Family | None = None) -> Trial:
         """The trial of params.yaml's `evaluate`. Prompts are those of `prompts_file`, or else captions of the held-out clips,
         from the first on, and again from the first if there are too few; each has its own seed either way. Velocities are
-        predicted for all of these clips, first those of the size that the videos have; `noise_range`: for the noise that the
-        transformer is made for (`Family.noise_range`). Raises ValueError for a file that is missing, empty or not UTF-8, and
-        for data without a clip of that size."""
+        predicted for all of these clips, first those of the size that the videos have, at the noise that the `family`'s
+        transformer is made for (without one: at all noise). Raises ValueError for a file that is missing, empty or not
+        UTF-8, and for data without a clip of that size."""
         wanted, prepare = params.evaluate, params.prepare
         digits = prepare.source == "digits" and prepare.frames == FRAMES
         measured = held_out.of_size(prepare.height, prepare.width)
@@ -90,7 +91,7 @@ class Trial:
             size=ClipSize(prepare.frames, prepare.height, prepare.width, prepare.max_sequence_length),
             latents=measured.latents,
             text=measured.text_of_samples,
-            timesteps=tuple(spread_timesteps(wanted.velocity_timesteps, noise_range)),
+            timesteps=tuple(spread_timesteps(wanted.velocity_timesteps, family.noise_range if family else (0.0, 1.0))),
             seed=params.seed,
             inference_steps=wanted.inference_steps,
             guidance_scale=wanted.guidance_scale,
@@ -99,6 +100,7 @@ class Trial:
             first_frames=measured.first_frames,
             other_sizes=tuple(HeldOut(data.latents, data.text_of_samples, data.image) for data in others),
             judged=digits,
+            guidance_is_told=family is not None and family.guidance_is_told,
         )
 
     @property
@@ -115,8 +117,8 @@ class Trial:
 
     @property
     def predictions_per_video(self) -> int:
-        """Velocities that the model predicts for one video: one a step, or two with guidance."""
-        return self.inference_steps * (2 if self.guidance_scale > 1 else 1)
+        """Velocities that the model predicts for one video: one a step, or two with guidance that is not told."""
+        return self.inference_steps * (2 if self.guidance_scale > 1 and not self.guidance_is_told else 1)
 
     @property
     def predictions(self) -> int:

@@ -27,11 +27,7 @@ class CpuBackend:
     block_ops: Mapping[str, BlockOp] = block_functions.BLOCK_OPS
 
     def available(self) -> str:
-        try:
-            library.isa()
-        except (library.LibraryMissing, ValueError) as error:
-            return str(error)
-        return ""
+        return library.refusal()
 
     def supports(self, layer: PackedWeight) -> str:
         if layer.activations is None:

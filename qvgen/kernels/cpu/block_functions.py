@@ -19,13 +19,9 @@ SHORT_KEYS, SHORT_FEATURES = 512, 256  # as in csrc/isa/isa.h
 SHORT_SCORES = {torch.float32: None, torch.bfloat16: 64 * 64}  # at most, queries times keys; None: any number
 
 
-def available() -> bool:
-    return not _library_refusal()
-
-
 def attention_refusal() -> str:
     """Why the compiled attention does not run on this machine, worded for a user; empty if it does."""
-    if reason := _library_refusal():
+    if reason := library.refusal():
         return reason
     if not choice().compiled_attention:
         return "its instructions, AVX512_BF16 or AMX, are not in this machine or not in this build"
@@ -42,14 +38,6 @@ def attention_kernel() -> str:
     if preference() == KernelPreference.CPU:
         return measured.compiled_attention
     return "" if measured.attention == PYTORCH else measured.attention
-
-
-def _library_refusal() -> str:
-    try:
-        library.isa()
-    except (library.LibraryMissing, ValueError) as error:
-        return str(error)
-    return ""
 
 
 def layer_norm_modulate(
@@ -181,8 +169,8 @@ def _takes_sum(x: Tensor, y: Tensor, gate: Tensor | None) -> bool:
 
 
 BLOCK_OPS = {
-    "layer_norm_modulate": BlockOp(layer_norm_modulate, _library_refusal, _takes_rows),
-    "rms_norm_rotary": BlockOp(rms_norm_rotary, _library_refusal, _takes_rotary),
-    "add_gated": BlockOp(add_gated, _library_refusal, _takes_sum),
-    "attention": BlockOp(attention, _library_refusal, attention_supported, attention_limits),
+    "layer_norm_modulate": BlockOp(layer_norm_modulate, library.refusal, _takes_rows),
+    "rms_norm_rotary": BlockOp(rms_norm_rotary, library.refusal, _takes_rotary),
+    "add_gated": BlockOp(add_gated, library.refusal, _takes_sum),
+    "attention": BlockOp(attention, library.refusal, attention_supported, attention_limits),
 }

@@ -230,6 +230,15 @@ def isa() -> bytes:
     return wanted.encode()
 
 
+def refusal() -> str:
+    """Why nothing compiled runs on this machine; empty if it does."""
+    try:
+        isa()
+    except (LibraryMissing, ValueError) as error:
+        return str(error)
+    return ""
+
+
 def check(status: int) -> None:
     """Raise RuntimeError for a status other than 0."""
     if status:

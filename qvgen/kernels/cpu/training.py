@@ -14,21 +14,13 @@ from qvgen.quant.scheme import QuantArgs
 
 def runs(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether x is a tensor of the CPU with memory of its own (no fake one, and none that is being traced), in float32 as
-    the output is."""
+    the output is. Raises as `library.isa` does under QVGEN_KERNELS=cpu."""
     plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return plain and x.dtype == dtype == torch.float32 and _wanted()
-
-
-def _wanted() -> bool:
-    if preference() not in (KernelPreference.AUTO, KernelPreference.CPU):
+    if not plain or not x.dtype == dtype == torch.float32:
         return False
-    try:
-        library.isa()
-    except (library.LibraryMissing, ValueError):
-        if preference() is KernelPreference.CPU:
-            raise
-        return False
-    return True
+    if preference() is KernelPreference.CPU:
+        return bool(library.isa())
+    return preference() is KernelPreference.AUTO and not library.refusal()
 
 
 def forward(x: Tensor, scale: Tensor, zero_point: Tensor, args: QuantArgs, dtype: torch.dtype) -> Tensor:

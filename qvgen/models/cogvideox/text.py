@@ -174,15 +174,6 @@ class CogVideoXFamily(DiscreteNoise):
             found += [c for c in candidates if parts.attn1.to_v.bias is not None and _have_bias(model, c.layers)]
         return found
 
-    def encode_text(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> torch.Tensor:
-        text, _ = pipeline.encode_prompt(
-            list(prompts),
-            do_classifier_free_guidance=False,
-            max_sequence_length=max_sequence_length,
-            device=pipeline.text_encoder.device,
-        )
-        return text
-
     def encode_clips(self, pipeline: Any, clips: torch.Tensor) -> torch.Tensor:
         latents = pipeline.vae.encode(clips.to(pipeline.vae.device, pipeline.vae.dtype)).latent_dist.mean
         latents = latents.permute(0, 2, 1, 3, 4) * pipeline.vae_scaling_factor_image

@@ -162,15 +162,6 @@ class WanFamily(FlowMatching):
                 found.append(FoldableInput((f"{name}.attn2.to_q",), affine_fold(block.norm2.weight, block.norm2.bias)))
         return found
 
-    def encode_text(self, pipeline: Any, prompts: Sequence[str], max_sequence_length: int) -> torch.Tensor:
-        text, _ = pipeline.encode_prompt(
-            list(prompts),
-            do_classifier_free_guidance=False,
-            max_sequence_length=max_sequence_length,
-            device=pipeline.text_encoder.device,
-        )
-        return text
-
     def encode_clips(self, pipeline: Any, clips: torch.Tensor) -> torch.Tensor:
         mean, std = latent_statistics(pipeline.vae)
         clips = clips.to(pipeline.vae.device, pipeline.vae.dtype)

@@ -69,7 +69,7 @@ def test_what_was_measured_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch
 def test_measuring_is_short() -> None:
     if "ASAN_OPTIONS" in os.environ:
         pytest.skip("the sanitizers make kernels many times slower")
-    library.load(), block_functions.available()
+    library.isa()
     started = time.process_time()
     choice.choice(again=True)
     assert time.process_time() - started < MOST_SECONDS * torch.get_num_threads()
