@@ -20,12 +20,14 @@ def run(stage: Stage) -> None:
     from qvgen.checkpoint.pipeline import PipelineFolder
     from qvgen.data.latents import LatentDataset
     from qvgen.evaluation.quality.trial import Trial, answer, collect, compare
+    from qvgen.models.noise import check_told
     from qvgen.models.registry import load_family
     from qvgen.nn.swap import convert_, prepare_
 
     params, source = stage.params, stage.root / "artifacts/model"
     family = load_family(source)
     trial = Trial.from_params(params, LatentDataset.open(stage.root / "artifacts/data/held_out"), family.noise_range)
+    check_told(family, trial.guidance_scale)
     calibration = stage.root / "artifacts/calibration"
     own = calibration / "mse.safetensors"  # where the pipeline's method calibrates in another way
     grids = load_grids(own if own.exists() else calibration / "grids.safetensors")

@@ -30,6 +30,7 @@ def run(stage: Stage) -> None:
         prompt_accuracy,
         velocity_mse,
     )
+    from qvgen.models.noise import check_told
     from qvgen.models.registry import load_family
     from qvgen.models.size import check_size
     from qvgen.sampling.settings import read_guidance_stop
@@ -37,6 +38,7 @@ def run(stage: Stage) -> None:
     folders = [stage.root / "artifacts/model", stage.root / "artifacts/packed"]
     family = load_family(folders[0])  # it knows which of two transformers was trained
     trial = Trial.from_params(stage.params, LatentDataset.open(stage.root / "artifacts/data/held_out"), family.noise_range)
+    check_told(family, trial.guidance_scale)
     for folder in folders:
         check_size(folder, trial.size)
     models = {folder: PipelineFolder(folder, stage.device, tiling=stage.params.prepare.vae_tiling) for folder in folders}

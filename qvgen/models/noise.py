@@ -99,6 +99,15 @@ class ToldGuidance(FlowMatching, Protocol):
         return family
 
 
+def check_told(family: Family, guidance_scale: float) -> None:
+    """Raises ValueError if evaluation would tell a transformer another guidance scale than training does."""
+    if guidance_scale != (told := getattr(family, "guidance_scale", guidance_scale)):
+        raise ValueError(
+            f"evaluate.guidance_scale = {guidance_scale:g}, but calibration and training tell the transformer {told:g}, that "
+            "of the model's generation.json or else of its pipeline: make them the same"
+        )
+
+
 class DiscreteNoise(Family, Protocol):
     """Noise of a diffusion process with 1,000 levels, all equally likely in training."""
 

@@ -174,6 +174,7 @@ def test_a_transformer_that_is_told_its_guidance(tmp_path: Path) -> None:
     """As generation.json says, or else as the family is sampled; it reads no negative prompt."""
     folder = make_kind("flux", tmp_path / "model")
     assert getattr(load_family(folder), "guidance_scale", None) == 3.5
+    assert getattr(load_family(make_kind("flux_schnell", tmp_path / "schnell")), "guidance_scale", None) == 1.0
     for value, accepted in ((2, True), (0.5, False), ("3", False), (True, False), (float("nan"), False)):
         (folder / "generation.json").write_text(json.dumps({"guidance_scale": value}))
         if accepted:
