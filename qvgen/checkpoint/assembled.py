@@ -97,8 +97,7 @@ def _check_layers(pipeline: Any, file: Path) -> None:
     if left := sorted({name.partition(".lora")[0] for name in named if ".lora" in name} - there):
         raise SourceError(
             f"{file} also adapts {len(left)} layers ({', '.join(left[:_SHOWN])}) that {type(pipeline.transformer).__name__} "
-            "does not have: it is of another model, or of text encoders too, which are not fused; keep what it has for this "
-            "transformer, or load the file beside the packed model (docs/lora.md)"
+            "does not have: it is of another model, or of text encoders too, which are not fused (docs/lora.md)"
         )
 
 
