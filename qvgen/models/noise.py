@@ -70,8 +70,7 @@ class FlowMatching(Family, Protocol):
 
 
 def sampler_shift(config: Mapping[str, Any]) -> float:
-    """Of a scheduler's noise levels; of one that shifts by the number of tokens that of the most. Raises ValueError for one
-    that is no number above 0, with which every level would be 0 or 1."""
+    """Of a scheduler's noise levels. Raises ValueError for one that is no number above 0: at 0 every level is 0."""
     dynamic = config.get("use_dynamic_shifting")
     name = "max_shift" if dynamic else "shift" if "shift" in config else "flow_shift"
     shift = config.get(name, 1.15 if dynamic else 1.0)
