@@ -91,7 +91,7 @@ def fuse_adapters(base: Path, adapters: Sequence[tuple[Path, float]], out: Path)
 
 
 def _check_layers(pipeline: Any, file: Path) -> None:
-    """Raises SourceError for a file with adapters of layers that are not there: diffusers drops those with a warning."""
+    """Raises SourceError for adapters of layers that are not there, which diffusers drops with a warning."""
     named = pipeline.lora_state_dict(str(file), local_files_only=True)
     there = {f"transformer.{name}" for name, _ in pipeline.transformer.named_modules()}
     if left := sorted({name.partition(".lora")[0] for name in named if ".lora" in name} - there):

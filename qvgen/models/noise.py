@@ -103,7 +103,7 @@ def check_told(family: Family, guidance_scale: float) -> None:
     if guidance_scale != (told := getattr(family, "guidance_scale", guidance_scale)):
         raise ValueError(
             f"evaluate.guidance_scale = {guidance_scale:g}, but calibration and training tell the transformer {told:g}, that "
-            "of the model's generation.json or else of its pipeline: make them the same"
+            "of its generation.json or else its pipeline: make them the same"
         )
 
 
