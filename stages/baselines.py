@@ -27,10 +27,10 @@ def run(stage: Stage) -> None:
     params, source = stage.params, stage.root / "artifacts/model"
     family = load_family(source)
     trial = Trial.from_params(params, LatentDataset.open(stage.root / "artifacts/data/held_out"), family.noise_range)
-    check_told(family, trial.guidance_scale)
     calibration = stage.root / "artifacts/calibration"
     own = calibration / "mse.safetensors"  # where the pipeline's method calibrates in another way
     grids = load_grids(own if own.exists() else calibration / "grids.safetensors")
+    check_told(family, trial.guidance_scale)
     starts = {"rtn": None, "mse": grids}  # None: whole ranges
 
     def quantize_(transformer: Any, method: str) -> None:

@@ -38,9 +38,9 @@ def run(stage: Stage) -> None:
     folders = [stage.root / "artifacts/model", stage.root / "artifacts/packed"]
     family = load_family(folders[0])  # it knows which of two transformers was trained
     trial = Trial.from_params(stage.params, LatentDataset.open(stage.root / "artifacts/data/held_out"), family.noise_range)
-    check_told(family, trial.guidance_scale)
     for folder in folders:
         check_size(folder, trial.size)
+    check_told(family, trial.guidance_scale)
     models = {folder: PipelineFolder(folder, stage.device, tiling=stage.params.prepare.vae_tiling) for folder in folders}
     stores = {folder: stage.checkpoint_dir / folder.name for folder in folders}
     with stage.progress(total=len(folders) * trial.predictions, unit="prediction") as progress:
