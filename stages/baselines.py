@@ -20,6 +20,7 @@ def run(stage: Stage) -> None:
     from qvgen.checkpoint.pipeline import PipelineFolder
     from qvgen.data.latents import LatentDataset
     from qvgen.evaluation.quality.trial import Trial, answer, collect, compare
+    from qvgen.models.noise import check_told
     from qvgen.models.registry import load_family
     from qvgen.nn.swap import convert_, prepare_
 
@@ -29,6 +30,7 @@ def run(stage: Stage) -> None:
     calibration = stage.root / "artifacts/calibration"
     own = calibration / "mse.safetensors"  # where the pipeline's method calibrates in another way
     grids = load_grids(own if own.exists() else calibration / "grids.safetensors")
+    check_told(family, trial.guidance_scale)
     starts = {"rtn": None, "mse": grids}  # None: whole ranges
 
     def quantize_(transformer: Any, method: str) -> None:

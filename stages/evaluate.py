@@ -30,6 +30,7 @@ def run(stage: Stage) -> None:
         prompt_accuracy,
         velocity_mse,
     )
+    from qvgen.models.noise import check_told
     from qvgen.models.registry import load_family
     from qvgen.models.size import check_size
     from qvgen.sampling.settings import read_guidance_stop
@@ -39,6 +40,7 @@ def run(stage: Stage) -> None:
     trial = Trial.from_params(stage.params, LatentDataset.open(stage.root / "artifacts/data/held_out"), family)
     for folder in folders:
         check_size(folder, trial.size)
+    check_told(family, trial.guidance_scale)
     models = {folder: PipelineFolder(folder, stage.device, tiling=stage.params.prepare.vae_tiling) for folder in folders}
     stores = {folder: stage.checkpoint_dir / folder.name for folder in folders}
     with stage.progress(total=len(folders) * trial.predictions, unit="prediction") as progress:

@@ -37,6 +37,7 @@ def run(stage: Stage) -> None:
     from qvgen.data.shards import remove_records
     from qvgen.device import release_memory
     from qvgen.models.family import ClipSize
+    from qvgen.models.noise import check_told
     from qvgen.models.rate import frame_rate
     from qvgen.models.registry import load_family
     from qvgen.models.size import check_size
@@ -46,6 +47,7 @@ def run(stage: Stage) -> None:
     for height, width in [(settings.height, settings.width), *settings.buckets]:
         check_size(source, ClipSize(settings.frames, height, width, settings.max_sequence_length))
     family, device, dtype = load_family(source), stage.device, getattr(torch, settings.dtype)
+    check_told(family, stage.params.evaluate.guidance_scale)
     fps = None
     if settings.source == "videos" and settings.fps != "native":
         fps = frame_rate(source) if settings.fps is None else settings.fps

@@ -38,6 +38,7 @@ def pack(
     adapters, source = [parse_adapter(text) for text in lora], resolve_source(base, revision)
     if not adapters:
         return pack_pipeline(source, out, scheme, getattr(torch, dtype))
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as folder:
         fuse_adapters(source, adapters, Path(folder) / "fused")
         return pack_pipeline(Path(folder) / "fused", out, scheme, getattr(torch, dtype))

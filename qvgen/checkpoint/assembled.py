@@ -70,10 +70,13 @@ def fuse_adapters(base: Path, adapters: Sequence[tuple[Path, float]], out: Path)
         raise ValueError(f"{type(pipeline).__name__} takes no LoRA files in diffusers")
     for file, scale in adapters:
         try:
+            _check_layers(pipeline, file)
             pipeline.load_lora_weights(str(file), local_files_only=True)
             fitting = any("lora_" in name for name, _ in transformer.named_parameters())
             pipeline.fuse_lora(components=["transformer"], lora_scale=scale, safe_fusing=True)
             pipeline.unload_lora_weights()
+        except SourceError:
+            raise
         except Exception as error:  # diffusers and peft raise all kinds
             raise SourceError(f"{file} does not fit {type(transformer).__name__} ({first_line(error)})") from None
         if not fitting:
@@ -84,6 +87,17 @@ def fuse_adapters(base: Path, adapters: Sequence[tuple[Path, float]], out: Path)
         _save(transformer, state, folder)
         _write_card(
             base, folder, [f"Fused into its transformer: {_named(file)}, scale {scale:g}." for file, scale in adapters]
+        )
+
+
+def _check_layers(pipeline: Any, file: Path) -> None:
+    """Raises SourceError for adapters of layers that are not there, which diffusers drops with a warning."""
+    named = pipeline.lora_state_dict(str(file), local_files_only=True)
+    there = {f"transformer.{name}" for name, _ in pipeline.transformer.named_modules()}
+    if left := sorted({name.partition(".lora")[0] for name in named if ".lora" in name} - there):
+        raise SourceError(
+            f"{file} also adapts {len(left)} layers ({', '.join(left[:_SHOWN])}) that {type(pipeline.transformer).__name__} "
+            "does not have: it is of another model, or of text encoders too, which are not fused (docs/lora.md)"
         )
 
 

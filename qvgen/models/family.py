@@ -35,11 +35,12 @@ class ClipSize:
 @dataclass(frozen=True)
 class ClipStep:
     """Sizes that a model has latents for: `frames` k + 1 frames (None: one frame, an image), whole multiples of `height` and
-    `width` pixels."""
+    `width` pixels, neither above `most` pixels."""
 
     frames: int | None
     height: int
     width: int
+    most: int | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from qvgen.quant.primitives import NUM_TRAIN_TIMESTEPS
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 # Options of samplers that shift by the number of tokens.
 DYNAMIC_SHIFT: Mapping[str, tuple[Any, ...]] = {"use_dynamic_shifting": (True, False), "time_shift_type": ("exponential",)}
+MOST_SHIFT = 80  # whose exponential is a float32
 
 
 class FlowMatching(Family, Protocol):
@@ -46,9 +47,7 @@ class FlowMatching(Family, Protocol):
     def from_scheduler(cls, config: Mapping[str, Any], index: Mapping[str, Any] = _NOTHING) -> Self:
         """Training has one shift for clips of any size: where the sampler shifts by size, that of as many tokens as
         `max_image_seq_len` says, 4,096 of images of 1024 x 1024 in Flux and of 121 frames of 512 x 512 in LTX-Video."""
-        if config.get("use_dynamic_shifting"):
-            return cls(math.exp(config.get("max_shift", 1.15)))
-        return cls(float(config.get("shift", config.get("flow_shift", 1.0))))
+        return cls(sampler_shift(config))
 
     def sample_timesteps(self, n: int, generator: torch.Generator) -> torch.Tensor:
         """Uniform noise levels, shifted as the sampler shifts its own."""
@@ -70,6 +69,18 @@ class FlowMatching(Family, Protocol):
         return noise - clean
 
 
+def sampler_shift(config: Mapping[str, Any]) -> float:
+    """Of a scheduler's noise levels. Raises ValueError for one that is no number above 0: at 0 every level is 0."""
+    dynamic = config.get("use_dynamic_shifting")
+    name = "max_shift" if dynamic else "shift" if "shift" in config else "flow_shift"
+    shift = config.get(name, 1.15 if dynamic else 1.0)
+    if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift <= MOST_SHIFT:
+        raise ValueError(
+            f"scheduler option {name} = {shift!r:.100} must be a number above 0, at most {MOST_SHIFT} (scheduler_config.json)"
+        )
+    return math.exp(shift) if dynamic else float(shift)
+
+
 class ToldGuidance(FlowMatching, Protocol):
     """Flow matching by a transformer that was distilled to read the guidance scale. In training and calibration it reads the
     one that generation.json says, or else `sampling`."""
@@ -85,6 +96,15 @@ class ToldGuidance(FlowMatching, Protocol):
             raise ValueError(f"{GENERATION}: {GUIDANCE} = {scale!r:.100} must be a number, at least 1")
         family.guidance_scale = float(scale)
         return family
+
+
+def check_told(family: Family, guidance_scale: float) -> None:
+    """Raises ValueError if evaluation would tell a transformer another guidance scale than training does."""
+    if guidance_scale != (told := getattr(family, "guidance_scale", guidance_scale)):
+        raise ValueError(
+            f"evaluate.guidance_scale = {guidance_scale:g}, but calibration and training tell the transformer {told:g}, that "
+            "of its generation.json or else its pipeline: make them the same"
+        )
 
 
 class DiscreteNoise(Family, Protocol):

@@ -103,6 +103,8 @@ def load_family(folder: str | Path) -> Family:
     index = read_json(folder / "model_index.json") | {EXPERT: trained_component(folder)}
     if (folder / GENERATION).is_file() and (scale := read_json(folder / GENERATION).get(GUIDANCE)) is not None:
         index[GUIDANCE] = scale
+    elif (family := family_class(index.get("_class_name"))).guidance_is_told:
+        index[GUIDANCE] = family.sampling_of(read_json(folder / "transformer" / "config.json")).guidance_scale
     return family_of(index.get("_class_name"), read_json(folder / "scheduler" / "scheduler_config.json"), index)
 
 

@@ -28,7 +28,7 @@ def check_size(folder: str | Path, size: ClipSize) -> None:
     configs = [read_json(folder / part / "config.json") for part in ("transformer", "vae")]
     try:
         step = family.clip_step(*configs)
-        units = step.height, step.width, 1 if step.frames is None else step.frames
+        units = [unit for unit in vars(step).values() if unit is not None]
         if not all(type(unit) is int and 1 <= unit <= MOST_PIXELS for unit in units):
             raise TypeError(f"{step}")
     except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
@@ -44,6 +44,8 @@ def check_size(folder: str | Path, size: ClipSize) -> None:
         if value % unit or value < 1:
             near = " or ".join(map(str, _nearest(value, unit, unit)))
             faults.append(f"{name} = {value} must be a multiple of {unit}: {near}")
+        if step.most is not None and value > step.most:
+            faults.append(f"{name} = {value} must be at most {step.most}: it has no positions beyond")
     if faults:
         raise ValueError(f"the model in {folder} has no latents for such clips: {'; '.join(faults)}")
     if (tokens := family.text_tokens(configs[0])) not in (None, size.max_sequence_length):

@@ -110,9 +110,12 @@ class Served:
         orders = []
         for row in table.to_dict("records"):
             seed, negative = row.get("seed"), row.get("negative_prompt")
-            seed = 0 if seed is None or seed != seed else int(seed)  # a column that some rows lack holds NaN
+            seed = 0 if seed is None or seed != seed else seed  # a column that some rows lack holds NaN
+            if not isinstance(row["prompt"], str) or not isinstance(seed, int | float) or seed % 1 != 0:
+                found = f"{row['prompt']!r:.100} and {seed!r:.100}"
+                raise ValueError(f"prompt must be text and seed a whole number, found {found}")
             text = negative if isinstance(negative, str) else ""
-            orders.append(self.engine.order(str(row["prompt"]), seed, text, overrides, _image(row.get(IMAGE))))
+            orders.append(self.engine.order(row["prompt"], int(seed), text, overrides, _image(row.get(IMAGE))))
         rows = []
         makes = self.engine.makes
         for made in self.engine.make(orders):

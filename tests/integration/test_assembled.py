@@ -142,16 +142,17 @@ def test_adapters_are_fused_before_packing(
         torch.testing.assert_close(after[name], expected, rtol=1e-6, atol=1e-6 if layer in products else 0)
 
     packing = ["--weight-bits", 8, "--activation-bits", 16, "--dtype", "fp32"]
-    assert run(monkeypatch, "pack", base, *given, *packing, "--out", tmp_path / "packed") == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["fused", "packed"]
-    assert verify_folder(tmp_path / "packed") == 20
-    for name, layer in packed_layers(load_pipeline(tmp_path / "packed").transformer):
+    packed = tmp_path / "new" / "packed"
+    assert run(monkeypatch, "pack", base, *given, *packing, "--out", packed) == 0
+    assert [path.name for path in packed.parent.iterdir()] == ["packed"]
+    assert verify_folder(packed) == 20
+    for name, layer in packed_layers(load_pipeline(packed).transformer):
         step = after[f"{name}.weight"].amax(1, keepdim=True) - after[f"{name}.weight"].amin(1, keepdim=True)
         assert ((layer.weight - after[f"{name}.weight"]).abs() <= step / 255).all()
 
 
 def test_adapters_that_do_not_fit_are_refused(base: Path, adapters: dict[str, Any], tmp_path: Path) -> None:
-    def refused(state: dict[str, torch.Tensor], said: str) -> None:
+    def refused(state: dict[str, torch.Tensor], said: str, base: Path = base) -> None:
         save_file(state, tmp_path / "x.safetensors")
         with pytest.raises(ValueError, match=said):
             fuse_adapters(base, [(tmp_path / "x.safetensors", 1.0)], tmp_path / "out")
@@ -163,6 +164,13 @@ def test_adapters_that_do_not_fit_are_refused(base: Path, adapters: dict[str, An
     refused(wrong, "does not fit WanTransformer3DModel")
     elsewhere = {key.replace("transformer.", "text_encoder."): tensor for key, tensor in wrong.items()}
     refused(elsewhere, "WanTransformer3DModel")
+    fits = {f"{layer}.lora_A.weight": torch.zeros(2, 24), f"{layer}.lora_B.weight": torch.zeros(24, 2)}
+    deeper = {key.replace("blocks.0", "blocks.7"): tensor.clone() for key, tensor in fits.items()}
+    refused(fits | deeper, r"also adapts 1 layers \(transformer\.blocks\.7\.attn1\.to_q\) that WanTransformer3DModel does not")
+    flux = tiny_pipeline("flux", tmp_path.with_name("flux"))
+    names = "transformer.x_embedder", "text_encoder.q"
+    both = {key.replace(layer, name): tensor.clone() for name in names for key, tensor in fits.items()}
+    refused(both, r"also adapts 1 layers \(text_encoder\.q\) .* text encoders too, which are not fused", flux)
     file = adapters["one"][0]
     with pytest.raises(ValueError, match="must be a finite number, found nan"):
         fuse_adapters(base, [(file, float("nan"))], tmp_path / "out")

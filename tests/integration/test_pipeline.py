@@ -22,6 +22,7 @@ from qvgen.checkpoint.packed import verify_folder
 from qvgen.checkpoint.unpack import unpack_folder
 from qvgen.evaluation.quality.canary import check_canary
 from qvgen.models.hashes import hash_files
+from qvgen.models.registry import load_family
 from qvgen.models.source import read_pipeline
 from qvgen.models.tiny import TINY_CLIP, TINY_IMAGE, tiny_pipeline
 from qvgen.sampling.video import write_video
@@ -338,6 +339,13 @@ def test_a_trained_method_goes_through_the_same_stages(method: str, family: str,
 def test_other_families_go_through_the_same_stages(family: str, tmp_path: Path) -> None:
     folder = make_project(tmp_path / family, family)
     short(folder)
+    told = getattr(load_family(folder / "assets/tiny-wan"), "guidance_scale", None)
+    if told is not None:
+        with pytest.raises(ValueError, match=rf"evaluate.guidance_scale = 3, but .* tell the transformer {told:g}"):
+            run_stages(folder, "fetch", "prepare")
+        params = yaml.safe_load((folder / "params.yaml").read_text())
+        params["evaluate"]["guidance_scale"] = told
+        write_params(folder, params)
     run_stages(folder, *TO_PACK, "evaluate", *(["baselines", "benchmark"] if family == "wan_image" else []))
     scores = json.loads((folder / "metrics/evaluate.json").read_text())["packed"]
     assert scores["psnr_db"] > 5 and scores["velocity_mse"] > 0

@@ -87,7 +87,8 @@ class StableDiffusion3Family(ImageFamily, FlowMatching):
 
     @staticmethod
     def clip_step(transformer_config: Mapping[str, Any], vae_config: Mapping[str, Any]) -> ClipStep:
-        return image_step(vae_config, transformer_config.get("patch_size", 2))
+        step = image_step(vae_config, transformer_config.get("patch_size", 2))
+        return replace(step, most=step.height * transformer_config.get("pos_embed_max_size", 96))
 
     @classmethod
     def sampling_of(cls, transformer_config: Mapping[str, Any]) -> SamplingSettings:

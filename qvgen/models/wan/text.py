@@ -13,7 +13,7 @@ from torch import nn
 from qvgen.models.family import ClipStep, SamplingSettings
 from qvgen.models.files import EXPERT
 from qvgen.models.folding import Fold, FoldableInput, affine_fold, linear_fold, shared_modulation_fold, shift_fold
-from qvgen.models.noise import FlowMatching
+from qvgen.models.noise import FlowMatching, sampler_shift
 from qvgen.models.tiny import LATENT_CHANNELS, TEXT_DIM, seeded, t5_sizes, word_tokenizer
 
 # transformer/config.json of Wan 2.1 T2V 1.3B in diffusers format.
@@ -62,8 +62,7 @@ class WanFamily(FlowMatching):
 
     @classmethod
     def from_scheduler(cls, config: Mapping[str, Any], index: Mapping[str, Any] = MappingProxyType({})) -> Self:
-        shift = float(config.get("shift", config.get("flow_shift", 1.0)))
-        return cls(shift, index.get("boundary_ratio"), index.get(EXPERT) or "transformer")
+        return cls(sampler_shift(config), index.get("boundary_ratio"), index.get(EXPERT) or "transformer")
 
     @staticmethod
     def refusal(index: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> str | None:

@@ -87,6 +87,12 @@ def test_what_is_no_first_frame(from_frame: Served, image: object, said: str) ->
         asked(from_frame, image)
 
 
+@pytest.mark.parametrize("row", [{"prompt": None}, {"prompt": 5}, {"seed": 1.5}, {"seed": float("inf")}])
+def test_a_row_of_other_kinds(from_frame: Served, row: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="prompt must be text and seed a whole number"):
+        from_frame.predict(pandas.DataFrame([{"prompt": PROMPT, "image": text(picture())} | row]), {})
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_an_image_of_more_pixels_than_a_screen(from_frame: Served) -> None:
     file = io.BytesIO()
