@@ -99,9 +99,10 @@ def check_owner(root: Path) -> None:
 
 
 def project_root() -> Path:
-    """The nearest folder, from here upwards, that holds dvc.yaml. Raises ValueError if there is none."""
+    """The nearest folder, from here upwards, that holds dvc.yaml and .dvc: folders of a project have a dvc.yaml too. Where none
+    is under DVC, the nearest with dvc.yaml. Raises ValueError if there is none."""
     here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / "dvc.yaml").is_file():
-            return folder
+    found = [folder for folder in (here, *here.parents) if (folder / "dvc.yaml").is_file()]
+    if found:
+        return next((folder for folder in found if (folder / ".dvc").is_dir()), found[0])
     raise ValueError(f"no dvc.yaml in {here} or above: run this inside the project")
