@@ -120,6 +120,8 @@ def relocate(database: Path, mlruns: Path) -> int:
             (location,) = tables.execute(query, (EXPERIMENT,)).fetchone() or ("",)
         except sqlite3.OperationalError:  # no tables yet
             return 0
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{database} is damaged ({error}): put a copy of it back, or move it away and begin anew") from None
         old = unquote(urlsplit(location).path)
         if not location.startswith("file:") or not old.endswith("/mlruns") or Path(old) == mlruns:
             return 0
