@@ -101,8 +101,8 @@ def check_owner(root: Path) -> None:
 
 
 def project_root() -> Path:
-    """The nearest folder, from here upwards, that holds dvc.yaml and .dvc: folders of a project have a dvc.yaml too. Where none
-    is under DVC, the nearest with dvc.yaml. Raises ValueError if there is none."""
+    """The nearest folder, from here upwards, that holds dvc.yaml and .dvc: folders of a project have a dvc.yaml too. Where
+    none is under DVC, the nearest with dvc.yaml. Raises ValueError if there is none."""
     here = Path.cwd()
     found = [folder for folder in (here, *here.parents) if (folder / "dvc.yaml").is_file()]
     if found:

@@ -41,8 +41,8 @@ def faults_of(folder: Path, files: Mapping[str, str]) -> list[str]:
 def keep(files: Mapping[str, str], fetch: Fetch) -> Path:
     """The folder of the cache with these files, each hashed now; what is missing or damaged is fetched.
 
-    `fetch(path, out)` writes one file, and raises if it cannot. Raises ValueError for a cache that cannot be written, and what `fetch` raises: then nothing appears, and whole
-    files are kept for the next try.
+    `fetch(path, out)` writes one file, and raises if it cannot. Raises ValueError for a cache that cannot be written, and what
+    `fetch` raises: then nothing appears, and whole files are kept for the next try.
     """
     from filelock import FileLock
 

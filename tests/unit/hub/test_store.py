@@ -37,4 +37,4 @@ def test_a_cache_that_cannot_be_written_is_named_and_read(tmp_path: Path, monkey
 def test_a_model_is_not_pulled_over_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="give a new folder"):
-        pull(str(tmp_path), Path("."))
+        pull(str(tmp_path), Path())

@@ -7,7 +7,7 @@ import pytest
 
 from pipelines.run.checkout import check_git, project_root
 from pipelines.run.prefect_home import some_server
-from stages.record.connection import relocate
+from stages.record.connection import connect, relocate
 
 
 def test_a_server_that_nobody_answers_for_is_named_without_its_password(
@@ -40,10 +40,13 @@ def test_a_folder_without_git_is_told_both_ways_out(tmp_path: Path) -> None:
         check_git(tmp_path)
 
 
-def test_a_damaged_database_is_named(tmp_path: Path) -> None:
+def test_a_damaged_database_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mlflow.db").write_bytes(b"x" * 5000)
     with pytest.raises(ValueError, match=r"mlflow\.db is damaged \(file is not a database\): put a copy of it back"):
         relocate(tmp_path / "mlflow.db", tmp_path / "mlruns")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ValueError, match=r"a \? in .* ends MLflow's address"):  # which would name a file elsewhere
+        connect(tmp_path / "is it?")
 
 
 def test_a_folder_of_the_project_that_has_a_dvc_yaml_is_not_the_project(
