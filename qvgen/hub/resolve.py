@@ -131,8 +131,6 @@ def pull(text: str, out: Path) -> Path:
     source = model_folder(text)
     if not source.is_dir():
         raise ValueError(f"model {text!r:.200} does not exist: give models:/NAME@ALIAS, ORG/NAME@COMMIT or a folder")
-    if not out.name:
-        raise ValueError("give a new folder: the one that you are in cannot be replaced")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"{out} is there already: choose a new folder, or remove it")
     draft = out.with_name(f".{out.name}.part")

@@ -6,7 +6,6 @@ from typing import IO
 
 import pytest
 
-from qvgen.hub.resolve import pull
 from qvgen.hub.store import keep
 from qvgen.models.hashes import hash_files
 
@@ -32,9 +31,3 @@ def test_a_cache_that_cannot_be_written_is_named_and_read(tmp_path: Path, monkey
     lock.unlink(missing_ok=True)
     lock.mkdir()  # which root cannot write either
     assert keep(files, full) == folder and (folder / "a").read_bytes() == b"a"
-
-
-def test_a_model_is_not_pulled_over_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="give a new folder"):
-        pull(str(tmp_path), Path())
