@@ -43,15 +43,15 @@ class Blocks:
         self.limit = limit_bytes() if limit is None else limit
         self._left = 0.0  # bytes that may be written until the next look
 
-    def get(self, sha256: str, size: int) -> bytes | None:
-        """The block, or None. One of another size, of a machine that lost its power, is none."""
+    def get(self, sha256: str) -> bytes | None:
+        """The block, or None. One with other bytes, of a machine that lost its power or of a worn disk, is none."""
         path = self._path(sha256)
         try:
             found = path.read_bytes()
             os.utime(path)
         except OSError:
             return None
-        return found if len(found) == size else None
+        return found if hashlib.sha256(found).hexdigest() == sha256 else None
 
     def put(self, block: bytes) -> None:
         """Keep a block. Where it cannot be written it is not kept."""

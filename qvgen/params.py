@@ -174,8 +174,8 @@ class FlowSettings(_Section):
     schedule: str = Field(min_length=9, description="of retraining, as in cron: minute hour day month weekday")
     timezone: str = Field(min_length=1, description="of the schedule, such as Europe/Vienna")
     deadline: float | None = Field(default=None, gt=0, description="seconds after which a stage is stopped; null: never")
-    deadlines: dict[str, float] = Field(default_factory=dict, description="of single stages, instead of `deadline`")
-    retries: dict[str, int] = Field(default_factory=dict, description="how often a stage that fails is tried again")
+    deadlines: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict, description="of single stages")
+    retries: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict, description="of stages that fail: how often")
 
 
 class Compute(_Section):

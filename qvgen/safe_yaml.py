@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 LONGEST_TEXT, MOST_NODES = 1_000_000, 10_000  # params.yaml has some 200 values in 5,000 characters
+_OCTAL_OR_SIXTIES = re.compile(r"[-+]?0[0-7_]+|.*:.*")
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -22,6 +24,18 @@ class _UniqueKeys(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _number(loader: _UniqueKeys, node: yaml.ScalarNode) -> int | float:
+    """A number that is the same in YAML 1.1 and in 1.2, which DVC reads: else the record would have another than the run."""
+    if _OCTAL_OR_SIXTIES.fullmatch(node.value):
+        why = f"{node.value} is octal or counts in sixties here, and something else for DVC: write it in decimal digits"
+        raise yaml.constructor.ConstructorError(None, None, why, node.start_mark)
+    return loader.construct_yaml_float(node) if node.tag.endswith("float") else loader.construct_yaml_int(node)
+
+
+for _tag in ("int", "float"):
+    _UniqueKeys.add_constructor(f"tag:yaml.org,2002:{_tag}", _number)
 
 
 def read_yaml(path: Path) -> Any:

@@ -8,6 +8,7 @@ no training clip shows. A run that is interrupted continues after the last whole
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -59,7 +60,7 @@ def run(stage: Stage) -> None:
     }
     if settings.store is not None and stage.share.is_main:
         Store(settings.store).check()
-    work = stage.checkpoint_dir / "data"  # on success it becomes artifacts/data
+    work = stage.checkpoint_dir / "data"
     work.mkdir(exist_ok=True)
     text = text_writer(work, captions, settings.shard_size, stage.share)
     writers = {part: part_writer(work / part, size, settings.shard_size, stage.share) for part, size in sizes.items()}
@@ -86,11 +87,11 @@ def run(stage: Stage) -> None:
     if empty := [part for part, count in read.items() if not count]:
         raise ValueError(f"{empty[0]}: there are no clips, none of {sizes[empty[0]]} could be read")
     buckets = {part: clips_of_buckets(work / part, settings) for part in sizes} if settings.buckets else {}
-    # Before `work` becomes the output: what is made is not lost where the network is.
+    # Before `work` is the output too: what is made is not lost where the network is.
     indices = {} if settings.store is None else upload(stage, work, settings.store)
     with stage.outputs("artifacts/data") as folder:
-        for made in sorted(work.iterdir()):
-            shutil.move(made, folder / made.name)
+        # Hidden are drafts of a process that was killed.
+        shutil.copytree(work, folder, copy_function=link, ignore=shutil.ignore_patterns(".*"), dirs_exist_ok=True)
         remove_records(folder)
         for name, index in indices.items():
             replace_shards(folder / name, index)
@@ -101,6 +102,14 @@ def run(stage: Stage) -> None:
     rate = {} if fps is None else {"fps": fps}
     counts = {"captions": len(captions), "skipped": len(skipped)}
     stage.log_metrics({f"clips.{part}": n for part, n in read.items()} | counts | rate)
+
+
+def link(made: str, place: str) -> None:
+    """The file by another name, on another disk a copy: a run that is stopped before its end goes on with `made`."""
+    try:
+        os.link(made, place)
+    except OSError:
+        shutil.copy2(made, place)
 
 
 def upload(stage: Stage, work: Path, store: str) -> dict[str, Any]:

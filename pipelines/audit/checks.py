@@ -114,7 +114,9 @@ def git_checks(lineage: Lineage, project: Project) -> Iterator[Check]:
     found = [commit for commit in commits if project.has_commit(commit)]
     faults = [f"commit {commit or '(not recorded)'} is not in this repository" for commit in commits if commit not in found]
     faults += [f"commit {commit} is on no branch: a clone lacks it" for commit in found if not project.is_kept(commit)]
-    yield verdict("commit", faults, ", ".join(c[:12] for c in commits), "`git fetch --all`, or `git branch NAME COMMIT`")
+    yield verdict(
+        "commit", faults, ", ".join(c[:12] for c in commits), "`git fetch --all` or `--unshallow`, or `git branch NAME COMMIT`"
+    )
     steps = [step for step in lineage.steps if known(step, project)]
     named = [(step, name, value) for step in steps for name, value in step.params.items() if name.startswith(CODE)]
     orphans = {(step.id, path) for step, path in lineage.orphans}

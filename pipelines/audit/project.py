@@ -155,7 +155,10 @@ class Project:
     def _git(self, *command: str, input: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
         # `git replace` puts another object in the place of a commit, for every command but not for a clone.
         variables = os.environ | {"GIT_NO_REPLACE_OBJECTS": "1"}
-        return subprocess.run(["git", *command], cwd=self.root, capture_output=True, input=input, env=variables)
+        try:
+            return subprocess.run(["git", *command], cwd=self.root, capture_output=True, input=input, env=variables)
+        except FileNotFoundError:
+            raise ValueError("no git on the PATH, which holds what the record is held against: install it") from None
 
 
 _summary = cache(summarize)

@@ -209,7 +209,7 @@ def audit(
     from pipelines.audit.report import find_uses
 
     root = project_root()
-    check_owner(root)
+    check_git(root)
     if data is not None:
         md5, found = find_uses(root, data)
         if as_json:

@@ -86,8 +86,8 @@ def check_git(root: Path) -> None:
 
 def check_owner(root: Path) -> None:
     """Raises ValueError, with git's own remedy, for a clone of another user: its configuration names programs, so git does not
-    read it for you before you say that you trust it, and neither does DVC."""
-    command, plain = ["git", "-C", str(root), "rev-parse", "--git-dir"], os.environ | {"LC_ALL": "C"}
+    read it for you before you say that you trust it, and neither does DVC; and for a damaged index, at which DVC hangs."""
+    command, plain = ["git", "-C", str(root), "ls-files", "--", "dvc.yaml"], os.environ | {"LC_ALL": "C"}
     try:
         said = subprocess.run(command, env=plain, capture_output=True, text=True, check=False).stderr
     except OSError:  # no git: whoever needs it says so
@@ -96,12 +96,15 @@ def check_owner(root: Path) -> None:
         remedy = re.search(r"git config --global --add safe\.directory .*", said)
         add = remedy[0] if remedy else f"git config --global --add safe.directory {root}"
         raise ValueError(f"{root} belongs to another user: if you trust them, `{add}`; else use a clone of your own")
+    if "index file" in said:
+        raise ValueError(f"git cannot read its index in {root} ({said.strip()}): `rm .git/index && git reset` makes it anew")
 
 
 def project_root() -> Path:
-    """The nearest folder, from here upwards, that holds dvc.yaml. Raises ValueError if there is none."""
+    """The nearest folder, from here upwards, that holds dvc.yaml and .dvc: folders of a project have a dvc.yaml too. Where
+    none is under DVC, the nearest with dvc.yaml. Raises ValueError if there is none."""
     here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / "dvc.yaml").is_file():
-            return folder
+    found = [folder for folder in (here, *here.parents) if (folder / "dvc.yaml").is_file()]
+    if found:
+        return next((folder for folder in found if (folder / ".dvc").is_dir()), found[0])
     raise ValueError(f"no dvc.yaml in {here} or above: run this inside the project")

@@ -143,7 +143,7 @@ class RemoteShard:
     def read(self, start: int, stop: int) -> bytes:
         """Bytes of the file, out of the cache or the store. Raises ValueError for blocks that are not what was written."""
         numbers = range(start // self._block, -(-stop // self._block))
-        found = {number: self._cache.get(self._entry["blocks"][number], self._size(number)) for number in numbers}
+        found = {number: self._cache.get(self._entry["blocks"][number]) for number in numbers}
         missing = [number for number in numbers if found[number] is None]
         if missing:
             found |= self._fetch(missing[0], missing[-1] + 1)
@@ -164,9 +164,6 @@ class RemoteShard:
             self._cache.put(block)
             found[number] = block
         return found
-
-    def _size(self, number: int) -> int:
-        return min(self._block, self._entry["bytes"] - number * self._block)
 
 
 class RemoteRows:

@@ -8,6 +8,7 @@ the user's cache, DVC's cache and remote of the project (`nearby`), the DVC remo
 
 from __future__ import annotations
 
+import errno
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from qvgen.hub.store import copy_checked, faults_of, keep, recall, remember
 from qvgen.hub.tracking import Registered, UnreachableError, find_tracking, open_client, read_version
 
 PACKED = Path("artifacts/packed")  # in a project
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 nearby: list[Callable[[], Sequence[Place]]] = []  # more places, of a program that knows some: `qvgen` in a project knows DVC
 
 
@@ -76,8 +78,9 @@ def fetch(model: Registered, uri: str | None = None) -> Path:
                     copy_checked(source, out, model.files[path])
                 return
             except Exception as error:  # each place has a library with errors of its own
-                first, *_ = str(error).strip().splitlines() or [type(error).__name__]
-                reasons[place.name] = f"{path}: {first[:200]}"
+                if isinstance(error, OSError) and error.errno in _NO_ROOM:  # here, and in no other place either
+                    raise
+                reasons[place.name] = f"{path}: {_reason(error)}"
         raise ValueError(
             f"the files of {model} are nowhere to be had:\n"
             + "\n".join(f"  {place}: {why}" for place, why in reasons.items())
@@ -95,13 +98,18 @@ def absent(model: Registered, uri: str | None = None, more: Sequence[Place] = ()
         try:
             gone = [path for path in model.files if not place.has(model, path)]
         except Exception as error:  # each place has a library with errors of its own
-            first, *_ = str(error).strip().splitlines() or [type(error).__name__]
-            reasons.append(f"{place.name}: {first[:200]}")
+            reasons.append(f"{place.name}: {_reason(error)}")
             continue
         if not gone:
             return None
         reasons.append(f"{place.name}: it lacks {gone[0]}" + (f" and {len(gone) - 1} more" if len(gone) > 1 else ""))
     return "; ".join(reasons)
+
+
+def _reason(error: Exception) -> str:
+    """In a line: MLflow's first one may say that failures follow."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if lines[0].endswith(":") else 0][:200]
 
 
 def _places(uri: str | None) -> list[Place]:

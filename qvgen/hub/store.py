@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
@@ -40,15 +41,21 @@ def faults_of(folder: Path, files: Mapping[str, str]) -> list[str]:
 def keep(files: Mapping[str, str], fetch: Fetch) -> Path:
     """The folder of the cache with these files, each hashed now; what is missing or damaged is fetched.
 
-    `fetch(path, out)` writes one file, and raises if it cannot. Raises what `fetch` raises: then nothing appears, and whole
-    files are kept for the next try.
+    `fetch(path, out)` writes one file, and raises if it cannot. Raises ValueError for a cache that cannot be written, and what
+    `fetch` raises: then nothing appears, and whole files are kept for the next try.
     """
     from filelock import FileLock
 
     text = "".join(f"{path} {sha256}\n" for path, sha256 in sorted(files.items()))
     folder = cache_folder() / "models" / hashlib.sha256(text.encode()).hexdigest()[:32]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
+    if folder.is_dir() and not faults_of(folder, files):  # also in a cache that cannot be written
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_suffix(".lock")).acquire()
+    except OSError as error:
+        raise ValueError(f"{folder.parent} cannot be written ({error}): set QVGEN_CACHE to a folder that can") from None
+    with lock:  # what `acquire` returns releases it
         if folder.is_dir() and not faults_of(folder, files):
             return folder
         part = folder.with_suffix(".part")
@@ -64,10 +71,13 @@ def keep(files: Mapping[str, str], fetch: Fetch) -> Path:
             if target.is_file() and hash_files(part, [path])[path].sha256 == sha256:
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("wb") as out:
-                fetch(path, out)
-                out.flush()
-                os.fsync(out.fileno())
+            try:
+                with target.open("wb") as out:
+                    fetch(path, out)
+                    out.flush()
+                    os.fsync(out.fileno())
+            except OSError as error:
+                raise ValueError(f"{target} cannot be written ({error}): free some room, or set QVGEN_CACHE") from error
         part.rename(folder)
         return folder
 
@@ -85,10 +95,12 @@ def copy_checked(source: IO[bytes], out: IO[bytes], sha256: str) -> None:
 
 
 def remember(uri: str, reference: Reference, model: Registered) -> None:
-    """Note what the registry said; versions do not change, aliases are noted anew each time."""
-    _write(_note(uri, model.name, str(model.version)), asdict(model))
-    if reference.alias is not None:
-        _write(_note(uri, model.name, f"@{reference.alias}"), {"version": model.version})
+    """Note what the registry said; versions do not change, aliases are noted anew each time. Where the cache cannot be
+    written nothing is noted."""
+    with suppress(OSError):
+        _write(_note(uri, model.name, str(model.version)), asdict(model))
+        if reference.alias is not None:
+            _write(_note(uri, model.name, f"@{reference.alias}"), {"version": model.version})
 
 
 def recall(uri: str, reference: Reference) -> Registered | None:
@@ -109,5 +121,8 @@ def _note(uri: str, name: str, what: str) -> Path:
 def _write(path: Path, content: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(content, indent=2) + "\n")
-    draft.replace(path)
+    try:
+        draft.write_text(json.dumps(content, indent=2) + "\n")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -74,8 +74,8 @@ class Trainer:
             self.average = {n: p.detach().clone() for n, p in self._averaged()}
 
     def run(self, until: int, on_step: Callable[[Trainer, StepRecord], None] | None = None) -> None:
-        """Train from the current step up to, not including, step `until`. Raises FloatingPointError on a loss that is
-        not finite, before it can reach the weights."""
+        """Train from the current step up to, not including, step `until`. Raises FloatingPointError on a loss or
+        gradients that are not finite, before they can reach the weights."""
         self.student.train()
         qat, ahead = self.params.qat, self.params.compute.workers
         batches = self.batches.between(self.step, until, ahead, pin_memory=self.device.type == "cuda")
@@ -93,9 +93,10 @@ class Trainer:
             self.ranks.average_([loss, *own])
             norm = whole(nn.utils.clip_grad_norm_(self.student.parameters(), qat.max_grad_norm))
             reached, size = torch.stack([loss, norm]).tolist()  # the only wait for the device in a step
-            if not math.isfinite(reached):
+            if not (math.isfinite(reached) and math.isfinite(size)):
                 self.optimizer.zero_grad(set_to_none=True)
-                raise FloatingPointError(f"loss is {reached} at step {step}; lower qat.learning_rate or check the data")
+                what = f"loss is {reached}, the norm of its gradient {size}"
+                raise FloatingPointError(f"{what} at step {step}; lower qat.learning_rate or check the data")
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self._update_average()

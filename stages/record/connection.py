@@ -56,6 +56,8 @@ def connect(home: Path, *, reading: bool = False) -> tuple[MlflowClient, str]:
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
     uri = tracking_uri(home)
+    if "?" in str(home.resolve()) and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise ValueError(f"a ? in {home.resolve()} ends MLflow's address: rename the folder, or set MLFLOW_TRACKING_URI")
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -120,6 +122,8 @@ def relocate(database: Path, mlruns: Path) -> int:
             (location,) = tables.execute(query, (EXPERIMENT,)).fetchone() or ("",)
         except sqlite3.OperationalError:  # no tables yet
             return 0
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{database} is damaged ({error}): put a copy of it back, or begin anew without it") from None
         old = unquote(urlsplit(location).path)
         if not location.startswith("file:") or not old.endswith("/mlruns") or Path(old) == mlruns:
             return 0

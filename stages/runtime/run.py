@@ -200,12 +200,16 @@ def _execute(name: str, run: Callable[[Stage], None], shared: bool) -> None:
     # A script may serve several stages, which begin with its name.
     facts = read_dvc_facts(root, address if address.rpartition(":")[2].startswith(name) else name)
     if not share.is_main:
-        with _alone(root, f"{facts.name}.{share.rank}"):
+        with _alone(root, f"{facts.name}.{share.rank}"), _alone(home, f"{facts.key}.{share.rank}"):
             helping = Stage(name=name, params=params, root=root, home=home, facts=facts, journal=NoJournal(), share=share)
             run(helping)
             _say(f"{summary(facts.name, params, helping.bars)}; share {share.rank + 1} of {share.world_size}")
         return
-    with _alone(root, facts.name), recorded(name, params, root, home, facts, share if shared else ALONE) as stage:
+    with (
+        _alone(root, facts.name),
+        _alone(home, facts.key),  # an experiment in a folder of its own has its checkpoints here
+        recorded(name, params, root, home, facts, share if shared else ALONE) as stage,
+    ):
         run(stage)
         _say(summary(facts.name, params, stage.bars))
         stage.log_tags({f"dvc.out.{path}": value for path, value in output_hashes(root, facts).items()})
@@ -247,7 +251,7 @@ def _restore(root: Path, facts: DvcFacts) -> None:
 
 @contextmanager
 def _alone(root: Path, name: str) -> Iterator[None]:
-    """One run of a stage per checkout: two would write the same outputs and checkpoints."""
+    """One run of `name` at a time: two of a stage would write the same outputs, two of its key the same checkpoints."""
     folder = root / ".qvgen" / "locks"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / name).open("a+") as lock:

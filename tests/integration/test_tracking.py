@@ -245,7 +245,9 @@ def hangup_counts() -> Iterator[None]:
 
 @pytest.mark.usefixtures("hangup_counts")
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_an_interrupted_stage_says_so_and_keeps_the_old_output(project: Path, client: Any, signum: int, code: int) -> None:
+def test_an_interrupted_stage_says_so_and_keeps_the_old_output(
+    project: Path, client: Any, tmp_path: Path, signum: int, code: int
+) -> None:
     ask(project, "")
     assert run(project, "stages.a")[0] == 0
     ask(project, "hang")
@@ -254,6 +256,9 @@ def test_an_interrupted_stage_says_so_and_keeps_the_old_output(project: Path, cl
     second_code, second_output = run(project, "stages.a")
     assert second_code == 1
     assert f"this stage already runs in {project} (process {process.pid})" in second_output
+    if signum == signal.SIGINT:  # nor does an experiment in a folder of its own, which has its checkpoints here
+        shutil.copytree(project, copy := tmp_path / "experiment", symlinks=True)
+        assert (second_code, second_output) == run(copy, "stages.a", DVC_ROOT=str(project))
     process.send_signal(signum)
     output, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == code

@@ -242,6 +242,15 @@ def test_loss_that_is_not_finite_stops_before_the_step() -> None:
     assert_same(before, state(run))
 
 
+def test_gradients_that_are_not_finite_stop_before_the_step() -> None:
+    run = trainer("wan")
+    before = state(run)
+    next(run.student.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(FloatingPointError, match=r"loss is 0\.\d+, the norm of its gradient (inf|nan) at step 0"):
+        run.run(1)
+    assert_same(before, state(run))
+
+
 def test_every_sample_of_a_run_depends_on_seed_and_step_only() -> None:
     a, b = trainer("wan"), trainer("wan")
     with torch.no_grad():

@@ -77,6 +77,8 @@ def test_all_faults_come_at_once(tmp_path: Path) -> None:
         ("evaluate.prompts_file", "", "evaluate.prompts_file = '': String should have at least 1 character"),
         ("fetch.revision", "main", "fetch.revision = 'main': String should match pattern '^[0-9a-f]{40}$'"),
         ("qat", 3, "qat = 3:"),
+        ("flow.retries", {"fetch": -2}, "flow.retries.fetch = -2: Input should be greater than or equal to 0"),
+        ("flow.deadlines", {"qat": 0}, "flow.deadlines.qat = 0: Input should be greater than 0"),
     ],
 )
 def test_a_fault_names_path_value_and_what_is_allowed(path: str, value: Any, said: str, tmp_path: Path) -> None:
@@ -190,6 +192,9 @@ def test_counts_that_no_machine_finishes_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
+        ("a: 0150\n", "0150 is octal or counts in sixties here, and something else for DVC"),
+        ("a: -1:30\n", "-1:30 is octal or counts in sixties"),
+        ("a: [10:00:00.5]\n", "10:00:00.5 is octal or counts in sixties"),
         ("? [a, b]\n: 1\n", "a list or mapping is no key"),
         ("? {a: b}\n: 1\n", "a list or mapping is no key"),
         (

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from qvgen.params import validate_params
 from qvgen.sampling.video import write_video
 from qvgen.share import ALONE, Share
 from stages import prepare
+from stages.runtime.outputs import write_whole
 from stages.runtime.run import Progress
 from tests.support.services import s3
 
@@ -133,7 +135,24 @@ def test_what_cannot_be_read_is_listed_and_a_stopped_run_goes_on(sources: Path, 
         except KeyboardInterrupt:
             assert not (stopped / "artifacts/data").exists(), attempt
     assert content(stopped) == content(whole) and sum(calls) == GOOD
+
+    # Stopped in the end, while the files are flushed, by a process that had left a draft before it was killed.
+    shutil.rmtree(stopped / "artifacts/data")
+    (stopped / "ckpt/data/train/.shard-00000.safetensors.1").touch()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FakeStage, "outputs", lambda stage, path: stopped_outputs(stage.root / path))
+        run(FakeStage(stopped))
+    assert not (stopped / "artifacts/data").exists()
+    run(FakeStage(stopped))
+    assert content(stopped) == content(whole) and sum(calls) == GOOD
     assert (stopped / "metrics/prepare.json").read_text() == (whole / "metrics/prepare.json").read_text()
+
+
+@contextmanager
+def stopped_outputs(place: Path) -> Any:
+    with write_whole(place) as new:
+        yield new
+        raise KeyboardInterrupt
 
 
 KILLED = """
