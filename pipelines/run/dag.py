@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
@@ -20,6 +21,7 @@ class Plan:
     graph: Graph
     changed: frozenset[str]  # not up to date by themselves, whatever becomes of the stages they need
     always: frozenset[str]  # of these, those that run every time
+    others: frozenset[str]  # stages of the project that it does not go through
 
 
 def read_graph(root: Path) -> Graph:
@@ -36,12 +38,31 @@ def read_plan(root: Path, targets: Iterable[str] = ()) -> Plan:
     """The stages of the root's dvc.yaml, or `targets`, with all that they need. Stages of other files, such as those of a
     comparison, are none of its business. Raises ValueError for a stage that no dvc.yaml has, and DVC's own errors."""
     with open_project(root) as repo, repo.lock:
+        mend_rwlock(repo)
         whole = _graph(repo)
         chosen = with_upstream(whole, set(targets) or pipeline_stages(whole))
         stages = {name: stage for stage in stages_of(repo) if (name := stage_address(stage)) in chosen}
         changed = frozenset(name for name, stage in stages.items() if stage.status(check_updates=False))
         always = frozenset(name for name in changed if stages[name].always_changed)
-        return Plan({name: needs for name, needs in whole.items() if name in chosen}, changed, always)
+        graph = {name: needs for name, needs in whole.items() if name in chosen}
+        return Plan(graph, changed, always, frozenset(whole.keys() - chosen))
+
+
+def mend_rwlock(repo: Any) -> None:
+    """Remove DVC's list of who reads and writes what, if a process was killed while it wrote it: DVC then refuses every later
+    run. Whoever is still at work enters and leaves the list under the same lock."""
+    from dvc.lock import make_lock
+    from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK
+
+    folder = Path(repo.tmp_dir)
+    options = {"tmp_dir": str(folder), "hardlink_lock": repo.config["core"].get("hardlink_lock", False)}
+    with make_lock(str(folder / RWLOCK_LOCK), **options):
+        try:
+            json.loads((folder / RWLOCK_FILE).read_bytes())
+        except FileNotFoundError:
+            return
+        except ValueError:
+            (folder / RWLOCK_FILE).unlink()
 
 
 def pipeline_stages(graph: Graph) -> set[str]:
@@ -81,6 +102,12 @@ def waiting_for_all(graph: Graph, alone: Iterable[str]) -> Graph:
             further[name] = graph.keys() - after - graph[name]
             edges[name] |= further[name]
     return further
+
+
+def names_of_none(plan: Plan, names: Iterable[str]) -> list[str]:
+    """Those of `names` that no stage of the project has, with or without its item."""
+    known = {*plan.graph, *plan.others}
+    return sorted(set(names) - known - {name.partition("@")[0] for name in known})
 
 
 def with_upstream(graph: Graph, wanted: set[str]) -> set[str]:

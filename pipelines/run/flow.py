@@ -24,7 +24,7 @@ from prefect.runtime import flow_run, task_run
 from prefect.states import Completed, State
 
 from pipelines.run.checkout import environment, only_one
-from pipelines.run.dag import Graph, Plan, in_order, read_plan, waiting_for_all
+from pipelines.run.dag import Graph, Plan, in_order, names_of_none, read_plan, waiting_for_all
 from pipelines.run.guard import DEADLINE
 from pipelines.run.lineage import close_execution, runs_of_execution
 from pipelines.run.runners import task_runner
@@ -118,6 +118,11 @@ def pipeline(root: str, targets: list[str] | None = None) -> list[dict[str, Any]
         variables = {"QVGEN_EXECUTION": execution, "QVGEN_PREFECT_FLOW_RUN": str(flow_run.id)}
         observe.write(folder)  # what stages depend on besides parameters and data: without it, what changed is not known yet
         plan = read_plan(folder, targets or ())
+        for setting in ("alone", "deadlines", "retries"):
+            for name in names_of_none(plan, getattr(settings, setting)):
+                get_run_logger().warning(
+                    f"params.yaml: flow.{setting} names {name!r}, and no dvc.yaml has a stage of that name"
+                )
         with _stopping_children():
             states = _run(folder, plan, settings, variables)
         close_execution(folder, execution, [name for name, (state, _) in states.items() if state == CACHED])

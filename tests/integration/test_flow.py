@@ -120,6 +120,7 @@ def test_stopping_a_flow_leaves_no_process(
     seconds = 120 if runner == "ray" else 60  # after a kill Ray's own agents end by themselves, a minute later
     wait_until(lambda: not processes_in(project), lambda: str(processes_in(project)), seconds)
     (project / "ask").write_text("")
+    (project / ".dvc/tmp/rwlock").write_text("")  # as DVC leaves it where it is killed at the wrong moment
     output, _ = flow(project, prefect_server).communicate(timeout=PATIENCE)
     assert output.count("'state': 'Completed'") >= 2, output  # b and d at least; DVC's locks are free
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipelines.run.dag import Graph, in_order, waiting_for_all, with_upstream
+from pipelines.run.dag import Graph, Plan, in_order, names_of_none, waiting_for_all, with_upstream
 
 GRAPH: Graph = {
     "fetch": set(),
@@ -46,3 +46,9 @@ def test_items_of_a_matrix_are_meant_by_its_name() -> None:
 def test_none_is_alone_without_being_named() -> None:
     assert waiting_for_all(GRAPH, []) == {}
     assert waiting_for_all({"a": set()}, ["benchmark"]) == {}
+
+
+def test_names_that_no_stage_has() -> None:
+    plan = Plan({"qat": set(), "time@1": set()}, frozenset(), frozenset(), frozenset({"pack", "comparison/dvc.yaml:compare"}))
+    assert names_of_none(plan, ["qat", "time", "time@1", "pack", "comparison/dvc.yaml:compare"]) == []
+    assert names_of_none(plan, {"benchmrak": 1, "time@2": 2, "compare": 3}) == ["benchmrak", "compare", "time@2"]
