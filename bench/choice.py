@@ -22,6 +22,7 @@ from qvgen.kernels.cpu import block_functions, choice, library
 LAYERS = [(m, k, n) for m in (1, 64, 512, 1560) for k, n in ((1536, 1536), (1536, 8960), (8960, 1536))]
 QUERIES = (128, 512, 1560)
 SHORT = [(48, 48, 4, 32), (48, 12, 4, 32), (200, 200, 12, 64), (1560, 512, 12, 128)]  # queries, keys, heads, features
+SHORT_IN_BFLOAT16 = [(48, 48, 4, 32), (60, 9, 12, 128), (48, 48, 12, 128), (128, 32, 12, 128), (64, 64, 12, 128)]
 NOISE = 1.1  # times as slow counts as equal
 
 
@@ -40,8 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
         with torch.no_grad():
             lengths = QUERIES[:1] if options.smallest else QUERIES
             rows += [(f"attention {q}", chosen.attention, choice.measure_attention(kernels, q)) for q in lengths]
-    short = SHORT[:1] if options.smallest else SHORT
-    rows += [(f"float32 attention {' x '.join(map(str, shape))}", "cpu", measure_short(*shape)) for shape in short]
+    for dtype, shapes in ((torch.float32, SHORT), (torch.bfloat16, SHORT_IN_BFLOAT16)):
+        for shape in shapes[:1] if options.smallest else shapes:
+            rows.append((f"attention {' x '.join(map(str, shape))}, {dtype}", *measure_short(*shape, dtype)))
     ours = "cpu" if chosen.compiled_weight_only else choice.PYTORCH
     rows += [
         (f"weight-only {m} x {k} x {n}", ours, choice.measure_weight_only(chosen.isa, m, k, n))
@@ -57,14 +59,22 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if lost else 0
 
 
-def measure_short(queries: int, keys: int, heads: int, features: int) -> dict[str, float]:
-    """Milliseconds of CPU time of one attention in float32, by the kernel for short sequences and by PyTorch."""
+def measure_short(queries: int, keys: int, heads: int, features: int, dtype: torch.dtype) -> tuple[str, dict[str, float]]:
+    """The one that `auto` takes, and milliseconds of CPU time of one attention: by the kernel for short sequences, by the
+    other compiled one where it is to be had, and by PyTorch."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, tokens, heads, features, generator=generator) for tokens in (queries, keys, keys))
-    assert block_functions.attention_supported(q, k, v)
-    actions = {"cpu": partial(block_functions.attention, q, k, v), choice.PYTORCH: partial(expressions.attention, q, k, v)}
+    q, k, v = (torch.randn(1, tokens, heads, features, generator=generator).to(dtype) for tokens in (queries, keys, keys))
+    actions = {
+        "short": partial(block_functions.short_attention, q, k, v),
+        choice.PYTORCH: partial(expressions.attention, q, k, v),
+    }
+    other = block_functions.attention_kernel() if dtype == torch.bfloat16 else ""
+    if other:
+        actions[other] = partial(block_functions.attention, q, k, v, other)
     with torch.no_grad(), torch_threads(1):
-        return {name: 1e3 * min(times.cpu) for name, times in time_calls(actions, repetitions=50, warm_up=5).items()}
+        samples = time_calls(actions, repetitions=50, warm_up=5)
+    taken = "short" if block_functions.is_short(dtype, queries, keys, features) else other or choice.PYTORCH
+    return taken, {name: 1e3 * min(times.cpu) for name, times in samples.items()}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 OPTIONS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
 OPTIONS += ("--disable-component-update", "--disable-sync")
 WIDTHS = (400, 1200)
-PATIENCE_MS = 120_000  # a busy shared core decodes slowly
+PATIENCE_MS = 60_000  # a busy shared core decodes slowly
 
 pytestmark = [
     pytest.mark.slow,

@@ -4,6 +4,7 @@ checked there."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,9 +15,9 @@ from qvgen.kernels.cpu.descriptions import DTYPES, pointer
 from qvgen.kernels.registry import BlockOp, KernelPreference, preference
 
 VECTOR = 16  # elements; rotary embedding wants heads of whole vectors
-# Of these one kernel in float32, made for them, is faster than any other and than PyTorch's (python -m bench.choice).
-SHORT_KEYS, SHORT_FEATURES = 512, 256  # as in csrc/isa/isa.h
-SHORT_SCORES = {torch.float32: None, torch.bfloat16: 64 * 64}  # at most, queries times keys; None: any number
+# Up to these one kernel in float32, made for few keys, is faster than any other and than PyTorch's (python -m bench.choice).
+SHORT_KEYS, SHORT_FEATURES = {torch.float32: 512, torch.bfloat16: 48}, 256  # 512 and 256 as in csrc/isa/isa.h
+SHORT_SCORES = 64 * 64  # in bfloat16: queries times keys
 
 
 def attention_refusal() -> str:
@@ -115,10 +116,9 @@ def attention_limits() -> str:
 
 def is_short(dtype: torch.dtype, queries: int, keys: int, features: int) -> bool:
     """Whether attention of heads of `features` runs in the kernel for short sequences."""
-    if dtype not in SHORT_SCORES or not 1 <= keys <= SHORT_KEYS or features % VECTOR or not 0 < features <= SHORT_FEATURES:
+    if not 1 <= keys <= SHORT_KEYS.get(dtype, 0) or features % VECTOR or not 0 < features <= SHORT_FEATURES:
         return False
-    most = SHORT_SCORES[dtype]
-    return most is None or queries * keys <= most
+    return dtype == torch.float32 or queries * keys <= SHORT_SCORES
 
 
 def attention_supported(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -132,16 +132,23 @@ def attention_supported(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, kernel: str = "") -> Tensor:
     """`kernel`: one of library.attention_kernels; by default that for short sequences, or the one chosen."""
+    if not kernel and is_short(q.dtype, q.shape[1], k.shape[1], q.shape[3]):
+        return short_attention(q, k, v)
+    return _attention(library.load().qvgen_attention, [(kernel or attention_kernel()).encode()], q, k, v)
+
+
+def short_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """In the kernel for short sequences, also where another is faster; up to 512 keys."""
+    return _attention(library.load().qvgen_short_attention, [library.isa(), DTYPES[q.dtype]], q, k, v)
+
+
+def _attention(function: Callable[..., int], how: list[object], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
     samples, queries, heads, features = q.shape
-    tensors = q.data_ptr(), k.data_ptr(), v.data_ptr()
-    sizes = samples, queries, k.shape[1], heads, features, 1 / math.sqrt(features), out.data_ptr(), torch.get_num_threads()
-    functions = library.load()
-    if not kernel and is_short(q.dtype, queries, k.shape[1], features):
-        library.check(functions.qvgen_short_attention(library.isa(), DTYPES[q.dtype], *tensors, *sizes))
-    else:
-        library.check(functions.qvgen_attention((kernel or attention_kernel()).encode(), *tensors, *sizes))
+    sizes = samples, queries, k.shape[1], heads, features, 1 / math.sqrt(features)
+    pointers = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    library.check(function(*how, *pointers, *sizes, out.data_ptr(), torch.get_num_threads()))
     return out
 
 

@@ -76,14 +76,12 @@ def _described(
         _describe_attention(described, attention, between, x, alive)
     of_text = features if attention is None or attention.text is None else attention.text.shape[2]
     inputs = (features, between) if attention is None else (features, of_text, of_text, between)
-    array = (library.Layer * len(inputs))(
-        *[
-            describe_layer(layer, arguments, None, size, attention is None and layer is layers[0])
-            for layer, size in zip(layers, inputs, strict=True)
-        ]
-    )
-    described.layers = array
-    alive.append(array)
+    parts = [
+        describe_layer(layer, arguments, None, size, attention is None and layer is layers[0])
+        for layer, size in zip(layers, inputs, strict=True)
+    ]
+    described.layers = array = (library.Layer * len(parts))(*parts)
+    alive += parts, array  # the parts too: they keep alive what they point to, and the array's copies do not
     return described
 
 

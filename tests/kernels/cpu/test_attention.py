@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qvgen.kernels.cpu import block_functions, library
-from qvgen.kernels.cpu.block_functions import attention
+from qvgen.kernels.cpu.block_functions import attention, short_attention
 
 WIDTHS = (16, 64, 80, 128, 256)  # of heads
 
@@ -36,14 +36,6 @@ def inputs(
     shapes = [(samples, tokens, heads, width) for tokens in (queries, keys, keys)]
     q, k, v = ((spread * torch.randn(shape, generator=generator)).bfloat16() for shape in shapes)
     return q, k, v
-
-
-def short(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The kernel for short sequences, of bfloat16 too where `attention` would take another."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(block_functions.SHORT_SCORES, torch.bfloat16, None)
-        assert block_functions.attention_supported(q, k, v)
-        return attention(q, k, v)
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -113,20 +105,20 @@ def test_short_against_float64(isa: str, shape: tuple[int, int, int, int], width
         largest = float(v.double().abs().max())
         # Of the score, whose error e^x makes a relative one; of the exponential (2e-7); of sums over keys.
         error = largest * (width * 2**-24 * scores / width**0.5 + 2e-6)
-        assert (short(q.float(), k.float(), v.float()).double() - exact(q, k, v)).abs().max() <= error
-        assert (short(q, k, v).double() - exact(q, k, v)).abs().max() <= error + 2**-8 * largest
+        assert (short_attention(q.float(), k.float(), v.float()).double() - exact(q, k, v)).abs().max() <= error
+        assert (short_attention(q, k, v).double() - exact(q, k, v)).abs().max() <= error + 2**-8 * largest
 
 
 def test_short_with_any_number_of_threads_and_nan(isa: str) -> None:
     q, k, v = (t.float() for t in inputs(2, 60, 130, 6, 64))
-    expected, before = short(q, k, v), torch.get_num_threads()
+    expected, before = short_attention(q, k, v), torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        assert torch.equal(short(q, k, v), expected)
+        assert torch.equal(short_attention(q, k, v), expected)
     finally:
         torch.set_num_threads(before)
     q[0, 40, 1, 3] = torch.nan
-    result = short(q, k, v)
+    result = short_attention(q, k, v)
     assert result[0, 40, 1].isnan().all()
     result[0, 40, 1] = expected[0, 40, 1]
     assert torch.equal(result, expected)
