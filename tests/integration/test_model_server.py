@@ -31,6 +31,11 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 NAME = "followed"
 INTERVAL = 0.3  # seconds
+STEPS, MOST_STEPS = 60, 300
+LIMIT = f"limit steps = {MOST_STEPS}"
+# A request that takes long enough to be seen at work, some seconds: as many videos and steps as may be.
+ROWS = {"columns": ["prompt", "seed"], "data": [["a red digit three", seed] for seed in range(4)]}
+LONG = json.dumps({"dataframe_split": ROWS, "params": {"steps": MOST_STEPS}}).encode()
 
 
 @dataclass
@@ -63,7 +68,7 @@ def served(fresh: Installed, mlflow_server: str, tmp_path_factory: pytest.TempPa
     client, sha256, weights = MlflowClient(mlflow_server), {}, Path()
     for number in (1, 2, 3):
         folder = tmp_path_factory.mktemp(str(number))
-        packed = make_packed(folder, seed=number)
+        packed = make_packed(folder, number, STEPS)
         version = register(client, make_wish(folder, NAME, read_folder(packed)))
         generate(packed, "a red digit three", 1, folder / "1.mp4")
         sha256[number] = hashlib.sha256((folder / "1.mp4").read_bytes()).hexdigest()
@@ -97,7 +102,12 @@ def test_it_answers_as_mlflows_own_server_does(served: Served) -> None:
         (b'{"dataframe_split": 5}', "application/json", 400, ""),
         (b'{"dataframe_records": [{"text": "a"}]}', "application/json", 400, "prompt"),
         (b'{"dataframe_records": [{"prompt": "a"}], "params": {"steps": "x"}}', "application/json", 400, "steps"),
-        (b'{"dataframe_records": [{"prompt": "a"}], "params": {"steps": 99}}', "application/json", 400, "limit steps = 10"),
+        (
+            b'{"dataframe_records": [{"prompt": "a"}], "params": {"steps": 999}}',
+            "application/json",
+            400,
+            f"limit steps = {MOST_STEPS}",
+        ),
         (b"{}", "text/plain", 415, "content type"),
         (b" " * (LARGEST_TEXT + 1), "application/json", 413, f"limit body = {LARGEST_TEXT} bytes"),
     ],
@@ -115,7 +125,7 @@ def test_a_page_whose_name_points_here_is_not_answered(served: Served) -> None:
 
 def test_more_requests_than_may_wait_get_503(served: Served) -> None:
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda seed: ask(served.address, seed=seed, steps=10), range(8)))
+        answers = list(pool.map(lambda seed: ask(served.address, seed=seed, steps=MOST_STEPS), range(8)))
     statuses = [answer.status for answer in answers]
     assert set(statuses) == {200, 503} and statuses.count(200) >= 3, statuses
     assert all("limit waiting = 2" in answer.content for answer in answers if answer.status == 503)
@@ -125,14 +135,12 @@ def test_more_requests_than_may_wait_get_503(served: Served) -> None:
 
 def test_a_request_whose_client_has_gone_gives_up_its_place(served: Served) -> None:
     """Behind two of four videos each."""
-    rows = {"columns": ["prompt", "seed"], "data": [["a red digit three", seed] for seed in range(4)]}
-    body = json.dumps({"dataframe_split": rows, "params": {"steps": 10}}).encode()
     made = served.number("qvgen_video_seconds_count")
     with ThreadPoolExecutor(2) as pool:
-        others = [pool.submit(post, served.address, body) for _ in range(2)]
+        others = [pool.submit(post, served.address, LONG) for _ in range(2)]
         wait_until(lambda: served.number("qvgen_queue") == 2, served.log.read_text)
         client = HTTPConnection(served.address.removeprefix("http://"))
-        client.request("POST", "/invocations", body, {"Content-Type": "application/json"})
+        client.request("POST", "/invocations", LONG, {"Content-Type": "application/json"})
         wait_until(lambda: served.number("qvgen_queue") == 3, served.log.read_text)
         client.close()
         wait_until(lambda: served.number('qvgen_requests_total{outcome="gone"}') == 1, served.log.read_text)
@@ -195,7 +203,7 @@ def test_without_its_alias_it_goes_on(served: Served) -> None:
 def test_the_end_waits_for_requests_that_were_begun(served: Served) -> None:
     """The last test: the server ends."""
     with ThreadPoolExecutor(2) as pool:
-        asked = [pool.submit(ask, served.address, steps=10) for _ in range(2)]
+        asked = [pool.submit(post, served.address, LONG) for _ in range(2)]
         wait_until(lambda: served.number("qvgen_queue") == 2, served.log.read_text)
         served.process.terminate()
         assert [future.result().status for future in asked] == [200, 200]

@@ -18,11 +18,11 @@ from qvgen.quant.scheme import QuantScheme
 SETTINGS = {**vars(TINY_CLIP), "inference_steps": 2, "guidance_scale": 2.0, "fps": 8}
 
 
-def make_packed(folder: Path, seed: int = 0) -> Path:
-    """Another `seed`, other weights."""
+def make_packed(folder: Path, seed: int = 0, inference_steps: int = SETTINGS["inference_steps"]) -> Path:
+    """Another `seed`, other weights. Five times `inference_steps` may be asked of a served model."""
     source, packed, scheme = folder / "full", folder / "packed", QuantScheme()
     tiny_pipeline("wan", source)
-    (source / "generation.json").write_text(json.dumps(SETTINGS))
+    (source / "generation.json").write_text(json.dumps(SETTINGS | {"inference_steps": inference_steps}))
     transformer, family = load_transformer(source), load_family(source)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
