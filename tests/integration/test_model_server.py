@@ -32,7 +32,6 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 NAME = "followed"
 INTERVAL = 0.3  # seconds
 STEPS, MOST_STEPS = 60, 300
-LIMIT = f"limit steps = {MOST_STEPS}"
 # A request that takes long enough to be seen at work, some seconds: as many videos and steps as may be.
 ROWS = {"columns": ["prompt", "seed"], "data": [["a red digit three", seed] for seed in range(4)]}
 LONG = json.dumps({"dataframe_split": ROWS, "params": {"steps": MOST_STEPS}}).encode()
